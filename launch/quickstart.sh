@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# From a bare clone to a real Llama model on real Megatron-Core, its tensor-parallel traffic stock and compressed,
+# on this machine, over gloo: generated text of both, time to first token, bytes, and a table of quality by codec.
+#
+# Usage:    bash launch/quickstart.sh
+# Required: Linux, Python 3.10 or newer with venv, a C++ compiler; a network on the first run only
+# Optional: CODEC            codec of the compressed generation (default: mxfp4)
+#           TP               ranks; must divide the model's 9 heads and 3 key/value heads (default: 3)
+#           PROMPT           what to continue
+#           MAX_NEW_TOKENS   how far (default: 32)
+#           TOKENS, CONTEXT  how much text the table is measured on, and in windows of how many tokens
+#           and PYTHON, MEGATRON_COMP_VENV, MEGATRON_COMP_CACHE, DRY_RUN of launch/env.sh
+set -euo pipefail
+# shellcheck source=launch/env.sh
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+CODEC=${CODEC:-mxfp4}
+TP=${TP:-3}
+PROMPT=${PROMPT:-"The capital of France is"}
+MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-32}
+TOKENS=${TOKENS:-768}
+CONTEXT=${CONTEXT:-256}
+CODECS=(int8:32:fp16 mxfp8 nvfp4 mxfp4 int4:32:fp16 int4:32:fp16:hadamard) # evaluate adds the row "none" itself
+RESULTS=$MEGATRON_COMP_CACHE/quickstart
+
+generate() { # CODEC FILE
+    run megatron-comp generate --model "$MODEL" --tp "$TP" --prompt "$PROMPT" --max-new-tokens "$MAX_NEW_TOKENS" \
+        --codec "$1" --json "$RESULTS/$2"
+}
+
+echo "[1/5] Python environment"
+setup_python
+
+echo "[2/5] model and text"
+run mkdir -p "$RESULTS"
+fetch_data
+
+echo "[3/5] generate, stock communication"
+generate none generate-none.json
+
+echo "[4/5] generate, communication in $CODEC"
+generate "$CODEC" generate-compressed.json
+
+echo "[5/5] quality by codec, on $TOKENS tokens of prose"
+run megatron-comp evaluate --model "$MODEL" --tp "$TP" --text "$TEXT" --tokens "$TOKENS" --context "$CONTEXT" \
+    "${CODECS[@]/#/--codec=}" --json "$RESULTS/evaluate.json"
+
+echo "The same figures as JSON: $RESULTS"
