@@ -1,0 +1,93 @@
+"""`Codec`: a format name made into encode and decode. The one place that knows which backend does the work."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import message, reference
+from .formats import Format
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Encodes `[..., hidden]` tensors into bytes, block by block along the hidden dimension."""
+
+    format: Format
+
+    @classmethod
+    def parse(cls, text: str) -> "Codec":
+        """From `element:block:scale[:option...]` or a preset's name. Raises ValueError that names the wrong part."""
+        return cls(Format.parse(text))
+
+    def __str__(self) -> str:
+        return str(self.format)
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits sent a value in whole blocks of a long row: payload, scale, zero point, spikes.
+
+        A row scale adds 32 bits a row, and short blocks and section padding their share: `message_bytes` is exact.
+        """
+        a_block = {"value": self.format.block, "block": 1, "spike": 2, "row": 0}
+        bits = sum(a_block[unit] * width for unit, width in message.field_widths(self.format).values())
+        return bits / self.format.block
+
+    def message_bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of the message of a tensor of this shape."""
+        return message.layout(self.format, *_rows_and_hidden(shape)).nbytes
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., hidden]` of fp32, bf16 or fp16, strided or not, to a uint8 `[message_bytes(x.shape)]`."""
+        if x.dtype not in DTYPES:
+            raise TypeError(f"a codec encodes {', '.join(map(str, DTYPES))}, not {x.dtype}")
+        return reference.encode(x.detach().reshape(_rows_and_hidden(x.shape)), self.format)
+
+    def decode(self, message: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The reverse of `encode`: a tensor of `shape` and `dtype`."""
+        return self.decode_sum(message.unsqueeze(0), shape, dtype)
+
+    def decode_sum(self, messages: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """uint8 `[ranks, bytes]` to the sum of all ranks' tensors of `shape`: fp32 in rank order, rounded once."""
+        if dtype not in DTYPES:
+            raise TypeError(f"a codec decodes to {', '.join(map(str, DTYPES))}, not {dtype}")
+        expected = self.message_bytes(shape)
+        if messages.dtype != torch.uint8 or messages.dim() != 2 or messages.shape[1] != expected or not len(messages):
+            raise ValueError(
+                f"{self} decodes {tuple(shape)} from uint8 messages of {expected} bytes each, "
+                f"not from {messages.dtype} {tuple(messages.shape)}"
+            )
+        return reference.decode_sum(messages, *_rows_and_hidden(shape), dtype, self.format).view(shape)
+
+
+@dataclass(frozen=True)
+class CodecPair:
+    """A codec for each phase of the two-step all-reduce, written `first>second`."""
+
+    first: Codec
+    second: Codec
+
+    def __str__(self) -> str:
+        return f"{self.first}>{self.second}"
+
+    @property
+    def bits_per_value(self) -> float:
+        """The mean of both phases, which move equal numbers of values."""
+        return (self.first.bits_per_value + self.second.bits_per_value) / 2
+
+
+def parse_codec(text: str) -> Codec | CodecPair:
+    """A codec's name, or two of them joined by `>`. Raises ValueError that names the wrong part."""
+    if not isinstance(text, str):
+        raise ValueError(f"a codec is named by a string such as 'mxfp4', not {text!r}")
+    first, arrow, second = text.partition(">")
+    return CodecPair(Codec.parse(first.strip()), Codec.parse(second.strip())) if arrow else Codec.parse(first.strip())
+
+
+def _rows_and_hidden(shape: Sequence[int]) -> tuple[int, int]:
+    if len(shape) == 0 or shape[-1] < 1:
+        raise ValueError(f"a codec needs a shape [..., hidden] with hidden >= 1, not {tuple(shape)}")
+    return math.prod(shape[:-1]), shape[-1]
