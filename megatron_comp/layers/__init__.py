@@ -1,0 +1,1 @@
+"""Megatron's places that sum partial results, with compressed collectives."""

@@ -1,0 +1,54 @@
+"""Compressed counterparts of two mappings in `megatron.core.tensor_parallel.mappings`, with the same backward."""
+
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+from ..wire.codec import Codec, CodecPair
+from ..wire.collectives import all_reduce, reduce_scatter
+
+Group = torch.distributed.ProcessGroup
+
+
+def _compressed_reduce(input_: torch.Tensor, codec: Codec | CodecPair, group: Group, algorithm: str) -> torch.Tensor:
+    """All-reduce of a compressed `[..., hidden]` partial sum across the model parallel group."""
+    return all_reduce(input_, codec, group, algorithm)
+
+
+class _CompressedReduceFromModelParallelRegion(torch.autograd.Function):
+    """Forward: y = sum over ranks of decode(encode(x)). Backward: identity, as if nothing had been rounded."""
+
+    @staticmethod
+    def forward(ctx, input_, codec, group, algorithm):
+        return _compressed_reduce(input_, codec, group, algorithm)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output, None, None, None
+
+
+class _CompressedReduceScatterToSequenceParallelRegion(torch.autograd.Function):
+    """Forward: this rank's slice, along dim 0, of that sum. Backward: all-gather along dim 0."""
+
+    @staticmethod
+    def forward(ctx, input_, codec, group):
+        ctx.group = group
+        return reduce_scatter(input_, codec, group)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad = gather_from_sequence_parallel_region(grad_output, tensor_parallel_output_grad=False, group=ctx.group)
+        return grad, None, None
+
+
+def compressed_reduce_from_tensor_model_parallel_region(
+    input_: torch.Tensor, codec: Codec | CodecPair, group: Group, algorithm: str = "auto"
+) -> torch.Tensor:
+    """`[..., hidden]` partial sums to their sum, equal on all ranks of `group`; the gradient passes unchanged."""
+    return _CompressedReduceFromModelParallelRegion.apply(input_, codec, group, algorithm)
+
+
+def compressed_reduce_scatter_to_sequence_parallel_region(
+    input_: torch.Tensor, codec: Codec, group: Group
+) -> torch.Tensor:
+    """`[sequence, ..., hidden]` partial sums to this rank's `[sequence / N, ..., hidden]` of their sum."""
+    return _CompressedReduceScatterToSequenceParallelRegion.apply(input_, codec, group)

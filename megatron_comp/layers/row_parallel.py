@@ -1,0 +1,67 @@
+"""Megatron's `RowParallelLinear` with a compressed reduction."""
+
+import torch
+from megatron.core.tensor_parallel import RowParallelLinear
+
+from ..policy import CompressionPolicy
+from .site import ReductionSite
+
+# Megatron names the place of a linear by the buffer that Transformer Engine would use for it.
+SITE_OF_BUFFER = {"proj": "attention", "fc2": "mlp"}
+
+
+class CompressedRowParallelLinear(RowParallelLinear):
+    """`y = x @ W.T`, W split along its input, the ranks' partial sums reduced as a policy says.
+
+    x `[sequence, batch, input / N]`; y `[sequence, batch, output]`, with sequence parallelism `[sequence / N, ...]`.
+    Weights, checkpoints and bias handling are the stock class's. In a hand-written layer spec, give `policy=` (as
+    `ModuleSpec(module=..., params={"policy": policy})`, or `functools.partial` where Megatron calls builders directly);
+    without one it does what the stock class does until `apply_compression` gives it one.
+
+    policy: must not have `layers` or `phases`, which a linear alone cannot tell: those are for `apply_compression`.
+    site: a policy's name of the place; taken from `tp_comm_buffer_name` where Megatron gives that.
+    """
+
+    def __init__(self, *args, policy: CompressionPolicy | None = None, site: str | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.reduction: ReductionSite | None = None
+        if policy is None:
+            return
+        site = site or SITE_OF_BUFFER.get(kwargs.get("tp_comm_buffer_name"))
+        if site is None:
+            raise ValueError("CompressedRowParallelLinear cannot tell its place here: give site='attention' or 'mlp'")
+        if unknown := [key for key in ("layers", "phases") if getattr(policy, key)]:
+            raise ValueError(
+                f"policy: {unknown[0]}: a linear in a spec knows no layer number and no phase; "
+                "use apply_compression on the model"
+            )
+        self.attach(ReductionSite(policy, None, site))
+
+    def attach(self, reduction: ReductionSite) -> None:
+        """Reduce through `reduction` from now on. Raises ValueError for a linear that cannot be compressed."""
+        check_reducible(self)
+        # Megatron's switch for "somebody else reduces": its forward then returns the partial sum.
+        self.explicit_expert_comm = True
+        self.reduction = reduction
+
+    def detach(self) -> None:
+        """Back to the stock reduction."""
+        self.explicit_expert_comm = False
+        self.reduction = None
+
+    def forward(self, input_: torch.Tensor):
+        output, bias = super().forward(input_)
+        if self.reduction is None:
+            return output, bias
+        reduce = self.reduction.reduce_scatter if self.sequence_parallel else self.reduction.reduce
+        return reduce(output, self.tp_group, self.training), bias
+
+
+def check_reducible(linear: RowParallelLinear) -> None:
+    """Raises ValueError for a linear whose partial sums cannot be reduced after its forward."""
+    if not linear.skip_bias_add:
+        raise ValueError(
+            f"{linear} adds its bias itself; compression needs skip_bias_add=True, as Megatron's layers have"
+        )
+    if linear.is_expert:
+        raise ValueError(f"{linear} belongs to an expert, whose partial sums the token dispatcher reduces")

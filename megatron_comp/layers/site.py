@@ -1,0 +1,159 @@
+"""One place that sums partial results: it asks the policy, reduces, and counts what it sent."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.tensor_parallel import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+
+from ..policy import CompressionPolicy, Decision
+from ..wire.codec import Codec
+from ..wire.cost import choose_algorithm, phases, received_bytes, received_bytes_scatter, ring_bytes
+from .mappings import (
+    compressed_reduce_from_tensor_model_parallel_region,
+    compressed_reduce_scatter_to_sequence_parallel_region,
+)
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What some reductions sent. Bytes and seconds are those of this rank."""
+
+    calls: int = 0
+    values: int = 0
+    message_bytes: int = 0
+    """Of the summed tensors, each counted once, as they travel."""
+    received_bytes: int = 0
+    """From the other ranks: counted for compressed reductions, that of a ring for stock ones."""
+    seconds: float = 0.0
+    """Zero unless timing was asked for."""
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(*(getattr(self, name) + getattr(other, name) for name in Traffic.__slots__))
+
+
+@dataclass(slots=True)
+class SiteStats:
+    """Reductions of one site of one layer: compressed ones, and those that the policy kept and why."""
+
+    layer: int | None
+    site: str
+    compressed: Traffic = field(default_factory=Traffic)
+    kept: Traffic = field(default_factory=Traffic)
+    kept_because: Counter = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
+class Phase:
+    """What the model is doing, shared by all its sites: `prefill` or `decode`."""
+
+    name: str = "prefill"
+
+
+@dataclass(slots=True)
+class ReductionSite:
+    """Reduces partial sums of one site of one layer as the policy says.
+
+    layer: number over the whole model, from 0; None where nobody has said it.
+    timing: fill in seconds, which makes every call wait for the device.
+    allow_training: let gradients through compressed reductions in training mode (backward as Megatron's).
+    """
+
+    policy: CompressionPolicy
+    layer: int | None
+    site: str
+    phase: Phase = field(default_factory=Phase)
+    timing: bool = False
+    allow_training: bool = False
+    stats: SiteStats = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stats = SiteStats(self.layer, self.site)
+
+    def reduce(self, partial: torch.Tensor, group: torch.distributed.ProcessGroup, training: bool) -> torch.Tensor:
+        """`[..., hidden]` partial sum to the sum over `group`, equal on all ranks."""
+        decision = self._decide(partial, group)
+        if decision.codec is None:
+            return self._timed(
+                self._keep(partial, group.size(), 2, decision),
+                lambda: reduce_from_tensor_model_parallel_region(partial, group=group),
+            )
+        self._refuse_training(partial, training)
+        ranks, shape = group.size(), partial.shape
+        algorithm = choose_algorithm(shape, decision.codec, ranks, decision.algorithm)
+        traffic = self.stats.compressed
+        traffic.message_bytes += sum(codec.message_bytes(shape) for codec in phases(decision.codec)) // 2
+        traffic.received_bytes += received_bytes(shape, decision.codec, ranks, algorithm, group.rank())
+        return self._timed(
+            _count(traffic, partial),
+            lambda: compressed_reduce_from_tensor_model_parallel_region(partial, decision.codec, group, algorithm),
+        )
+
+    def reduce_scatter(
+        self, partial: torch.Tensor, group: torch.distributed.ProcessGroup, training: bool
+    ) -> torch.Tensor:
+        """`[sequence, ..., hidden]` partial sum to this rank's slice, along dim 0, of the sum over `group`."""
+        decision = self._decide(partial, group)
+        if decision.codec is None:
+            return self._timed(
+                self._keep(partial, group.size(), 1, decision),
+                lambda: reduce_scatter_to_sequence_parallel_region(partial, group=group),
+            )
+        self._refuse_training(partial, training)
+        codec: Codec = decision.codec
+        traffic = self.stats.compressed
+        traffic.message_bytes += codec.message_bytes(partial.shape)
+        traffic.received_bytes += received_bytes_scatter(partial.shape, codec, group.size())
+        return self._timed(
+            _count(traffic, partial),
+            lambda: compressed_reduce_scatter_to_sequence_parallel_region(partial, codec, group),
+        )
+
+    def _decide(self, partial: torch.Tensor, group: torch.distributed.ProcessGroup) -> Decision:
+        return self.policy.decide(
+            layer=self.layer,
+            site=self.site,
+            phase=self.phase.name,
+            shape=partial.shape,
+            itemsize=partial.element_size(),
+            world_size=group.size(),
+        )
+
+    def _keep(self, partial: torch.Tensor, ranks: int, passes: int, decision: Decision) -> Traffic:
+        nbytes = partial.numel() * partial.element_size()
+        self.stats.kept_because[decision.reason] += 1
+        self.stats.kept.message_bytes += nbytes
+        self.stats.kept.received_bytes += ring_bytes(nbytes, ranks, passes)
+        return _count(self.stats.kept, partial)
+
+    def _refuse_training(self, partial: torch.Tensor, training: bool) -> None:
+        if training and partial.requires_grad and torch.is_grad_enabled() and not self.allow_training:
+            raise RuntimeError(
+                f"layer {self.layer} {self.site}: a compressed reduction in training mode; call model.eval(), or "
+                "apply_compression(..., allow_training=True) if gradients are to pass it as if nothing were rounded"
+            )
+
+    def _timed(self, traffic: Traffic, reduction) -> torch.Tensor:
+        if not self.timing:
+            return reduction()
+        _wait_for_device()
+        start = time.perf_counter()
+        result = reduction()
+        _wait_for_device()
+        traffic.seconds += time.perf_counter() - start
+        return result
+
+
+def _count(traffic: Traffic, partial: torch.Tensor) -> Traffic:
+    traffic.calls += 1
+    traffic.values += partial.numel()
+    return traffic
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,193 @@
+"""`CompressionPolicy`: which site of which layer sends in which codec, and when it does not."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import yaml
+
+from .wire.codec import Codec, CodecPair, parse_codec
+from .wire.cost import ALGORITHMS
+
+SITES = ("attention", "mlp", "experts", "shared_experts")
+PHASES = ("prefill", "decode")
+
+# What `min_bytes: auto` stands for where nothing was measured. At 25 Gbit/s a message of this size takes 84 us; a
+# 4-bit codec saves 60 us of them, about what the launches of encode and decode cost a GPU.
+DEFAULT_MIN_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one reduction does. `codec` None: the stock collective, and `reason` says why."""
+
+    codec: Codec | CodecPair | None
+    algorithm: str = "auto"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class CompressionPolicy:
+    """One answer for each (layer, site, phase, shape, world size).
+
+    Codecs are names as `Codec.parse` takes them, two names joined by `>` (a codec for each phase of `two_step`), or
+    `none`: the stock collective. The most specific word counts: a layer's site, a layer, a site, the default. A codec
+    under `phases` then takes its place in that phase, but never makes a site compress that `none` keeps.
+
+    Raises ValueError that names the key that is wrong and what it may be.
+    """
+
+    codec: str = "none"
+    """Default of every site."""
+    algorithm: str = "auto"
+    """`gather_sum`, `two_step`, or `auto`: whichever is predicted faster."""
+    min_bytes: int | str = "auto"
+    """Messages of fewer bytes, uncompressed, stay uncompressed; `auto`: 262144."""
+    phases: Mapping[str, str] = field(default_factory=dict)
+    """Codecs of `prefill` and `decode`."""
+    sites: Mapping[str, str] = field(default_factory=dict)
+    """Codecs of `attention`, `mlp`, `experts`, `shared_experts`."""
+    layers: Mapping[int | str, str | Mapping[str, str]] = field(default_factory=dict)
+    """Codecs of layers `3` or `0-2` (numbered from 0 over the whole model), or of their sites."""
+
+    def __post_init__(self) -> None:
+        self._check_codec("codec", self.codec)
+        _check_choice("algorithm", self.algorithm, ALGORITHMS)
+        if self.min_bytes != "auto" and (type(self.min_bytes) is not int or self.min_bytes < 0):
+            raise ValueError(f"policy: min_bytes: {self.min_bytes!r} is neither 'auto' nor a number of bytes >= 0")
+        self._check_codecs("phases", self.phases, PHASES)
+        self._check_codecs("sites", self.sites, SITES)
+        self._codecs_of_layers  # noqa: B018 - parsed now, so that mistakes are raised now
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "CompressionPolicy":
+        """From a YAML file. Raises ValueError for anything that is not a policy, OSError if it cannot be read."""
+        try:
+            content = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"policy file {path} is not YAML: {error}") from None
+        try:
+            return cls.from_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, content: Mapping) -> "CompressionPolicy":
+        keys = [each.name for each in fields(cls)]
+        if not isinstance(content, Mapping):
+            raise ValueError(f"policy: expected keys ({', '.join(keys)}), got {content!r}")
+        for key in content:
+            _check_choice("key", key, keys)
+        return cls(**content)
+
+    def decide(
+        self, *, layer: int, site: str, phase: str, shape: Sequence[int], itemsize: int, world_size: int
+    ) -> Decision:
+        """What a reduction of a `shape` tensor, `itemsize` bytes a value, over `world_size` ranks does."""
+        name = self.codec_name(layer, site, phase)
+        if name == "none":
+            return Decision(None, reason="policy")
+        if world_size == 1:
+            return Decision(None, reason="one rank")
+        if math.prod(shape) * itemsize < (DEFAULT_MIN_BYTES if self.min_bytes == "auto" else self.min_bytes):
+            return Decision(None, reason="min_bytes")
+        return Decision(_parsed(name), self.algorithm)
+
+    def codec_name(self, layer: int, site: str, phase: str) -> str:
+        """The codec's name for this place, before any look at the message's size."""
+        of_layer = self._codecs_of_layers.get(layer, {})
+        name = of_layer.get(site, of_layer.get("", self.sites.get(site, self.codec)))
+        return name if name == "none" else self.phases.get(phase, name)
+
+    def check_layers(self, count: int) -> None:
+        """Raises ValueError that names a key under `layers` that a model of `count` layers does not have."""
+        for key in self.layers:
+            if _layer_range(key)[-1] >= count:
+                raise ValueError(f"policy: layers: {key!r} is out of range; the model has layers 0 to {count - 1}")
+
+    def digest(self) -> str:
+        """A short text that is equal for equal policies."""
+        return hashlib.sha256(str(self).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        """One line of JSON with what differs from the defaults."""
+        default = CompressionPolicy()
+        said = {each.name: getattr(self, each.name) for each in fields(self)}
+        said = {key: value for key, value in said.items() if key == "codec" or value != getattr(default, key)}
+        return json.dumps(_with_text_keys(said), sort_keys=True)
+
+    @cached_property
+    def _codecs_of_layers(self) -> dict[int, dict[str, str]]:
+        """By layer number: codec names by site, the layer's own under the empty name."""
+        if not isinstance(self.layers, Mapping):
+            raise ValueError(f"policy: layers: expected layer numbers or ranges with codecs, got {self.layers!r}")
+        by_layer: dict[int, dict[str, str]] = {}
+        for key, value in self.layers.items():
+            if isinstance(value, Mapping):
+                self._check_codecs(f"layers: {key}", value, SITES)
+            else:
+                self._check_codec(f"layers: {key}", value)
+                value = {"": value}
+            for layer in _layer_range(key):
+                if layer in by_layer:
+                    raise ValueError(f"policy: layers: {key!r} names layer {layer}, which another key names too")
+                by_layer[layer] = dict(value)
+        return by_layer
+
+    def _check_codecs(self, where: str, codecs: Mapping[str, str], allowed: Sequence[str]) -> None:
+        if not isinstance(codecs, Mapping):
+            raise ValueError(f"policy: {where}: expected codecs by {', '.join(allowed)}, got {codecs!r}")
+        for key, name in codecs.items():
+            _check_choice(where, key, allowed)
+            self._check_codec(f"{where}: {key}", name)
+
+    def _check_codec(self, where: str, name: str) -> None:
+        if name == "none":
+            return
+        try:
+            codec = parse_codec(name)
+        except ValueError as error:
+            raise ValueError(f"policy: {where}: {error}, or 'none'") from None
+        if isinstance(codec, CodecPair) and self.algorithm == "gather_sum":
+            raise ValueError(f"policy: {where}: gather_sum has one phase and takes one codec, not {name!r}")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Where YAML lets a later key replace an equal one without a word, this raises."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{repeated[0]!r} is given more than once", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+@lru_cache
+def _parsed(name: str) -> Codec | CodecPair:
+    return parse_codec(name)
+
+
+def _with_text_keys(value: object) -> object:
+    """Mappings with text for keys, which JSON can sort: YAML gives `3` as a number and `0-2` as text."""
+    return {str(k): _with_text_keys(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _check_choice(where: str, given: object, allowed: Sequence[str]) -> None:
+    if given not in allowed:
+        raise ValueError(f"policy: {where}: {given!r} is unknown; allowed are {', '.join(allowed)}")
+
+
+def _layer_range(key: int | str) -> range:
+    first, dash, last = str(key).partition("-")
+    if isinstance(key, bool) or not first.isdecimal() or (dash and not last.isdecimal()):
+        raise ValueError(f"policy: layers: {key!r} is neither a layer number, as in 3, nor a range, as in 0-2")
+    layers = range(int(first), int(last if dash else first) + 1)
+    if not layers:
+        raise ValueError(f"policy: layers: {key!r} is an empty range")
+    return layers
