@@ -1,0 +1,1 @@
+"""Llama checkpoints on Megatron-Core: `model` builds, `generate` runs, `hf` reads weights, `cpu` helps without CUDA."""

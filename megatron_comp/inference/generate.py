@@ -1,0 +1,132 @@
+"""Greedy text and logits from a model of `model.build_model`. Every rank calls these together, with the same tokens."""
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Generation:
+    """What `generate` made."""
+
+    tokens: list[int]
+    """New tokens, the end-of-sequence token included if it came."""
+    ttft_seconds: float
+    """From the start to the first token: the prefill of the whole prompt."""
+    decode_seconds: float
+    """For all tokens after the first."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Rate of decoding; 0 if there was none."""
+        return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 else 0.0
+
+
+@torch.no_grad()
+def generate(
+    model: GPTModel,
+    prompt_ids,
+    max_new_tokens: int,
+    eos_ids: Collection[int] = (),
+    on_token: Callable[[int], None] | None = None,
+) -> Generation:
+    """Continues one prompt greedily, through Megatron's static inference context with its KV cache.
+
+    prompt_ids: tokens as a sequence or a tensor of one prompt. Stops after `max_new_tokens`, or after a token of
+    `eos_ids`. on_token is called with each new token.
+
+    Raises ValueError for an empty prompt, tokens outside the vocabulary, or more tokens than the model's context holds.
+    """
+    ids = torch.as_tensor(prompt_ids, dtype=torch.long, device=_device(model)).reshape(1, -1)
+    length = ids.shape[1]
+    if length < 1 or max_new_tokens < 1:
+        raise ValueError(f"need at least one prompt token and one new token, got {length} and {max_new_tokens}")
+    _check_ids(model, ids)
+    if length + max_new_tokens > model.max_sequence_length:
+        raise ValueError(
+            f"prompt of {length} tokens and {max_new_tokens} new ones exceed the model's context of "
+            f"{model.max_sequence_length} tokens"
+        )
+    # Room for the tokens that fill up a last chunk under sequence parallelism.
+    context = StaticInferenceContext(1, length + max_new_tokens + _multiple(model))
+    start = time.perf_counter()
+    token = _next_token(model, context, ids)
+    first = time.perf_counter()
+    context.enable_decode_mode()
+    tokens = [token]
+    if on_token:
+        on_token(token)
+    while len(tokens) < max_new_tokens and token not in eos_ids:
+        token = _next_token(model, context, ids.new_tensor([[token]]))
+        tokens.append(token)
+        if on_token:
+            on_token(token)
+    return Generation(tokens, first - start, time.perf_counter() - first)
+
+
+@torch.no_grad()
+def logits(model: GPTModel, ids: Tensor, gather: bool = False) -> Tensor:
+    """Logits after every token, from one forward without cache.
+
+    ids [b, s] -> [b, s, V_rank], this rank's part of the vocabulary, which begins at
+    `model.embedding.word_embeddings.vocab_start_index`; with `gather` [b, s, V] on every rank. Entries that only pad
+    the vocabulary to a multiple of the ranks are cut off, so the last rank's part may be narrower than the others'.
+
+    Raises ValueError for tokens outside the vocabulary or more of them than the model's context holds.
+    """
+    if ids.dim() != 2 or not ids.numel():
+        raise ValueError(f"ids must have the shape [batch, tokens] and not be empty, got {list(ids.shape)}")
+    ids = ids.to(_device(model))
+    _check_ids(model, ids)
+    length = ids.shape[1]
+    if length > model.max_sequence_length:
+        raise ValueError(f"{length} tokens exceed the model's context of {model.max_sequence_length} tokens")
+    # Tokens appended to the right change nothing before them: attention is causal.
+    ids = F.pad(ids, (0, -length % _multiple(model)))
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    out = model(ids, positions, None, runtime_gather_output=gather)[:, :length]
+    start = 0 if gather else model.embedding.word_embeddings.vocab_start_index
+    return out[..., : max(model.hf_config.vocab_size - start, 0)]
+
+
+def _next_token(model: GPTModel, context: StaticInferenceContext, ids: Tensor) -> int:
+    """Feeds ids [1, n] at the context's position and returns the most likely token after them."""
+    n, multiple = ids.shape[1], _multiple(model)
+    whole = n - n % multiple
+    if whole:
+        last = _feed(model, context, ids[:, :whole])[0, -1]
+        context.increment_sequence_len_offset(whole)
+    if whole < n:
+        # Sequence parallelism gives each rank the same number of tokens. The rest is filled up with tokens that are
+        # not counted: nothing before them sees them, and the next tokens overwrite them in the cache.
+        rest = n - whole
+        context.materialize_only_last_token_logits = False
+        last = _feed(model, context, F.pad(ids[:, whole:], (0, multiple - rest)))[0, rest - 1]
+        context.increment_sequence_len_offset(rest)
+    return int(last[: model.hf_config.vocab_size].argmax())
+
+
+def _feed(model: GPTModel, context: StaticInferenceContext, ids: Tensor) -> Tensor:
+    positions = torch.arange(ids.shape[1], device=ids.device)[None] + context.sequence_len_offset
+    return model(ids, positions, None, inference_context=context, runtime_gather_output=True)
+
+
+def _multiple(model: GPTModel) -> int:
+    """The number that a forward's tokens must be a multiple of."""
+    return model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
+
+
+def _device(model: GPTModel) -> torch.device:
+    return model.embedding.word_embeddings.weight.device
+
+
+def _check_ids(model: GPTModel, ids: Tensor) -> None:
+    low, high, vocabulary = int(ids.min()), int(ids.max()), model.hf_config.vocab_size
+    if low < 0 or high >= vocabulary:  # a parallel embedding would take them for zeros
+        raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {vocabulary}")

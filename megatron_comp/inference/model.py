@@ -1,0 +1,172 @@
+"""Builds a Llama checkpoint as a tensor-parallel Megatron-Core GPTModel, and starts the ranks it runs on."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from . import cpu, hf
+from .attention import CausalAttention
+
+RNG_SEED = 1  # Megatron wants its generators seeded, though inference draws no numbers
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with the constructor Megatron calls. Megatron's wrapper of it refuses sequence parallelism."""
+
+    def __init__(self, config, hidden_size, eps=1e-5, **kwargs):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+
+
+def init_parallel(tensor_parallel: int, timeout_seconds: float = 600) -> None:
+    """Joins this process to its tensor-parallel group: torch.distributed (`env://`), Megatron's groups, the device.
+
+    Uses a process group that stands already; does nothing if Megatron's groups of that size stand too.
+    A single rank needs no launcher. A dead peer or link ends a collective in an error after `timeout_seconds`.
+
+    Raises ValueError if the world is not of `tensor_parallel` ranks or has more ranks on a machine than it has GPUs.
+    """
+    cpu.prepare()
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    if world_size != tensor_parallel:
+        raise ValueError(
+            f"tensor_parallel is {tensor_parallel}, but {world_size} rank(s) were started: "
+            f"start them with torchrun --nproc-per-node {tensor_parallel}"
+        )
+    if torch.cuda.is_available():
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise ValueError(f"rank {local_rank} of this machine has no GPU: it has {gpus}")
+        torch.cuda.set_device(local_rank)
+    timeout = timedelta(seconds=timeout_seconds)
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, init_method="env://", timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_parallel, distributed_timeout_minutes=timeout_seconds / 60)
+        # The tracker for inference is the one that does not ask for a CUDA generator.
+        model_parallel_cuda_manual_seed(RNG_SEED, inference_rng_tracker=True, force_reset_rng=True)
+
+
+def destroy_parallel() -> None:
+    """Undoes `init_parallel`, the process group included. Does nothing if nothing stands."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def build_model(
+    model_dir,
+    *,
+    dtype: torch.dtype = torch.float32,
+    sequence_parallel: bool = False,
+    max_sequence_length: int | None = None,
+) -> GPTModel:
+    """The checkpoint in `model_dir` as this rank's part of a GPTModel: weights loaded, in eval mode, without gradients.
+
+    Call `init_parallel` first. dtype: of weights and activations. max_sequence_length: the most tokens of prompt and
+    answer together, by default what the checkpoint was made for. `model.hf_config` is the checkpoint's own config.
+
+    Raises ValueError if the checkpoint is not one that can be built, or not at this tensor-parallel size;
+    FileNotFoundError or ValueError if its weights are incomplete or damaged.
+    """
+    cpu.prepare()
+    config = hf.read_config(model_dir)
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    check_tensor_parallel(config, tp)
+    longest = config.max_position_embeddings
+    if not 1 <= (max_sequence_length or longest) <= longest:
+        raise ValueError(f"max_sequence_length is {max_sequence_length}, this model allows 1 to {longest}")
+    model = GPTModel(
+        config=_transformer_config(config, tp, dtype, sequence_parallel),
+        transformer_layer_spec=_block_spec(config),
+        vocab_size=hf.padded_vocab_size(config, tp),
+        max_sequence_length=max_sequence_length or longest,
+        share_embeddings_and_output_weights=config.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=config.rope_parameters["rope_theta"],
+    )
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    model.to(device).eval().requires_grad_(False)
+    if config.rope_parameters["rope_type"] != "default":
+        # transformers' own frequencies, so that each of its scaling rules holds with any parameters; Megatron's
+        # rope_scaling knows one rule and fixes all its parameters but one.
+        inv_freq, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, device)
+        model.rotary_pos_emb.inv_freq = inv_freq
+    hf.load_weights(model, model_dir, config)
+    model.hf_config = config
+    return model
+
+
+def check_tensor_parallel(config, tensor_parallel: int) -> None:
+    """Raises ValueError, naming the sizes that work, if a model of this config cannot be split into so many ranks."""
+    problem = _split_problem(config, tensor_parallel)
+    if problem:
+        allowed = [n for n in range(1, config.num_attention_heads + 1) if not _split_problem(config, n)]
+        raise ValueError(f"tensor_parallel {tensor_parallel} {problem}; this model allows {allowed}")
+
+
+def _split_problem(config, tp: int) -> str | None:
+    heads, groups, ffn = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+    if tp < 1:
+        return "is less than 1"
+    if heads % tp:
+        return f"does not divide {heads} attention heads"
+    if groups % tp and tp % groups:
+        return f"is neither a multiple nor a divisor of {groups} key-value heads"
+    if ffn % tp:
+        return f"does not divide intermediate_size {ffn}"
+    qkv_rows = (heads + 2 * groups) * hf.head_dim(config)
+    if qkv_rows % tp:
+        return f"does not divide the {qkv_rows} rows of the fused query, key and value projection"
+    return None
+
+
+def _transformer_config(config, tp: int, dtype: torch.dtype, sequence_parallel: bool) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        kv_channels=hf.head_dim(config),
+        normalization="RMSNorm",
+        layernorm_epsilon=config.rms_norm_eps,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        sequence_parallel=sequence_parallel and tp > 1,  # with one rank there is nothing to split
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        perform_initialization=False,  # every parameter is read from the checkpoint
+        # Fusions that need CUDA, and gain nothing without biases and dropout.
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        **cpu.config_options(),
+    )
+
+
+def _block_spec(config) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = CausalAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_hidden_layers, layer_norm=RMSNorm)
