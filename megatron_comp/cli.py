@@ -1,0 +1,80 @@
+"""The command `megatron-comp`."""
+
+import argparse
+import os
+import sys
+
+from .tools import evaluate, generate, ranks
+from .version import __version__
+
+SUBCOMMANDS = {
+    "generate": (generate, "text, time to first token, decode rate and bytes of one prompt"),
+    "evaluate": (evaluate, "perplexity, KL divergence and bytes on a text, one row a codec"),
+}
+
+EPILOG = """\
+A codec is a preset (mxfp4, mxfp6, mxfp8, nvfp4, ...) or element:block:scale[:option...], for instance
+int4:32:fp16:hadamard; two of them joined by '>' serve the two phases of two_step; none is the stock collective.
+Without WORLD_SIZE in the environment the ranks are started on this machine; under torchrun or srun they are joined.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one subcommand; 0, or non-zero after one clear line on standard error."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    module, _ = SUBCOMMANDS[args.subcommand]
+    try:
+        if ranks.joined():
+            _quiet_libraries()
+            module.run(args)
+            return 0
+        module.check(args)
+        return ranks.start(args.tp, [sys.executable, "-m", "megatron_comp.cli", *argv])
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if os.environ.get("MEGATRON_COMP_TRACEBACK"):
+            raise
+        ranks.report(_one_line(error))
+        return 2 if isinstance(error, (ValueError, OSError)) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-comp",
+        description="Tensor-parallel LLM inference on Megatron-Core with compressed communication.",
+        epilog=EPILOG + "MEGATRON_COMP_TRACEBACK=1 shows the traceback of an error.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron_comp {__version__}")
+    subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
+    for name, (module, help_) in SUBCOMMANDS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=help_,
+            description=f"{module.__doc__.partition(': ')[2]}",
+            epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(subparser)
+    return parser
+
+
+def _quiet_libraries() -> None:
+    """Megatron and transformers warn of optional packages that inference here does not use."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    for library in ("megatron", "transformers", "torchao"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

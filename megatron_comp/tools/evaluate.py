@@ -1,0 +1,133 @@
+"""`megatron-comp evaluate`: what compression does to a model's predictions on a text, codec by codec."""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+from . import output, session
+
+COLUMNS = {
+    "codec": ("codec", ""),
+    "algorithm": ("algorithm", ""),
+    "bits_per_value": ("bits/value", ".3f"),
+    "perplexity": ("perplexity", ".3f"),
+    "perplexity_increase_pct": ("+%", ".2f"),
+    "kl": ("KL, nats", ".4f"),
+    "top1_agreement": ("top-1", ".4f"),
+    "bytes_per_rank": ("bytes/rank", ",d"),
+    "seconds": ("s", ".1f"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    session.add_arguments(parser)
+    parser.add_argument("--text", required=True, metavar="FILE", help="prose that the model has not been tuned on")
+    parser.add_argument("--tokens", type=int, default=6144, metavar="K", help="how much of it (default 6144)")
+    parser.add_argument("--context", type=int, default=512, metavar="L", help="in windows of so many (default 512)")
+    parser.add_argument(
+        "--codec", action="append", default=[], metavar="C", help="a codec or preset; give it again for more rows"
+    )
+
+
+def check(args: argparse.Namespace) -> list[session.Setting]:
+    session.check_files(args)
+    if not 2 <= args.context <= args.tokens:
+        raise ValueError(f"--context {args.context}: allowed are 2 to --tokens {args.tokens}")
+    if not Path(args.text).is_file():
+        raise ValueError(f"--text {args.text}: no such file")
+    others = [setting for setting in session.settings(args, args.codec) if setting.name != "none"]
+    return [session.NONE, *others]
+
+
+def run(args: argparse.Namespace) -> None:
+    settings = check(args)
+    with session.opened(args) as (model, tokenizer):
+        windows = _windows(args, tokenizer)
+        rows = evaluate(model, windows, settings)
+    if output.is_first_rank():
+        scored = f"{len(windows)} windows of {args.context} tokens, TP={args.tp}"
+        output.show(f"evaluate: {Path(args.text).name}, {scored}", COLUMNS, rows)
+        output.write_json(args.json, vars(args), rows)
+
+
+def evaluate(model, windows, settings: list[session.Setting]) -> list[dict]:
+    """A row for each setting, the first of which is the baseline. windows `[windows, context]`.
+
+    Window by window all settings run in turn, so that no logits need be kept and a slow minute hits all alike.
+    """
+    from tqdm import tqdm
+
+    runs = [_Run(setting) for setting in settings]
+    steps = [(window, run) for window in windows for run in runs]
+    baseline = None
+    for window, run in tqdm(steps, desc="evaluate", unit="forward", disable=not output.is_first_rank()):
+        said = run.forward(model, window)
+        baseline = said if run is runs[0] else baseline
+        run.score(model, said, baseline, window)
+    return [run.row(runs[0]) for run in runs]
+
+
+class _Run:
+    """One setting on its way through the text."""
+
+    def __init__(self, setting: session.Setting) -> None:
+        from ..layers.apply import ModelStats
+        from .metrics import Quality
+
+        self.setting = setting
+        self.quality = Quality()
+        self.traffic = ModelStats([])
+        self.seconds = 0.0
+
+    def forward(self, model, window):
+        from ..inference.generate import logits
+        from ..layers.apply import apply_compression, stats
+        from .metrics import Prediction
+
+        apply_compression(model, self.setting.policy)
+        start = time.perf_counter()
+        out = logits(model, window[None])[0, :-1]
+        self.seconds += time.perf_counter() - start
+        self.traffic.sites += stats(model).sites
+        return Prediction.of(out, _vocab_start(model), _group(model))
+
+    def score(self, model, said, baseline, window) -> None:
+        self.quality.add(said, baseline, window[1:].to(said.best.device), _vocab_start(model), _group(model))
+
+    def row(self, base: "_Run") -> dict:
+        perplexity, base_perplexity = (math.exp(run.quality.nll / run.quality.tokens) for run in (self, base))
+        stock = self.setting.policy == session.NONE.policy
+        return {
+            "codec": self.setting.name,
+            "algorithm": "all_reduce" if stock else self.setting.policy.algorithm,
+            "bits_per_value": self.traffic.bits_per_value,
+            "perplexity": perplexity,
+            "perplexity_increase_pct": 100 * (perplexity / base_perplexity - 1),
+            "kl": self.quality.kl / self.quality.tokens,
+            "top1_agreement": self.quality.agreements / self.quality.tokens,
+            "bytes_per_rank": self.traffic.compressed.received_bytes + self.traffic.kept.received_bytes,
+            "seconds": self.seconds,
+        }
+
+
+def _windows(args: argparse.Namespace, tokenizer):
+    """int64 `[windows, context]` from the start of the text."""
+    import torch
+
+    # The start of the file holds what is needed: no token is longer than a few dozen characters, few as long as 8.
+    text, count = Path(args.text).read_text(), args.tokens // args.context * args.context
+    ids = tokenizer.encode(text[: 8 * count])
+    if len(ids) < count:
+        ids = tokenizer.encode(text)
+    if len(ids) < count:
+        raise ValueError(f"--text {args.text} has {len(ids)} tokens, {count} are needed")
+    return torch.tensor(ids[:count]).view(-1, args.context)
+
+
+def _vocab_start(model) -> int:
+    return model.embedding.word_embeddings.vocab_start_index
+
+
+def _group(model):
+    return model.embedding.word_embeddings.tp_group

@@ -1,0 +1,86 @@
+"""`megatron-comp generate`: greedy text, and what it took."""
+
+import argparse
+
+from . import output, session
+
+COLUMNS = {
+    "codec": ("codec", ""),
+    "tp": ("tensor-parallel ranks", "d"),
+    "prompt_tokens": ("prompt tokens", "d"),
+    "new_tokens": ("new tokens", "d"),
+    "ttft_ms": ("time to first token, ms", ".1f"),
+    "decode_tokens_per_s": ("decode, tokens/s", ".1f"),
+    "prefill_bytes_per_rank": ("bytes received a rank, prefill", ",d"),
+    "decode_bytes_per_rank": ("bytes received a rank, decode", ",d"),
+    "compressed_calls": ("compressed reductions", "d"),
+    "kept_calls": ("uncompressed reductions", "d"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    session.add_arguments(parser)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
+    parser.add_argument("--codec", metavar="C", help="a codec or preset for every reduction; none (the default): stock")
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="K", help="at most so many (default 32)")
+
+
+def check(args: argparse.Namespace) -> list[session.Setting]:
+    if args.codec and args.policy:
+        raise ValueError("give --codec or --policy, not both")
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: at least one is needed")
+    session.check_files(args)
+    return session.settings(args, [args.codec] if args.codec else []) or [session.NONE]
+
+
+def run(args: argparse.Namespace) -> None:
+    (setting,) = check(args)
+    with session.opened(args) as (model, tokenizer):
+        row = generate_row(model, tokenizer, setting, args.prompt, args.max_new_tokens)
+    if output.is_first_rank():
+        print(row["text"], end="\n\n")
+        output.show_one("generate", COLUMNS, row)
+        output.write_json(args.json, vars(args), [row])
+
+
+def generate_row(model, tokenizer, setting: session.Setting, prompt: str, max_new_tokens: int) -> dict:
+    """Generates once to warm up, for one token, and once to measure."""
+    from tqdm import tqdm
+
+    from ..inference.generate import generate
+    from ..layers.apply import apply_compression, stats
+
+    ids = tokenizer.encode(prompt)
+    eos = {tokenizer.eos_token_id}
+    apply_compression(model, setting.policy)
+    generate(model, ids, 1, eos)
+    apply_compression(model, setting.policy)  # counters start again
+
+    received = []
+    with tqdm(total=max_new_tokens, desc=f"generate {setting.name}", disable=not output.is_first_rank()) as bar:
+
+        def on_token(_token: int) -> None:
+            received.append(_received(stats(model)))
+            bar.update()
+
+        made = generate(model, ids, max_new_tokens, eos, on_token)
+    after = stats(model)
+    return {
+        "codec": setting.name,
+        "tp": model.config.tensor_model_parallel_size,
+        "prompt_tokens": len(ids),
+        "new_tokens": len(made.tokens),
+        "ttft_ms": made.ttft_seconds * 1e3,
+        "decode_tokens_per_s": made.tokens_per_second,
+        "prefill_bytes_per_rank": received[0],
+        "decode_bytes_per_rank": _received(after) - received[0],
+        "compressed_calls": after.compressed.calls,
+        "kept_calls": after.kept.calls,
+        "kept_because": dict(after.kept_because),
+        "text": prompt + tokenizer.decode(made.tokens, skip_special_tokens=True),
+    }
+
+
+def _received(counters) -> int:
+    return counters.compressed.received_bytes + counters.kept.received_bytes

@@ -1,0 +1,61 @@
+"""Tables for people, JSON for programs."""
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..version import __version__
+
+
+def is_first_rank() -> bool:
+    """The rank that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def show(title: str, columns: dict[str, tuple[str, str]], rows: list[dict]) -> None:
+    """Prints a table, a line a row; `columns` maps a row's keys to headings and format specs such as `.3f`."""
+    table = Table(title=title, title_justify="left")
+    for heading, spec in columns.values():
+        table.add_column(heading, justify="right" if spec else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(format(row[key], spec) for key, (_, spec) in columns.items()))
+    _print(table)
+
+
+def show_one(title: str, columns: dict[str, tuple[str, str]], row: dict) -> None:
+    """Prints one row as a table of headings and values."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    for key, (heading, spec) in columns.items():
+        table.add_row(heading, format(row[key], spec))
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    console = Console()
+    # Where the output is no terminal there is no width to keep to, and a table is never cut.
+    (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def write_json(path: str | None, config: dict, rows: list[dict]) -> None:
+    """One object with `config`, `versions` and `rows`, if a path is given."""
+    if path is None:
+        return
+    content = {"config": config, "versions": versions(), "rows": rows}
+    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    found = {"megatron_comp": __version__, "python": platform.python_version()}
+    for name in ("torch", "megatron-core", "transformers", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

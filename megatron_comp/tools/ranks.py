@@ -1,0 +1,104 @@
+"""Starts a command's ranks on this machine, so that nobody needs torchrun to try it; and ends them, however it ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from datetime import timedelta
+from pathlib import Path
+
+# How long the other ranks have, once one has failed, to notice and to say what they saw.
+GRACE_SECONDS = 15.0
+
+_ERRORS = "MEGATRON_COMP_ERRORS"
+
+
+def joined() -> bool:
+    """Whether somebody (torchrun, srun, `start`) started this process as a rank."""
+    return "WORLD_SIZE" in os.environ
+
+
+def start(ranks: int, command: list[str]) -> int:
+    """Runs `command` once a rank, with the environment that torchrun would give; 0, or the first failing rank's status.
+
+    Rank 0's output is the command's. What ranks reported with `report` is printed once for all that said the same.
+    """
+    from torch.distributed import TCPStore  # here, because --help does not need torch
+
+    # This process holds the store, on a port that the kernel chose: no other process can take it in between.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
+    with tempfile.TemporaryDirectory(prefix="megatron-comp-") as errors:
+        processes: list[subprocess.Popen] = []
+        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        try:
+            for rank in range(ranks):
+                processes.append(subprocess.Popen(command, env=_environment(rank, ranks, store.port, errors)))
+            status = _wait(processes)
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.wait()
+            signal.signal(signal.SIGTERM, previous)
+        if status:
+            _print_errors(processes, Path(errors))
+        return status
+
+
+def report(message: str) -> None:
+    """Says why this rank fails: to `start`, or where torchrun or srun started it, on its own standard error."""
+    rank = os.environ.get("RANK", "0")
+    if folder := os.environ.get(_ERRORS):
+        Path(folder, rank).write_text(message)
+    else:
+        print(f"megatron-comp: error{f' on rank {rank}' if joined() else ''}: {message}", file=sys.stderr, flush=True)
+
+
+def _environment(rank: int, ranks: int, port: int, errors: str) -> dict[str, str]:
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # env:// joins the store that stands instead of opening one
+        _ERRORS: errors,
+    }
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    if "lo" in dict(socket.if_nameindex()).values():
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that does not resolve is no reason to fail
+    return environment
+
+
+def _wait(processes: list[subprocess.Popen]) -> int:
+    """Waits for all; after a failure only as long as the grace lasts. The first failing status, or 0."""
+    status, deadline = 0, None
+    while any(process.poll() is None for process in processes):
+        if deadline is None and (failed := [p.returncode for p in processes if p.poll()]):
+            status, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    status = status or next((process.returncode for process in processes if process.returncode), 0)
+    return 1 if status < 0 else status
+
+
+def _print_errors(processes: list[subprocess.Popen], folder: Path) -> None:
+    ranks_saying = defaultdict(list)
+    for rank, process in enumerate(processes):
+        file = folder / str(rank)
+        if file.exists():
+            ranks_saying[file.read_text()].append(rank)
+        elif process.returncode == -signal.SIGKILL:
+            ranks_saying["was killed, or did not end after another rank had failed"].append(rank)
+        elif process.returncode:
+            ranks_saying[f"ended with status {process.returncode} and said nothing"].append(rank)
+    for message, ranks in ranks_saying.items():
+        where = "" if len(ranks) == len(processes) else f" on rank {', '.join(map(str, ranks))}"
+        print(f"megatron-comp: error{where}: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,100 @@
+"""What every subcommand that runs a model shares: its arguments, its policies, and the model on its ranks."""
+
+import argparse
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..policy import CompressionPolicy
+from ..wire.cost import ALGORITHMS
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A policy under the name that tables give it."""
+
+    name: str
+    policy: CompressionPolicy
+
+
+NONE = Setting("none", CompressionPolicy())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a Hugging Face Llama checkpoint")
+    parser.add_argument("--tp", type=int, required=True, metavar="N", help="tensor-parallel ranks")
+    parser.add_argument("--policy", metavar="FILE", help="YAML policy: codecs by site, layer and phase, min_bytes")
+    parser.add_argument(
+        "--algorithm",
+        choices=ALGORITHMS,
+        default="auto",
+        help="of the codecs given by --codec: gather_sum quantizes once and sends (N-1) messages to each rank, two_step "
+        "quantizes twice and sends 2(N-1)/N of one; auto (the default) takes what is predicted faster",
+    )
+    parser.add_argument(
+        "--min-bytes",
+        type=int,
+        default=0,
+        metavar="BYTES",
+        help="of the codecs given by --codec: smaller messages stay uncompressed (default 0: all are compressed; "
+        "a policy file has its own)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=300,
+        metavar="SECONDS",
+        help="after which a rank that hears nothing from another fails (default 300)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write config, versions and rows there as one JSON object")
+
+
+def settings(args: argparse.Namespace, codecs: list[str]) -> list[Setting]:
+    """One for each codec, then the policy file's. Raises ValueError or OSError for what is not a codec or policy."""
+    made = []
+    for name in codecs:
+        try:
+            policy = CompressionPolicy(codec=name, algorithm=args.algorithm, min_bytes=args.min_bytes)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("policy: codec: ")) from None
+        made.append(Setting(name, policy))
+    if args.policy:
+        made.append(Setting(args.policy, CompressionPolicy.from_file(args.policy)))
+    return made
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Fails before any rank starts on what can be seen from here."""
+    if args.tp < 1:
+        raise ValueError(f"--tp {args.tp}: at least one rank is needed")
+    if not Path(args.model).is_dir():
+        raise ValueError(f"--model {args.model}: no such folder")
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        raise ValueError(f"--json {args.json}: its folder does not exist")
+
+
+@contextmanager
+def opened(args: argparse.Namespace):
+    """(model, tokenizer) on this rank, inside its tensor-parallel group."""
+    import torch
+
+    from ..inference.model import build_model, destroy_parallel, init_parallel
+
+    init_parallel(args.tp, args.timeout)
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    yield build_model(args.model, dtype=getattr(torch, dtype)), _tokenizer(args.model)
+    destroy_parallel()
+
+
+def _tokenizer(model_dir: str):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {model_dir}: no tokenizer that transformers can load: {error}") from None

@@ -1,0 +1,46 @@
+"""Runs the command as a user would: another process, its exit status, its output."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "megatron_comp.cli"]
+
+# What a launcher would set; a test that wants it sets it.
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
+
+
+def command_environment(**more):
+    return {**{key: value for key, value in os.environ.items() if key not in LAUNCHER}, **more}
+
+
+@pytest.fixture
+def command():
+    """command(*args, launcher=(...)) -> CompletedProcess of `megatron-comp args`."""
+
+    def run(*args, launcher=None, timeout=240):
+        argv = [*(launcher or COMMAND), *map(str, args)]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=timeout, env=command_environment())
+
+    return run
+
+
+@pytest.fixture
+def start_command():
+    """Like `command`, without waiting; returns the Popen. Whatever still runs at the end of the test is killed."""
+    started = []
+
+    def start(*args, **environment):
+        argv = [*COMMAND, *map(str, args)]
+        environment = command_environment(**environment)
+        started.append(
+            subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,171 @@
+"""Whatever is wrong: one clear line that names it and what is allowed, a non-zero status, and no hang."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from checkpoints import tiny_llama
+
+from megatron_comp import cli
+
+GENERATE = ("--prompt", "Hello")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A checkpoint of two shards for TP 1, 2 and 4."""
+    return Path(tiny_llama(tmp_path_factory.mktemp("tiny"), max_shard_size="60KB"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--codec", "mxfp5"], r"codec 'mxfp5' is neither a preset \(mxfp4, .*\) nor .*element:block:scale"),
+        (["--codec", "int4:33:fp16"], r"unknown block size '33'; known are 8, 16, 32, 64, 128, 256"),
+        (["--codec", "mxfp4", "--policy", "p.yaml"], r"--codec or --policy, not both"),
+        (["--policy", "nowhere.yaml"], r"nowhere.yaml"),
+        (["--tp", "0"], r"--tp 0: at least one rank"),
+        (["--model", "nowhere"], r"--model nowhere: no such folder"),
+        (["--max-new-tokens", "0"], r"--max-new-tokens 0"),
+        (["--min-bytes", "-1", "--codec", "mxfp4"], r"min_bytes: -1"),
+        (["--json", "nowhere/out.json"], r"--json nowhere/out.json: its folder does not exist"),
+    ],
+)
+def test_seen_before_any_rank_starts(capsys, monkeypatch, tiny, arguments, message):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(cli.ranks, "start", lambda *_: pytest.fail("ranks were started"))
+    status = cli.main(["generate", "--model", str(tiny), "--tp", "2", *GENERATE, *arguments])
+    assert status == 2
+    assert_one_line(capsys.readouterr().err, message)
+
+
+def test_policy_typo_names_file_and_key(capsys, monkeypatch, tiny, tmp_path):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("codec: mxfp4\nminbytes: 5\n")
+    assert cli.main(["generate", "--model", str(tiny), "--tp", "2", *GENERATE, "--policy", str(policy)]) == 2
+    assert_one_line(
+        capsys.readouterr().err, r"policy.yaml: .*'minbytes' is unknown; allowed are codec, "
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--text", "nowhere.txt"], r"--text nowhere.txt: no such file"),
+        (["--context", "1"], r"--context 1: allowed are 2 to"),
+        (["--tokens", "100", "--context", "512"], r"--context 512: allowed are 2 to --tokens 100"),
+    ],
+)
+def test_evaluate_before_any_rank_starts(capsys, monkeypatch, tiny, sotu_text, arguments, message):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    status = cli.main(["evaluate", "--model", str(tiny), "--tp", "2", "--text", str(sotu_text), *arguments])
+    assert status == 2
+    assert_one_line(capsys.readouterr().err, message)
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def truncate(folder):
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def remove(folder):
+    sorted(folder.glob("*.safetensors"))[0].unlink()
+
+
+@pytest.mark.parametrize(
+    "damage, tp, message",
+    [
+        (remove, 2, r"model-00001-of-\d+.safetensors"),
+        (truncate, 2, r"safetensors"),
+        (lambda f: edit_config(f, model_type="gpt2", architectures=["GPT2LMHeadModel"]), 2, r"GPT2.*LlamaForCausalLM"),
+        (lambda f: (f / "config.json").unlink(), 2, r"config.json is missing"),
+        (lambda f: None, 3, r"tensor_parallel 3 does not divide .* this model allows \[1, 2, 4"),
+        (lambda f: None, 2, r"no tokenizer"),
+    ],
+    ids=["missing shard", "truncated shard", "not a Llama", "no config", "TP does not divide", "no tokenizer"],
+)
+def test_seen_by_the_ranks(command, tiny, tmp_path, damage, tp, message):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    damage(folder)
+    done = command("generate", "--model", folder, "--tp", tp, *GENERATE)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, message)
+
+
+def test_prompt_longer_than_the_context(command, smollm2):
+    done = command("generate", "--model", smollm2, "--tp", 1, "--prompt", "Hello " * 9000)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, r"prompt of \d+ tokens and 1 new ones exceed the model's context of 8192")
+
+
+def test_ranks_with_different_policies(start_command, smollm2, unused_port):
+    """Each rank started by hand, as a wrong job script would: both say what both have."""
+    ranks = [
+        start_command(
+            *("generate", "--model", smollm2, "--tp", 3, *GENERATE, "--codec", codec),
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="3",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(unused_port),
+            GLOO_SOCKET_IFNAME="lo",
+        )
+        for rank, codec in enumerate(["mxfp4", "mxfp4", "mxfp8"])
+    ]
+    for rank, process in enumerate(ranks):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2
+        expected = rf"error on rank {rank}: .*differs .*rank 0: version .*mxfp4.*rank 2: version .*mxfp8"
+        assert_one_line(errors, expected)
+
+
+def test_killed_rank(start_command, smollm2):
+    """One rank dies in the middle of a forward: the others say so, the command fails, and nobody is left behind."""
+    process = start_command("generate", "--model", smollm2, "--tp", 3, *GENERATE, "--max-new-tokens", 5000)
+    deadline = time.monotonic() + 120
+    seen = ""
+    while not re.search(r"[1-9]\d*/5000", seen):
+        assert time.monotonic() < deadline and process.poll() is None, seen
+        seen += process.stderr.read(64)
+    children = children_of(process.pid)
+    assert len(children) == 3
+    killed = time.monotonic()
+    os.kill(children[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 40
+    assert process.returncode == 1
+    assert "error on rank 1: was killed" in errors
+    assert re.search(r"error on rank (0, 2|0|2): \w*Error", errors), errors
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+
+
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.fixture
+def unused_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def assert_one_line(errors, message):
+    lines = [line for line in errors.splitlines() if line.startswith("megatron-comp: error")]
+    assert len(lines) == 1, errors
+    assert re.search(message, lines[0]), lines[0]
+    assert "Traceback" not in errors
