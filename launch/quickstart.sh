@@ -16,10 +16,12 @@ set -euo pipefail
 
 CODEC=${CODEC:-mxfp4}
 TP=${TP:-3}
-PROMPT=${PROMPT:-"The capital of France is"}
+PROMPT=${PROMPT:-"Tensor parallelism splits every layer of a model over several devices, and after each attention and \
+each MLP the devices add up their partial sums. Where the link between the devices is slow, most of the time goes \
+into that sum. In short, the way to make it faster is"}
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-32}
-TOKENS=${TOKENS:-768}
-CONTEXT=${CONTEXT:-256}
+TOKENS=${TOKENS:-2048}
+CONTEXT=${CONTEXT:-512}
 CODECS=(int8:32:fp16 mxfp8 nvfp4 mxfp4 int4:32:fp16 int4:32:fp16:hadamard) # evaluate adds the row "none" itself
 RESULTS=$MEGATRON_COMP_CACHE/quickstart
 
@@ -43,6 +45,6 @@ generate "$CODEC" generate-compressed.json
 
 echo "[5/5] quality by codec, on $TOKENS tokens of prose"
 run megatron-comp evaluate --model "$MODEL" --tp "$TP" --text "$TEXT" --tokens "$TOKENS" --context "$CONTEXT" \
-    "${CODECS[@]/#/--codec=}" --json "$RESULTS/evaluate.json"
+    --algorithm gather_sum "${CODECS[@]/#/--codec=}" --json "$RESULTS/evaluate.json"
 
 echo "The same figures as JSON: $RESULTS"

@@ -9,8 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Tensors in tests are small: threads that wait for each other cost more than they bring, the more so beside xdist.
+torch.set_num_threads(1)
 
 
 def cached(name, make):

@@ -136,12 +136,12 @@ def _rank_main(pipe, environment, target, payload, timeout, init):
         answer = pickle.dumps((True, fn(rank, world_size, *pickle.loads(payload))))
     except BaseException:
         answer = pickle.dumps((False, traceback.format_exc()))
-    pipe.send_bytes(answer)
-    pipe.close()
-    # Straight out: an orderly shutdown would wait for ranks that may be gone.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    pipe.send_bytes(answer)
+    pipe.close()
+    # Until all have answered and are killed: a rank that left now would cut off one that is still at it.
+    threading.Event().wait()
 
 
 def _load(name, file):

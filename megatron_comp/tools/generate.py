@@ -52,7 +52,8 @@ def generate_row(model, tokenizer, setting: session.Setting, prompt: str, max_ne
     from ..layers.apply import apply_compression, stats
 
     ids = tokenizer.encode(prompt)
-    eos = {tokenizer.eos_token_id}
+    ends = model.hf_config.eos_token_id  # none, one, or several
+    eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     apply_compression(model, setting.policy)
     generate(model, ids, 1, eos)
     apply_compression(model, setting.policy)  # counters start again

@@ -28,9 +28,11 @@ def all_reduce(
     """The sum over the group of every rank's `x` `[..., hidden]`, equal to the bit on all ranks; a new tensor.
 
     With one rank, or no elements, `x` itself. Shape, dtype, codec and algorithm must be the same on all ranks.
-    Raises ValueError for an unknown codec or algorithm, or two codecs with `gather_sum`, which has one phase.
+    Raises ValueError for a scalar, an unknown codec or algorithm, or two codecs with `gather_sum`, which has one phase.
     """
     codec = parse_codec(codec) if isinstance(codec, str) else codec
+    if x.dim() == 0:
+        raise ValueError("all_reduce needs [..., hidden], not a scalar")
     ranks = dist.get_world_size(group)
     algorithm = choose_algorithm(x.shape, codec, ranks, algorithm)
     if ranks == 1 or x.numel() == 0:

@@ -23,7 +23,7 @@ _INTEGER_OF_BYTES = {2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True)
 class Section:
-    """One bit plane of one field: a row has `columns` codes of `width` bits, bit `shift` and up of the field's codes."""
+    """One bit plane of a field: a row has `columns` codes of `width` bits, bits `shift` and up of the field's codes."""
 
     shift: int
     width: int

@@ -160,7 +160,7 @@ def _take_spikes(x_RNB: torch.Tensor, live: torch.Tensor, bad_RN: torch.Tensor) 
     lowest = x_RNB.masked_fill(~live, torch.inf).argmin(dim=-1)
     highest = x_RNB.masked_fill(~live, -torch.inf).argmax(dim=-1)
     places = torch.stack((lowest, highest), dim=-1).masked_fill(bad_RN[..., None], 0)
-    values = x_RNB.gather(-1, places).masked_fill(bad_RN[..., None], torch.nan).to(torch.bfloat16)
+    values = x_RNB.gather(-1, places).to(torch.bfloat16)
     bits = values.view(torch.int16).masked_fill(bad_RN[..., None], 0x7FC0)
     live = live.expand(x_RNB.shape).scatter(-1, places, False)
     return bits.flatten(1), places.flatten(1).to(torch.uint8), live

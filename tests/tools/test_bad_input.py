@@ -49,9 +49,7 @@ def test_policy_typo_names_file_and_key(capsys, monkeypatch, tiny, tmp_path):
     policy = tmp_path / "policy.yaml"
     policy.write_text("codec: mxfp4\nminbytes: 5\n")
     assert cli.main(["generate", "--model", str(tiny), "--tp", "2", *GENERATE, "--policy", str(policy)]) == 2
-    assert_one_line(
-        capsys.readouterr().err, r"policy.yaml: .*'minbytes' is unknown; allowed are codec, "
-    )
+    assert_one_line(capsys.readouterr().err, r"policy.yaml: .*'minbytes' is unknown; allowed are codec, ")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_rows(command, smollm2, sotu_text, tmp_path, expected_perplexity):
     assert none["perplexity"] == pytest.approx(expected_perplexity, rel=1e-5)
     assert (none["kl"], none["top1_agreement"], none["perplexity_increase_pct"]) == (0, 1, 0)
     assert 0 < int8["kl"] < 0.01 < mxfp4["kl"] < 1
-    assert mxfp4["top1_agreement"] < int8["top1_agreement"] < 1
+    assert mxfp4["top1_agreement"] < int8["top1_agreement"] <= 1
 
     values = 60 * WINDOWS * CONTEXT * 576
     assert [row["bits_per_value"] for row in rows] == [32, 8.5, 4.25]

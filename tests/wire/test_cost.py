@@ -1,0 +1,135 @@
+"""What is predicted to move, and which algorithm `auto` takes from it."""
+
+import math
+
+import oracles
+import pytest
+
+from megatron_comp.wire.codec import parse_codec
+from megatron_comp.wire.cost import (
+    ALGORITHMS,
+    choose_algorithm,
+    received_bytes,
+    received_bytes_scatter,
+    ring_bytes,
+    slice_rows,
+)
+
+RANKS = [2, 3, 4, 5, 6, 8]
+SHAPES = [(1, 576), (7, 33), (5, 1), (2, 3, 576), (512, 8192), (33,), (4, 1024, 4096)]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", oracles.PRESETS)
+def test_received_bytes(name, shape, ranks):
+    """To the byte, from an independent count of messages."""
+    codec, (text, _) = parse_codec(name), oracles.PRESETS[name]
+    rows, hidden = math.prod(shape[:-1]), shape[-1]
+    for rank in range(ranks):
+        gathered = (ranks - 1) * oracles.message_bytes(text, shape)
+        assert received_bytes(shape, codec, ranks, "gather_sum", rank) == gathered
+        own = rows // ranks + (rank < rows % ranks)
+        slot = -(-rows // ranks)
+        stepped = sum(oracles.message_bytes(text, (count, hidden)) for count in (own, slot)) * (ranks - 1)
+        assert received_bytes(shape, codec, ranks, "two_step", rank) == stepped
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("name", oracles.PRESETS)
+def test_formulas_of_the_contract(name, ranks):
+    """(N-1) * message, and 2 (N-1)/N * message where rows divide by N and sections need no padding."""
+    codec, shape = parse_codec(name), (1920, 256)
+    message = codec.message_bytes(shape)
+    for rank in range(ranks):
+        assert received_bytes(shape, codec, ranks, "gather_sum", rank) == (ranks - 1) * message
+        assert received_bytes(shape, codec, ranks, "two_step", rank) == 2 * (ranks - 1) * message / ranks
+    assert received_bytes_scatter(shape, codec, ranks) == (ranks - 1) * message / ranks
+
+
+def test_pairs_count_each_phase_with_its_own_codec():
+    pair, shape = parse_codec("int4:32:fp16>int8:32:fp16"), (1920, 256)
+    first, second = (part.message_bytes(shape) for part in (pair.first, pair.second))
+    assert received_bytes(shape, pair, 4, "two_step", 0) == 3 * (first + second) / 4
+
+
+@pytest.mark.parametrize("shape", [(0, 576), (2, 0, 33)], ids=str)
+def test_nothing_moves_for_nothing(shape):
+    assert received_bytes(shape, parse_codec("mxfp4"), 4, "gather_sum", 0) == 0
+    assert received_bytes(shape, parse_codec("mxfp4"), 4, "two_step", 0) == 0
+    assert received_bytes_scatter(shape, parse_codec("mxfp4"), 2) == 0
+    assert received_bytes((5, 33), parse_codec("mxfp4"), 1, "gather_sum", 0) == 0
+
+
+@pytest.mark.parametrize("ranks", [1, *RANKS])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 12, 1000])
+def test_slices(rows, ranks):
+    """As even as can be, longer ones first."""
+    slices = slice_rows((rows, 5), ranks)
+    assert len(slices) == ranks and sum(slices) == rows
+    assert slices == sorted(slices, reverse=True) and slices[0] - slices[-1] <= 1
+
+
+@pytest.mark.parametrize("ranks, passes, expected", [(2, 2, 1000), (4, 2, 1500), (5, 1, 800), (1, 2, 0)])
+def test_ring(ranks, passes, expected):
+    assert ring_bytes(1000, ranks, passes) == expected
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (100_000, 16384)], ids=str)
+@pytest.mark.parametrize("name", oracles.PRESETS)
+def test_auto_with_two_ranks_always_gathers(name, shape):
+    assert choose_algorithm(shape, parse_codec(name), 2) == "gather_sum"
+
+
+@pytest.mark.parametrize("ranks", [4, 5, 6, 8, 16])
+@pytest.mark.parametrize("name", oracles.PRESETS)
+def test_auto_goes_from_gather_sum_to_two_step_once(name, ranks):
+    """Small messages save the second start, large ones the bytes; in between there is one turning point."""
+    chosen = [choose_algorithm((2**power, 4096), parse_codec(name), ranks) for power in range(16)]
+    assert (chosen[0], chosen[-1]) == ("gather_sum", "two_step")
+    assert chosen == sorted(chosen)
+
+
+@pytest.mark.parametrize("ranks", [3, 4, 8])
+@pytest.mark.parametrize("name", oracles.PRESETS)
+def test_auto_weighs_the_bytes_saved_against_a_second_start(name, ranks):
+    """An unmeasured link: 50 us to start a phase, 25 Gbit/s, so two steps must save 156,250 bytes."""
+    codec = parse_codec(name)
+    for factor in (1, 2, 4, 8, 16, 32, 64):
+        shape = (48 * ranks * factor, 256)
+        saved = (ranks - 1) * (1 - 2 / ranks) * codec.message_bytes(shape)
+        assert choose_algorithm(shape, codec, ranks) == ("two_step" if saved > 156_250 else "gather_sum")
+
+
+def test_auto_looks_at_shape_codec_and_ranks_only(monkeypatch):
+    """The same everywhere and every time: no clock, no rank, no environment."""
+    import torch.distributed as dist
+
+    def forbidden(*_, **__):
+        raise AssertionError("a choice must not depend on this")
+
+    for name in ("get_rank", "get_world_size", "is_initialized"):
+        monkeypatch.setattr(dist, name, forbidden)
+    for shape in SHAPES:
+        for ranks in RANKS:
+            choices = {choose_algorithm(torch_size, parse_codec("mxfp4"), ranks) for torch_size in (shape, list(shape))}
+            assert len(choices) == 1
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS[1:])
+def test_an_algorithm_that_is_named_is_taken(algorithm):
+    for shape in SHAPES:
+        assert choose_algorithm(shape, parse_codec("mxfp4"), 4, algorithm) == algorithm
+
+
+def test_pairs_take_two_steps():
+    pair = parse_codec("mxfp4>mxfp8")
+    assert choose_algorithm((1, 8), pair, 2) == choose_algorithm((1, 8), pair, 2, "two_step") == "two_step"
+    with pytest.raises(ValueError, match="gather_sum has one phase and takes one codec, not fp4_e2m1:32:e8m0>"):
+        choose_algorithm((1, 8), pair, 2, "gather_sum")
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "", "GATHER_SUM", None])
+def test_unknown_algorithms(algorithm):
+    with pytest.raises(ValueError, match=f"unknown algorithm {algorithm!r}; known are auto, gather_sum, two_step"):
+        choose_algorithm((1, 8), parse_codec("mxfp4"), 2, algorithm)
