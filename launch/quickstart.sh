@@ -20,7 +20,7 @@ PROMPT=${PROMPT:-"Tensor parallelism splits every layer of a model over several 
 each MLP the devices add up their partial sums. Where the link between the devices is slow, most of the time goes \
 into that sum. In short, the way to make it faster is"}
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-32}
-TOKENS=${TOKENS:-2048}
+TOKENS=${TOKENS:-1536}
 CONTEXT=${CONTEXT:-512}
 CODECS=(int8:32:fp16 mxfp8 nvfp4 mxfp4 int4:32:fp16 int4:32:fp16:hadamard) # evaluate adds the row "none" itself
 RESULTS=$MEGATRON_COMP_CACHE/quickstart

@@ -62,6 +62,8 @@ def apply_compression(
     Raises ValueError, before anything is changed, where the policy asks for what this model does not have or cannot do,
     and on every rank if policies or package versions differ between ranks.
     """
+    if not isinstance(policy, CompressionPolicy):
+        raise TypeError(f"apply_compression takes a CompressionPolicy, such as CompressionPolicy(codec={policy!r})")
     places = list(_row_parallel_linears(model))
     _compare_ranks(places, policy, _problem(model, places, policy))
     remove_compression(model)
@@ -151,11 +153,10 @@ def _check_policy(policy: CompressionPolicy, model: torch.nn.Module, places: lis
     policy.check_layers(places[0][0].config.num_layers)
     with_experts = [m.layer_number - 1 for m in model.modules() if isinstance(m, BaseMoELayer)]
     sites = {site for _, _, site in places} | set(EXPERT_SITES if with_experts else ())
-    asked = [("sites", site) for site in policy.sites]
-    asked += [(f"layers: {key}", site) for key, of in policy.layers.items() if isinstance(of, Mapping) for site in of]
-    for where, site in asked:
-        if site not in sites:
-            raise ValueError(f"policy: {where}: the model has no {site}")
+    said = {f"layers: {key}": of for key, of in policy.layers.items() if isinstance(of, Mapping)}
+    for where, codecs in {"sites": policy.sites, **said}.items():
+        if absent := [site for site, name in codecs.items() if name != "none" and site not in sites]:
+            raise ValueError(f"policy: {where}: the model has no {absent[0]}")
     for layer in with_experts:
         if any(_codecs(policy, layer, site) for site in EXPERT_SITES):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""`apply_compression` on real GPTModels over gloo: what it reaches, what it counts, what it leaves as it was."""
+"""`apply_compression` on real GPTModels over gloo: what it reaches, what it sums, what it leaves as it was."""
 
 import os
 import signal
@@ -7,51 +7,23 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import RowParallelLinear
-from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.transformer_config import TransformerConfig
+from models import HIDDEN, IDS, LAYERS, all_logits, inside_view, message_of, policy
 from ranks import run_ranks
 
 import megatron_comp as mc
-from megatron_comp.inference.attention import CausalAttention
-from megatron_comp.inference.generate import generate, logits
 from megatron_comp.inference.model import build_model, init_parallel
-from megatron_comp.layers import apply
 from megatron_comp.wire.codec import Codec
 
-RANKS, LAYERS, HIDDEN = 3, 4, 96
-IDS = torch.arange(2, 24).view(2, 11)  # 22 rows: no multiple of the ranks
+RANKS = 3
 PLACES = [(layer, site) for layer in range(LAYERS) for site in ("attention", "mlp")]
-KEPT_EXPERTS = {"experts": "none", "shared_experts": "none"}
 
 POLICIES = {
     "gather_sum": {"codec": "mxfp4", "algorithm": "gather_sum"},
     "two_step": {"codec": "int4:32:fp16:hadamard", "algorithm": "two_step"},
     "pair": {"codec": "mxfp4>mxfp8"},
 }
-
-
-def policy(**words):
-    return mc.CompressionPolicy(**{"codec": "mxfp4", "min_bytes": 0} | words)
-
-
-def message_of(call, *args, **kwargs):
-    try:
-        call(*args, **kwargs)
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
-def all_logits(model):
-    return logits(model, IDS, gather=True)
 
 
 def outside_view(model):
@@ -67,16 +39,6 @@ def outside_view(model):
         },
         "extra": {name: m.get_extra_state() for name, m in model.named_modules() if isinstance(m, RowParallelLinear)},
         "weights": {name: parameter.data_ptr() for name, parameter in model.named_parameters()},
-    }
-
-
-def inside_view(model):
-    """What removing compression restores."""
-    return {
-        "classes": [type(module) for module in model.modules()],
-        "attributes": [sorted(module.__dict__) for module in model.modules()],
-        "communication": [m.explicit_expert_comm for m in model.modules() if isinstance(m, RowParallelLinear)],
-        "hooks": [len(module._forward_pre_hooks) for module in model.modules()],
     }
 
 
@@ -287,334 +249,6 @@ def test_one_rank_encodes_nothing(llama):
     assert stats.kept.received_bytes == 0
 
 
-class Wrapper(torch.nn.Module):
-    """Hands everything on, as the wrappers around a model do; `rename` as Megatron called the context before."""
-
-    def __init__(self, module, rename=False):
-        super().__init__()
-        self.module, self.rename = module, rename
-
-    def forward(self, *args, inference_context=None, **kwargs):
-        if self.rename:
-            return self.module(*args, inference_params=inference_context, **kwargs)
-        return self.module(*args, inference_context=inference_context, **kwargs)
-
-
-PROMPT, NEW = list(range(1, 14)), 5
-
-
-def prefill_and_decode(model, positional=False):
-    """Two forwards of a model that may be wrapped: of a prompt, and of one token."""
-    context = StaticInferenceContext(1, 32)
-    with torch.no_grad():
-        for ids in (torch.tensor([PROMPT]), torch.tensor([[7]])):
-            positions = torch.arange(ids.shape[1])[None] + context.sequence_len_offset
-            if positional:
-                model(ids, positions, None, None, None, context, runtime_gather_output=True)
-            else:
-                model(ids, positions, None, inference_context=context, runtime_gather_output=True)
-            context.increment_sequence_len_offset(ids.shape[1])
-            context.enable_decode_mode()
-
-
-def phases(rank, world_size, folder):
-    init_parallel(world_size)
-    model, made = build_model(folder), {}
-    for name, words in {
-        "all": {},
-        "prefill": {"phases": {"decode": "none"}},
-        "decode": {"phases": {"prefill": "none"}},
-        "own_codecs": {"phases": {"prefill": "mxfp8", "decode": "int8:32:fp16"}},
-        "min_bytes": {"min_bytes": len(PROMPT) * HIDDEN * 4},
-        "min_bytes_more": {"min_bytes": len(PROMPT) * HIDDEN * 4 + 1},
-        "auto": {"min_bytes": "auto"},
-    }.items():
-        mc.apply_compression(model, policy(algorithm="gather_sum", **words), timing=name == "prefill")
-        generate(model, PROMPT, NEW)
-        made[name] = mc.stats(model)
-    decode_stays_stock = policy(phases={"decode": "none"})
-    # A forward without a context, after a decode: a prefill again.
-    mc.apply_compression(model, decode_stays_stock)
-    generate(model, PROMPT, 2)
-    all_logits(model)
-    made["then_whole"] = mc.stats(model)
-    for name, wrapped, positional in (
-        ("wrapper", Wrapper(model), False),
-        ("old_name", Wrapper(Wrapper(model, rename=True)), False),
-        ("positional", model, True),
-    ):
-        mc.apply_compression(wrapped, decode_stays_stock)
-        prefill_and_decode(wrapped, positional)
-        made[name] = mc.stats(wrapped)
-        mc.remove_compression(wrapped)
-    half = build_model(folder, dtype=torch.bfloat16)
-    wrapped = Float16Module(half.config, half)
-    mc.apply_compression(wrapped, decode_stays_stock)
-    prefill_and_decode(wrapped)
-    made["float16"] = mc.stats(half)
-    # Applied inside and out: removing outside leaves nothing inside.
-    mc.apply_compression(half, policy())
-    mc.remove_compression(wrapped)
-    made["left"] = [len(module._forward_pre_hooks) for module in wrapped.modules() if module._forward_pre_hooks]
-    return made
-
-
-@pytest.fixture(scope="module")
-def phased(llama):
-    return run_ranks(phases, 2, llama)
-
-
-ONE = 2 * LAYERS  # calls of a forward
-PREFILL, DECODE = ONE, ONE * (NEW - 1)
-
-
-@pytest.mark.parametrize(
-    "name, compressed, kept",
-    [
-        ("all", PREFILL + DECODE, {}),
-        ("prefill", PREFILL, {"policy": DECODE}),
-        ("decode", DECODE, {"policy": PREFILL}),
-        ("own_codecs", PREFILL + DECODE, {}),
-        ("min_bytes", PREFILL, {"min_bytes": DECODE}),
-        ("min_bytes_more", 0, {"min_bytes": PREFILL + DECODE}),
-        ("auto", 0, {"min_bytes": PREFILL + DECODE}),
-        ("then_whole", 2 * ONE, {"policy": ONE}),
-        ("wrapper", ONE, {"policy": ONE}),
-        ("old_name", ONE, {"policy": ONE}),
-        ("positional", ONE, {"policy": ONE}),
-        ("float16", ONE, {"policy": ONE}),
-    ],
-)
-def test_phases_and_small_messages(phased, name, compressed, kept):
-    for made in phased:
-        assert made[name].compressed.calls == compressed
-        assert made[name].kept_because == kept
-        assert made[name].kept.calls == sum(kept.values())
-
-
-def test_phases_count_the_values_of_their_own_tokens(phased):
-    for made in phased:
-        assert made["prefill"].compressed.values == ONE * len(PROMPT) * HIDDEN
-        assert made["prefill"].kept.values == DECODE * HIDDEN
-        assert made["decode"].compressed.values == DECODE * HIDDEN
-        assert made["decode"].kept.values == ONE * len(PROMPT) * HIDDEN
-        whole, single = mc.Codec.parse("mxfp8"), mc.Codec.parse("int8:32:fp16")
-        assert made["own_codecs"].compressed.message_bytes == (
-            PREFILL * whole.message_bytes((len(PROMPT), HIDDEN)) + DECODE * single.message_bytes((1, HIDDEN))
-        )
-
-
-def test_seconds_only_when_asked_for(phased):
-    for made in phased:
-        assert made["prefill"].compressed.seconds > 0 and made["prefill"].kept.seconds > 0
-        assert made["all"].compressed.seconds == 0 and made["decode"].kept.seconds == 0
-
-
-def test_removing_outside_leaves_no_hook_inside(phased):
-    assert all(made["left"] == [] for made in phased)
-
-
-class TERowParallelLinear(torch.nn.Module):
-    """Stands for Transformer Engine's, which needs a GPU."""
-
-
-class OwnRowParallelLinear(RowParallelLinear):
-    """Somebody else's subclass, whose forward nobody here knows."""
-
-
-class Elsewhere(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.head = model.decoder.layers[0].mlp.linear_fc2
-        del model.decoder.layers[0].mlp.linear_fc2
-
-
-def refused(rank, world_size, folder):
-    """name -> what was said, on a model that is as it was afterwards."""
-    init_parallel(world_size)
-    model, made = build_model(folder), {}
-
-    def attempt(name, words, model=model):
-        before = inside_view(model)
-        made[name] = message_of(mc.apply_compression, model, policy(**words))
-        assert inside_view(model) == before, name
-
-    attempt("layers", {"layers": {"2-4": "none"}})
-    for site in KEPT_EXPERTS:
-        attempt(f"sites {site}", {"sites": {site: "none"}})
-        attempt(f"layers {site}", {"layers": {1: {site: "mxfp8"}}})
-    attempt("policies", {"codec": "mxfp4" if rank < 2 else "mxfp6", "layers": {3: "none", "0-1": "mxfp8"}})
-    attempt("one policy is wrong", {"layers": {4: "none"}} if rank == 1 else {})
-    with patch.object(apply, "__version__", "9.9.9" if rank == 0 else apply.__version__):
-        attempt("versions", {})
-    attempt("no layers", {}, torch.nn.Linear(3, 3))
-    attempt("layers", {"layers": {"2-4": "none"}})
-
-    mc.apply_compression(model, policy())
-    attempt("compressed", {"layers": {4: "none"}})
-    all_logits(model)
-    made["stays compressed"] = mc.stats(model).compressed.calls
-    mc.remove_compression(model)
-
-    last = model.decoder.layers[-1].mlp
-    last.linear_fc2.skip_bias_add = False
-    attempt("bias", {})
-    last.linear_fc2.skip_bias_add = True
-    last.linear_fc2.__class__ = OwnRowParallelLinear
-    attempt("own class", {})
-    last.linear_fc2.__class__ = RowParallelLinear
-    attempt("elsewhere", {}, Elsewhere(build_model(folder)))
-    last.linear_fc2 = TERowParallelLinear()
-    attempt("transformer engine", {})
-    return made
-
-
-@pytest.fixture(scope="module")
-def refusals(llama):
-    return run_ranks(refused, RANKS, llama)
-
-
-@pytest.mark.parametrize(
-    "name, told",
-    [
-        ("layers", ["layers: '2-4' is out of range", "layers 0 to 3"]),
-        ("compressed", ["layers: 4 is out of range"]),
-        ("sites experts", ["sites: the model has no experts"]),
-        ("sites shared_experts", ["sites: the model has no shared_experts"]),
-        ("layers experts", ["layers: 1: the model has no experts"]),
-        ("layers shared_experts", ["layers: 1: the model has no shared_experts"]),
-        ("policies", ["rank 0: ", '"codec": "mxfp4"', "rank 2: ", '"codec": "mxfp6"']),
-        ("one policy is wrong", ["layers: 4 is out of range"]),
-        ("versions", ["rank 0: version 9.9.9", f"rank 1: version {mc.__version__}"]),
-        ("no layers", ["Linear has no row-parallel linear", "nothing to compress"]),
-        ("bias", ["RowParallelLinear(in_features", "skip_bias_add=True"]),
-        ("own class", ["OwnRowParallelLinear", "cannot compress"]),
-        ("elsewhere", ["head is a row-parallel linear outside"]),
-        ("transformer engine", ["Transformer Engine", "local spec"]),
-    ],
-)
-def test_every_rank_says_what_cannot_be_done_and_nothing_changes(refusals, name, told):
-    for made in refusals:
-        for part in told:
-            assert part in made[name]
-
-
-def test_the_rank_with_the_problem_is_named_to_the_others(refusals):
-    said = [made["one policy is wrong"] for made in refusals]
-    assert said[0] == said[2] == f"rank 1: {said[1]}"
-
-
-def test_a_refused_policy_leaves_the_old_one(refusals):
-    assert all(made["stays compressed"] == 2 * LAYERS for made in refusals)
-
-
-def experts_model(layers, shared):
-    """A random mixture of experts without Transformer Engine; layers: 1 where a layer has experts."""
-    moe_utils.te_general_gemm = None  # Megatron-Core 0.16 names it without importing it
-    config = TransformerConfig(
-        num_layers=len(layers),
-        hidden_size=64,
-        ffn_hidden_size=64,
-        num_attention_heads=4,
-        num_moe_experts=4,
-        moe_layer_freq=layers,
-        moe_router_topk=2,
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="allgather",
-        moe_shared_expert_intermediate_size=32 if shared else None,
-        normalization="RMSNorm",
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        use_cpu_initialization=True,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-    )
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
-    for layer in spec.layer_specs:
-        layer.submodules.self_attention.submodules.core_attention = CausalAttention
-    torch.manual_seed(0)
-    return GPTModel(config, spec, vocab_size=32, max_sequence_length=32, position_embedding_type="rope").eval()
-
-
-@torch.no_grad()
-def experts(rank, world_size, shared):
-    init_parallel(world_size)
-    model = experts_model([1, 1], shared)
-    ids = torch.arange(14).view(2, 7)
-    positions = torch.arange(7).expand(2, 7)
-    stock = model(ids, positions, None)
-    made = {
-        name: message_of(mc.apply_compression, model, policy(**words))
-        for name, words in {
-            "codec": {},
-            "experts_only": {"sites": {"experts": "none"}},
-            "shared_only": {"sites": {"shared_experts": "none"}},
-            "decode_only": {"phases": {"prefill": "none"}},
-            "a_layer": {"sites": KEPT_EXPERTS, "layers": {1: "mxfp8"}},
-            "experts_of_a_layer": {"sites": KEPT_EXPERTS, "layers": {0: {"experts": "mxfp8"}}},
-            "no_mlp": {"sites": KEPT_EXPERTS | {"mlp": "mxfp8"}},
-            "none": {"codec": "none"},
-        }.items()
-    }
-    none = model(ids, positions, None)
-    mc.apply_compression(model, policy(sites=KEPT_EXPERTS, layers={1: {"attention": "mxfp8"}}))
-    compressed = model(ids, positions, None)
-    stats = mc.stats(model)
-    mc.remove_compression(model)
-    mixed = experts_model([0, 1], shared)
-    for name, words in {
-        "mixed, dense layer": {"sites": KEPT_EXPERTS | {"mlp": "mxfp6"}, "layers": {0: "mxfp8"}},
-        "mixed, expert layer": {"sites": KEPT_EXPERTS, "layers": {1: "mxfp8"}},
-    }.items():
-        made[name] = message_of(mc.apply_compression, mixed, policy(**words))
-    mixed(ids, positions, None)
-    return made, (stock, none, compressed, model(ids, positions, None)), stats, mc.stats(mixed)
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["experts", "shared"])
-def with_experts(request):
-    return run_ranks(experts, 2, request.param)
-
-
-@pytest.mark.parametrize(
-    "name, layer",
-    [
-        ("codec", 0),
-        ("experts_only", 0),
-        ("shared_only", 0),
-        ("decode_only", 0),
-        ("a_layer", 1),
-        ("experts_of_a_layer", 0),
-        ("mixed, expert layer", 1),
-    ],
-)
-def test_experts_are_refused_unless_the_policy_keeps_them(with_experts, name, layer):
-    for made, *_ in with_experts:
-        assert f"does not compress experts, as layer {layer} has" in made[name]
-        assert "sites: {experts: none, shared_experts: none}" in made[name]
-
-
-def test_what_a_model_with_experts_can_do(with_experts):
-    for made, (stock, none, compressed, removed), stats, mixed in with_experts:
-        assert made["no_mlp"] == "policy: sites: the model has no mlp"
-        assert made["none"] == made["mixed, dense layer"] == "no error"
-        assert torch.equal(none, stock) and torch.equal(removed, stock)
-        assert not torch.equal(compressed, stock)
-        assert [(site.layer, site.site, site.compressed.calls) for site in stats.sites] == [
-            (0, "attention", 1),
-            (1, "attention", 1),
-        ]
-        assert [(site.layer, site.site, site.compressed.calls) for site in mixed.sites] == [
-            (0, "attention", 1),
-            (0, "mlp", 1),
-            (1, "attention", 1),
-        ]
-
-
 def training(rank, world_size, folder):
     """What a forward with gradients in training mode says, without and with leave to do so."""
     init_parallel(world_size)
@@ -667,8 +301,3 @@ def test_a_killed_rank_is_an_error_on_the_others_in_time(llama, name):
     for rank in (0, 2):
         assert seconds[rank] is not None, "a number without one rank's share"
         assert seconds[rank] < timeout + 3
-
-
-def test_a_process_without_ranks():
-    assert not dist.is_initialized()
-    assert "nothing to compress" in message_of(mc.apply_compression, torch.nn.Linear(2, 2), policy())

@@ -10,10 +10,11 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from models import all_logits, message_of, policy
 from ranks import run_ranks
 
 import megatron_comp as mc
-from megatron_comp.inference.generate import generate, logits
+from megatron_comp.inference.generate import generate
 from megatron_comp.inference.model import build_model, init_parallel
 from megatron_comp.layers.site import ReductionSite
 
@@ -61,26 +62,22 @@ def partial_sum(x):
     return stock(x)[0]
 
 
-def policy(codec, algorithm="auto", **words):
-    return mc.CompressionPolicy(codec=codec, algorithm=algorithm, min_bytes=0, **words)
-
-
 @torch.no_grad()
 def forwards(rank, world_size):
     init_parallel(world_size)
     x = its_input(rank)
     made = {"partial": partial_sum(x), "stock": linear(RowParallelLinear)(x)}
     for name, (codec, algorithm) in ALGORITHMS.items():
-        compressed = linear(policy=policy(codec, algorithm), site="mlp").eval()
+        compressed = linear(policy=policy(codec=codec, algorithm=algorithm), site="mlp").eval()
         made[name] = *compressed(x), mc.all_reduce(made["partial"], codec, algorithm=algorithm), compressed.bias
     made["without_policy"] = linear()(x)
-    made["none"] = linear(policy=policy("none"), site="mlp")(x)
+    made["none"] = linear(policy=policy(codec="none"), site="mlp")(x)
     keys = [list(linear(cls).state_dict()) for cls in (RowParallelLinear, mc.CompressedRowParallelLinear)]
 
-    detached = linear(policy=policy("mxfp4"), site="mlp")
+    detached = linear(policy=policy(), site="mlp")
     detached.detach()
     made["detached"] = detached(x)
-    made["scattered"] = linear(policy=policy("mxfp4"), site="mlp", input_is_parallel=False).eval()(x.repeat(1, 1, 3))[0]
+    made["scattered"] = linear(policy=policy(), site="mlp", input_is_parallel=False).eval()(x.repeat(1, 1, 3))[0]
     made["from_whole"] = mc.all_reduce(partial_sum(x.repeat(1, 1, 3).chunk(3, -1)[rank]), "mxfp4")
     return made, keys
 
@@ -127,8 +124,8 @@ def in_sequence_parallel(rank, world_size):
     init_parallel(world_size)
     x = its_input(rank, rows=2 * world_size)
     whole = mc.all_reduce(partial_sum(x), "mxfp4", algorithm="gather_sum")
-    compressed = linear(policy=policy("mxfp4"), site="mlp", sequence_parallel=True).eval()
-    none = linear(policy=policy("none"), site="mlp", sequence_parallel=True).eval()
+    compressed = linear(policy=policy(), site="mlp", sequence_parallel=True).eval()
+    none = linear(policy=policy(codec="none"), site="mlp", sequence_parallel=True).eval()
     stock = linear(RowParallelLinear, sequence_parallel=True)
     return compressed(x)[0], whole.chunk(world_size)[rank], none(x)[0], stock(x)[0], compressed.reduction.stats
 
@@ -152,8 +149,8 @@ def gradients(rank, world_size):
         return output.detach(), module.weight.grad, x.grad
 
     compressed = linear()
-    compressed.attach(ReductionSite(policy("mxfp8"), 0, "mlp", allow_training=True))
-    refusing = linear(policy=policy("mxfp8"), site="mlp").train()
+    compressed.attach(ReductionSite(policy(codec="mxfp8"), 0, "mlp", allow_training=True))
+    refusing = linear(policy=policy(codec="mxfp8"), site="mlp").train()
     try:
         step(refusing)
         refusal = ""
@@ -171,24 +168,16 @@ def test_gradients_are_those_of_the_stock_class():
         assert "mlp: a compressed reduction in training mode" in refusal
 
 
-def message_of(call, *args, **kwargs):
-    try:
-        call(*args, **kwargs)
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
 def refusals(rank, world_size):
     init_parallel(world_size)
-    compressed = partial(linear, policy=policy("mxfp4"))
+    compressed = partial(linear, policy=policy())
     return {
         "no_site": message_of(compressed),
         "unknown_buffer": message_of(compressed, tp_comm_buffer_name="qkv"),
         "proj": message_of(compressed, tp_comm_buffer_name="proj"),
         "fc2": message_of(compressed, tp_comm_buffer_name="fc2"),
-        "layers": message_of(linear, policy=policy("mxfp4", layers={0: "none"}), site="mlp"),
-        "phases": message_of(linear, policy=policy("mxfp4", phases={"decode": "none"}), site="mlp"),
+        "layers": message_of(linear, policy=policy(layers={0: "none"}), site="mlp"),
+        "phases": message_of(linear, policy=policy(phases={"decode": "none"}), site="mlp"),
         "bias": message_of(compressed, site="mlp", skip_bias_add=False),
         "bias_without_policy": message_of(linear, skip_bias_add=False),
         "expert": message_of(compressed, site="mlp", is_expert=True),
@@ -212,9 +201,6 @@ def test_what_a_linear_cannot_do_is_refused_when_it_is_made():
     assert made["sites"] == ["attention", "mlp", "shared_experts"]
 
 
-IDS = torch.arange(2, 24).view(2, 11)
-
-
 def spec_of(params):
     """Megatron's own seam: what the local layer spec takes for row-parallel linears."""
     module = ModuleSpec(module=mc.CompressedRowParallelLinear, params=params)
@@ -224,29 +210,29 @@ def spec_of(params):
 def in_a_spec(rank, world_size, folder):
     init_parallel(world_size)
     stock = build_model(folder)
-    applied = logits(mc.apply_compression(build_model(folder), policy("mxfp4")), IDS, gather=True)
+    applied = all_logits(mc.apply_compression(build_model(folder), policy()))
     chosen = {"codec": "mxfp8", "sites": {"attention": "none"}}
-    with spec_of({"policy": mc.CompressionPolicy(min_bytes=0, **chosen)}):
+    with spec_of({"policy": policy(**chosen)}):
         with_policy = build_model(folder)
     with spec_of({}):
         without = build_model(folder)
     made = {
         "classes": {type(m).__name__ for m in without.modules() if isinstance(m, RowParallelLinear)},
         "keys": [list(model.state_dict()) for model in (stock, with_policy, without)],
-        "stock": logits(stock, IDS, gather=True),
+        "stock": all_logits(stock),
         "applied": applied,
-        "without": logits(without, IDS, gather=True),
+        "without": all_logits(without),
         "sites_without": mc.stats(without).sites,
-        "with_policy": logits(with_policy, IDS, gather=True),
+        "with_policy": all_logits(with_policy),
         "sites": mc.stats(with_policy).sites,
-        "as_applied": logits(mc.apply_compression(build_model(folder), policy(**chosen)), IDS, gather=True),
+        "as_applied": all_logits(mc.apply_compression(build_model(folder), policy(**chosen))),
     }
-    mc.apply_compression(without, policy("mxfp4", phases={"decode": "none"}))
-    made["then_applied"] = logits(without, IDS, gather=True)
+    mc.apply_compression(without, policy(phases={"decode": "none"}))
+    made["then_applied"] = all_logits(without)
     generate(without, [1, 2, 3, 4, 5], 3)
     made["phases"] = mc.stats(without)
     mc.remove_compression(without)
-    made["removed"] = logits(without, IDS, gather=True)
+    made["removed"] = all_logits(without)
     made["classes_removed"] = {type(m).__name__ for m in without.modules() if isinstance(m, RowParallelLinear)}
     return made
 
@@ -292,7 +278,7 @@ def test_a_spec_keeps_the_checkpoint(specs):
 def from_a_partial(rank, world_size):
     """Newer Megatrons call builders directly, so that a partial stands for the class."""
     init_parallel(world_size)
-    builder = partial(mc.CompressedRowParallelLinear, policy=policy("mxfp4"))
+    builder = partial(mc.CompressedRowParallelLinear, policy=policy())
     x = its_input(rank)
     with torch.no_grad():
         output, _ = linear(builder, tp_comm_buffer_name="proj").eval()(x)
