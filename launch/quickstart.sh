@@ -23,6 +23,7 @@ MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-32}
 TOKENS=${TOKENS:-1536}
 CONTEXT=${CONTEXT:-512}
 CODECS=(int8:32:fp16 mxfp8 nvfp4 mxfp4 int4:32:fp16 int4:32:fp16:hadamard) # evaluate adds the row "none" itself
+export CUDA_VISIBLE_DEVICES="" # ranks over gloo on the CPU, also where there are GPUs, but fewer than ranks
 RESULTS=$MEGATRON_COMP_CACHE/quickstart
 
 generate() { # CODEC FILE

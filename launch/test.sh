@@ -19,4 +19,9 @@ fetch_data # here, so that test processes do not race for it
 echo "[3/3] tests"
 cd "$REPO"
 # worksteal keeps neighbouring tests, and so their shared fixtures, in one process until another runs out of work.
-run python -m pytest -q -n "$WORKERS" --dist worksteal --durations 10 "$@"
+# Ranks over gloo on the CPU, the same everywhere; what needs a GPU has the marker `gpu` and its own run.
+CUDA_VISIBLE_DEVICES="" run python -m pytest -q -n "$WORKERS" --dist worksteal --durations 10 "$@"
+if command -v nvidia-smi >/dev/null; then
+    echo "tests on the GPU"
+    run python -m pytest -q -m gpu tests
+fi

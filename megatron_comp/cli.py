@@ -15,7 +15,7 @@ SUBCOMMANDS = {
 EPILOG = """\
 A codec is a preset (mxfp4, mxfp6, mxfp8, nvfp4, ...) or element:block:scale[:option...], for instance
 int4:32:fp16:hadamard; two of them joined by '>' serve the two phases of two_step; none is the stock collective.
-Without WORLD_SIZE in the environment the ranks are started on this machine; under torchrun or srun they are joined.
+Without WORLD_SIZE in the environment the ranks are started on this machine; under torchrun they are joined.
 """
 
 

@@ -187,6 +187,8 @@ def _layer_range(key: int | str) -> range:
     first, dash, last = str(key).partition("-")
     if isinstance(key, bool) or not first.isdecimal() or (dash and not last.isdecimal()):
         raise ValueError(f"policy: layers: {key!r} is neither a layer number, as in 3, nor a range, as in 0-2")
+    if max(len(first), len(last)) > 5:
+        raise ValueError(f"policy: layers: {key!r} is beyond any model's number of layers")
     layers = range(int(first), int(last if dash else first) + 1)
     if not layers:
         raise ValueError(f"policy: layers: {key!r} is an empty range")

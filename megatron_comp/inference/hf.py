@@ -30,6 +30,8 @@ def read_config(model_dir) -> PretrainedConfig:
         raw = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds no JSON object")
     model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
     expected = ARCHITECTURES.get(model_type)
     if expected is None or (architectures and expected not in architectures):

@@ -54,7 +54,11 @@ def init_parallel(tensor_parallel: int, timeout_seconds: float = 600) -> None:
             dist.init_process_group(backend, init_method="env://", timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    if not parallel_state.model_parallel_is_initialized():
+    if parallel_state.model_parallel_is_initialized():
+        standing = parallel_state.get_tensor_model_parallel_world_size()
+        if standing != tensor_parallel:
+            raise ValueError(f"tensor_parallel is {tensor_parallel}, but Megatron's groups stand with {standing}")
+    else:
         parallel_state.initialize_model_parallel(tensor_parallel, distributed_timeout_minutes=timeout_seconds / 60)
         # The tracker for inference is the one that does not ask for a CUDA generator.
         model_parallel_cuda_manual_seed(RNG_SEED, inference_rng_tracker=True, force_reset_rng=True)

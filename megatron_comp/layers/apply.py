@@ -12,9 +12,8 @@ from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from ..policy import PHASES, CompressionPolicy
+from ..policy import CompressionPolicy
 from ..version import __version__
-from ..wire.codec import CodecPair, parse_codec
 from .row_parallel import CompressedRowParallelLinear, check_reducible
 from .site import Phase, ReductionSite, SiteStats, Traffic
 
@@ -42,6 +41,14 @@ class ModelStats:
         return sum((site.kept_because for site in self.sites), Counter())
 
     @property
+    def algorithms(self) -> Counter:
+        return sum((site.algorithms for site in self.sites), Counter())
+
+    @property
+    def received_bytes(self) -> int:
+        return self.compressed.received_bytes + self.kept.received_bytes
+
+    @property
     def bits_per_value(self) -> float:
         """Bits that a value of a summed tensor took on the way, over compressed and kept messages."""
         total = self.compressed + self.kept
@@ -56,12 +63,16 @@ def apply_compression(
     Weights, state dict and modules stay where they are: row-parallel linears change their class. A model that is
     compressed already takes the new policy, and its counters start again. Every rank must call it.
 
+    Prefill and decode are told apart by the inference context that this very module is called with.
+
     timing: `stats` tells seconds too; every reduction then waits for the device.
     allow_training: let gradients pass compressed reductions in training mode.
 
     Raises ValueError, before anything is changed, where the policy asks for what this model does not have or cannot do,
     and on every rank if policies or package versions differ between ranks.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"apply_compression takes one module, not {type(model).__name__}; call it for each model chunk")
     if not isinstance(policy, CompressionPolicy):
         raise TypeError(f"apply_compression takes a CompressionPolicy, such as CompressionPolicy(codec={policy!r})")
     places = list(_row_parallel_linears(model))
@@ -80,7 +91,10 @@ def apply_compression(
 
 
 def remove_compression(model: torch.nn.Module) -> torch.nn.Module:
-    """Undoes `apply_compression`; a model that is not compressed stays as it is. Returns the model."""
+    """Every reduction of the model is the stock one again, those of compressed linears in its spec included.
+
+    A model that is not compressed stays as it is. Returns the model.
+    """
     for module in model.modules():
         if isinstance(module, CompressedRowParallelLinear) and module.reduction is not None:
             module.detach()
@@ -146,7 +160,6 @@ def _check_model(model: torch.nn.Module, places: list) -> None:
             raise ValueError(
                 f"{type(linear).__name__} is a row-parallel linear of a kind that this version cannot compress"
             )
-        check_reducible(linear)
 
 
 def _check_policy(policy: CompressionPolicy, model: torch.nn.Module, places: list) -> None:
@@ -158,20 +171,13 @@ def _check_policy(policy: CompressionPolicy, model: torch.nn.Module, places: lis
         if absent := [site for site, name in codecs.items() if name != "none" and site not in sites]:
             raise ValueError(f"policy: {where}: the model has no {absent[0]}")
     for layer in with_experts:
-        if any(_codecs(policy, layer, site) for site in EXPERT_SITES):
+        if any(ReductionSite(policy, layer, site).codec_names() for site in EXPERT_SITES):
             raise ValueError(
                 f"policy: this version does not compress experts, as layer {layer} has: say "
                 "sites: {experts: none, shared_experts: none}, and name sites where layers has codecs"
             )
     for linear, layer, site in places:
-        for name in _codecs(policy, layer, site):
-            if linear.sequence_parallel and isinstance(parse_codec(name), CodecPair):
-                raise ValueError(f"policy: {name!r}: sequence parallelism reduces in one phase and takes one codec")
-
-
-def _codecs(policy: CompressionPolicy, layer: int, site: str) -> set[str]:
-    """Names of the codecs that this place compresses in, in one phase or another."""
-    return {policy.codec_name(layer, site, phase) for phase in PHASES} - {"none"}
+        check_reducible(linear, ReductionSite(policy, layer, site).codec_names())
 
 
 def _compare_ranks(places: list, policy: CompressionPolicy, problem: str | None) -> None:

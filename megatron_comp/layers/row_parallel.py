@@ -4,6 +4,7 @@ import torch
 from megatron.core.tensor_parallel import RowParallelLinear
 
 from ..policy import CompressionPolicy
+from ..wire.codec import CodecPair, parse_codec
 from .site import ReductionSite
 
 # Megatron names the place of a linear by the buffer that Transformer Engine would use for it.
@@ -30,6 +31,10 @@ class CompressedRowParallelLinear(RowParallelLinear):
         site = site or SITE_OF_BUFFER.get(kwargs.get("tp_comm_buffer_name"))
         if site is None:
             raise ValueError("CompressedRowParallelLinear cannot tell its place here: give site='attention' or 'mlp'")
+        if self.config.num_moe_experts:
+            raise ValueError(
+                "a linear in a spec cannot tell shared experts from an MLP; use apply_compression on the model"
+            )
         if unknown := [key for key in ("layers", "phases") if getattr(policy, key)]:
             raise ValueError(
                 f"policy: {unknown[0]}: a linear in a spec knows no layer number and no phase; "
@@ -39,7 +44,7 @@ class CompressedRowParallelLinear(RowParallelLinear):
 
     def attach(self, reduction: ReductionSite) -> None:
         """Reduce through `reduction` from now on. Raises ValueError for a linear that cannot be compressed."""
-        check_reducible(self)
+        check_reducible(self, reduction.codec_names())
         # Megatron's switch for "somebody else reduces": its forward then returns the partial sum.
         self.explicit_expert_comm = True
         self.reduction = reduction
@@ -57,8 +62,10 @@ class CompressedRowParallelLinear(RowParallelLinear):
         return reduce(output, self.tp_group, self.training), bias
 
 
-def check_reducible(linear: RowParallelLinear) -> None:
-    """Raises ValueError for a linear whose partial sums cannot be reduced after its forward."""
+def check_reducible(linear: RowParallelLinear, codecs: set[str]) -> None:
+    """Raises ValueError for a linear whose partial sums cannot be reduced after its forward, or not in these codecs."""
+    if linear.sequence_parallel and (pairs := [name for name in codecs if isinstance(parse_codec(name), CodecPair)]):
+        raise ValueError(f"policy: {pairs[0]!r}: sequence parallelism reduces in one phase and takes one codec")
     if not linear.skip_bias_add:
         raise ValueError(
             f"{linear} adds its bias itself; compression needs skip_bias_add=True, as Megatron's layers have"

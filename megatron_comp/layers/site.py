@@ -10,9 +10,9 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 
-from ..policy import CompressionPolicy, Decision
+from ..policy import PHASES, CompressionPolicy, Decision
 from ..wire.codec import Codec
-from ..wire.cost import choose_algorithm, phases, received_bytes, received_bytes_scatter, ring_bytes
+from ..wire.cost import choose_algorithm, received_bytes, received_bytes_scatter, ring_bytes, step_codecs
 from .mappings import (
     compressed_reduce_from_tensor_model_parallel_region,
     compressed_reduce_scatter_to_sequence_parallel_region,
@@ -45,6 +45,8 @@ class SiteStats:
     compressed: Traffic = field(default_factory=Traffic)
     kept: Traffic = field(default_factory=Traffic)
     kept_because: Counter = field(default_factory=Counter)
+    algorithms: Counter = field(default_factory=Counter)
+    """Of the compressed reductions: `gather_sum`, `two_step`, or `reduce_scatter`."""
 
 
 @dataclass(slots=True)
@@ -85,8 +87,9 @@ class ReductionSite:
         self._refuse_training(partial, training)
         ranks, shape = group.size(), partial.shape
         algorithm = choose_algorithm(shape, decision.codec, ranks, decision.algorithm)
+        self.stats.algorithms[algorithm] += 1
         traffic = self.stats.compressed
-        traffic.message_bytes += sum(codec.message_bytes(shape) for codec in phases(decision.codec)) // 2
+        traffic.message_bytes += sum(codec.message_bytes(shape) for codec in step_codecs(decision.codec)) // 2
         traffic.received_bytes += received_bytes(shape, decision.codec, ranks, algorithm, group.rank())
         return self._timed(
             _count(traffic, partial),
@@ -105,6 +108,7 @@ class ReductionSite:
             )
         self._refuse_training(partial, training)
         codec: Codec = decision.codec
+        self.stats.algorithms["reduce_scatter"] += 1
         traffic = self.stats.compressed
         traffic.message_bytes += codec.message_bytes(partial.shape)
         traffic.received_bytes += received_bytes_scatter(partial.shape, codec, group.size())
@@ -112,6 +116,10 @@ class ReductionSite:
             _count(traffic, partial),
             lambda: compressed_reduce_scatter_to_sequence_parallel_region(partial, codec, group),
         )
+
+    def codec_names(self) -> set[str]:
+        """Names of the codecs that this place compresses in, in one phase or another."""
+        return {self.policy.codec_name(self.layer, self.site, phase) for phase in PHASES} - {"none"}
 
     def _decide(self, partial: torch.Tensor, group: torch.distributed.ProcessGroup) -> Decision:
         return self.policy.decide(
@@ -140,10 +148,10 @@ class ReductionSite:
     def _timed(self, traffic: Traffic, reduction) -> torch.Tensor:
         if not self.timing:
             return reduction()
-        _wait_for_device()
+        wait_for_device()
         start = time.perf_counter()
         result = reduction()
-        _wait_for_device()
+        wait_for_device()
         traffic.seconds += time.perf_counter() - start
         return result
 
@@ -154,6 +162,6 @@ def _count(traffic: Traffic, partial: torch.Tensor) -> Traffic:
     return traffic
 
 
-def _wait_for_device() -> None:
+def wait_for_device() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -5,6 +5,9 @@ import math
 import time
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 from . import output, session
 
 COLUMNS = {
@@ -56,8 +59,6 @@ def evaluate(model, windows, settings: list[session.Setting]) -> list[dict]:
 
     Window by window all settings run in turn, so that no logits need be kept and a slow minute hits all alike.
     """
-    from tqdm import tqdm
-
     runs = [_Run(setting) for setting in settings]
     steps = [(window, run) for window in windows for run in runs]
     baseline = None
@@ -83,11 +84,14 @@ class _Run:
     def forward(self, model, window):
         from ..inference.generate import logits
         from ..layers.apply import apply_compression, stats
+        from ..layers.site import wait_for_device
         from .metrics import Prediction
 
         apply_compression(model, self.setting.policy)
+        wait_for_device()
         start = time.perf_counter()
         out = logits(model, window[None])[0, :-1]
+        wait_for_device()
         self.seconds += time.perf_counter() - start
         self.traffic.sites += stats(model).sites
         return Prediction.of(out, _vocab_start(model), _group(model))
@@ -95,28 +99,33 @@ class _Run:
     def score(self, model, said, baseline, window) -> None:
         self.quality.add(said, baseline, window[1:].to(said.best.device), _vocab_start(model), _group(model))
 
+    def perplexity(self) -> float:
+        nll = self.quality.nll / self.quality.tokens
+        return math.exp(nll) if nll < 700 else math.inf
+
     def row(self, base: "_Run") -> dict:
-        perplexity, base_perplexity = (math.exp(run.quality.nll / run.quality.tokens) for run in (self, base))
-        stock = self.setting.policy == session.NONE.policy
+        perplexity, base_perplexity = self.perplexity(), base.perplexity()
         return {
             "codec": self.setting.name,
-            "algorithm": "all_reduce" if stock else self.setting.policy.algorithm,
+            "algorithm": "+".join(sorted(self.traffic.algorithms)) or "all_reduce",
             "bits_per_value": self.traffic.bits_per_value,
             "perplexity": perplexity,
             "perplexity_increase_pct": 100 * (perplexity / base_perplexity - 1),
             "kl": self.quality.kl / self.quality.tokens,
             "top1_agreement": self.quality.agreements / self.quality.tokens,
-            "bytes_per_rank": self.traffic.compressed.received_bytes + self.traffic.kept.received_bytes,
+            "bytes_per_rank": self.traffic.received_bytes,
             "seconds": self.seconds,
         }
 
 
 def _windows(args: argparse.Namespace, tokenizer):
     """int64 `[windows, context]` from the start of the text."""
-    import torch
-
     # The start of the file holds what is needed: no token is longer than a few dozen characters, few as long as 8.
-    text, count = Path(args.text).read_text(), args.tokens // args.context * args.context
+    try:
+        text = Path(args.text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {args.text} is not UTF-8 text: {error}") from None
+    count = args.tokens // args.context * args.context
     ids = tokenizer.encode(text[: 8 * count])
     if len(ids) < count:
         ids = tokenizer.encode(text)

@@ -2,6 +2,8 @@
 
 import argparse
 
+from tqdm import tqdm
+
 from . import output, session
 
 COLUMNS = {
@@ -45,9 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def generate_row(model, tokenizer, setting: session.Setting, prompt: str, max_new_tokens: int) -> dict:
-    """Generates once to warm up, for one token, and once to measure."""
-    from tqdm import tqdm
-
+    """Generates two tokens to warm up prefill and decode, and then to measure."""
     from ..inference.generate import generate
     from ..layers.apply import apply_compression, stats
 
@@ -55,14 +55,14 @@ def generate_row(model, tokenizer, setting: session.Setting, prompt: str, max_ne
     ends = model.hf_config.eos_token_id  # none, one, or several
     eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     apply_compression(model, setting.policy)
-    generate(model, ids, 1, eos)
+    generate(model, ids, 2, eos)
     apply_compression(model, setting.policy)  # counters start again
 
     received = []
     with tqdm(total=max_new_tokens, desc=f"generate {setting.name}", disable=not output.is_first_rank()) as bar:
 
         def on_token(_token: int) -> None:
-            received.append(_received(stats(model)))
+            received.append(stats(model).received_bytes)
             bar.update()
 
         made = generate(model, ids, max_new_tokens, eos, on_token)
@@ -75,13 +75,10 @@ def generate_row(model, tokenizer, setting: session.Setting, prompt: str, max_ne
         "ttft_ms": made.ttft_seconds * 1e3,
         "decode_tokens_per_s": made.tokens_per_second,
         "prefill_bytes_per_rank": received[0],
-        "decode_bytes_per_rank": _received(after) - received[0],
+        "decode_bytes_per_rank": after.received_bytes - received[0],
         "compressed_calls": after.compressed.calls,
         "kept_calls": after.kept.calls,
         "kept_because": dict(after.kept_because),
-        "text": prompt + tokenizer.decode(made.tokens, skip_special_tokens=True),
+        # Decoded as one: some tokenizers drop a space at the start of what they decode.
+        "text": tokenizer.decode([*ids, *made.tokens], skip_special_tokens=True),
     }
-
-
-def _received(counters) -> int:
-    return counters.compressed.received_bytes + counters.kept.received_bytes

@@ -1,6 +1,7 @@
 """Tables for people, JSON for programs."""
 
 import json
+import math
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -47,6 +48,8 @@ def write_json(path: str | None, config: dict, rows: list[dict]) -> None:
     """One object with `config`, `versions` and `rows`, if a path is given."""
     if path is None:
         return
+    # JSON knows no infinities: a perplexity that a codec has ruined is null.
+    rows = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
     content = {"config": config, "versions": versions(), "rows": rows}
     Path(path).write_text(json.dumps(content, indent=1) + "\n")
 

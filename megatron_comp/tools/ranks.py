@@ -1,5 +1,6 @@
 """Starts a command's ranks on this machine, so that nobody needs torchrun to try it; and ends them, however it ends."""
 
+import ctypes
 import os
 import signal
 import socket
@@ -11,15 +12,31 @@ from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
 # How long the other ranks have, once one has failed, to notice and to say what they saw.
 GRACE_SECONDS = 15.0
 
+# Variables that `start` hands to its ranks: its own process, and the folder for what they report.
+_STARTER = "MEGATRON_COMP_STARTER"
 _ERRORS = "MEGATRON_COMP_ERRORS"
 
 
 def joined() -> bool:
-    """Whether somebody (torchrun, srun, `start`) started this process as a rank."""
-    return "WORLD_SIZE" in os.environ
+    """Whether a launcher (torchrun, `start`) started this process as a rank; if `start` did, it ends with it.
+
+    Raises ValueError under srun with several tasks that nobody has given ranks.
+    """
+    if "WORLD_SIZE" in os.environ:
+        if starter := os.environ.get(_STARTER):
+            _die_with(int(starter))
+        return True
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise ValueError(
+            "srun started several tasks without ranks: run torchrun in each, or set RANK=$SLURM_PROCID "
+            "WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID MASTER_ADDR and MASTER_PORT"
+        )
+    return False
 
 
 def start(ranks: int, command: list[str]) -> int:
@@ -27,13 +44,11 @@ def start(ranks: int, command: list[str]) -> int:
 
     Rank 0's output is the command's. What ranks reported with `report` is printed once for all that said the same.
     """
-    from torch.distributed import TCPStore  # here, because --help does not need torch
-
     # This process holds the store, on a port that the kernel chose: no other process can take it in between.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
     with tempfile.TemporaryDirectory(prefix="megatron-comp-") as errors:
         processes: list[subprocess.Popen] = []
-        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        previous = {s: signal.signal(s, lambda s, _: sys.exit(128 + s)) for s in (signal.SIGTERM, signal.SIGHUP)}
         try:
             for rank in range(ranks):
                 processes.append(subprocess.Popen(command, env=_environment(rank, ranks, store.port, errors)))
@@ -43,7 +58,8 @@ def start(ranks: int, command: list[str]) -> int:
                 process.kill()
             for process in processes:
                 process.wait()
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
         if status:
             _print_errors(processes, Path(errors))
         return status
@@ -58,6 +74,14 @@ def report(message: str) -> None:
         print(f"megatron-comp: error{f' on rank {rank}' if joined() else ''}: {message}", file=sys.stderr, flush=True)
 
 
+def _die_with(starter: int) -> None:
+    """Asks Linux to kill this process when its parent, the one that started it, ends, however it ends."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != starter:  # it has ended already
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _environment(rank: int, ranks: int, port: int, errors: str) -> dict[str, str]:
     environment = {
         **os.environ,
@@ -68,6 +92,7 @@ def _environment(rank: int, ranks: int, port: int, errors: str) -> dict[str, str
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # env:// joins the store that stands instead of opening one
+        _STARTER: str(os.getpid()),
         _ERRORS: errors,
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))

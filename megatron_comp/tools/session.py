@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..policy import CompressionPolicy
 from ..wire.cost import ALGORITHMS
 
@@ -29,14 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--algorithm",
         choices=ALGORITHMS,
-        default="auto",
         help="of the codecs given by --codec: gather_sum quantizes once and sends N-1 messages to each rank, two_step "
         "quantizes twice and sends 2(N-1)/N of one; auto (the default) takes what is predicted faster",
     )
     parser.add_argument(
         "--min-bytes",
         type=int,
-        default=0,
         metavar="BYTES",
         help="of the codecs given by --codec: smaller messages stay uncompressed (default 0: all are compressed; "
         "a policy file has its own)",
@@ -55,9 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def settings(args: argparse.Namespace, codecs: list[str]) -> list[Setting]:
     """One for each codec, then the policy file's. Raises ValueError or OSError for what is not a codec or policy."""
     made = []
+    for option in ("algorithm", "min_bytes"):
+        if getattr(args, option) is not None and not codecs:
+            raise ValueError(f"--{option.replace('_', '-')} is for codecs given by --codec; a policy file has its own")
+    algorithm, min_bytes = args.algorithm or "auto", args.min_bytes or 0
     for name in codecs:
         try:
-            policy = CompressionPolicy(codec=name, algorithm=args.algorithm, min_bytes=args.min_bytes)
+            policy = CompressionPolicy(codec=name, algorithm=algorithm, min_bytes=min_bytes)
         except ValueError as error:
             raise ValueError(str(error).removeprefix("policy: codec: ")) from None
         made.append(Setting(name, policy))
@@ -72,15 +76,16 @@ def check_files(args: argparse.Namespace) -> None:
         raise ValueError(f"--tp {args.tp}: at least one rank is needed")
     if not Path(args.model).is_dir():
         raise ValueError(f"--model {args.model}: no such folder")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise ValueError(f"--json {args.json}: its folder does not exist")
+    if not 0 < args.timeout < 1e7:
+        raise ValueError(f"--timeout {args.timeout}: allowed are seconds above 0 and below 10 million")
+    if args.json and (not Path(args.json).resolve().parent.is_dir() or Path(args.json).is_dir()):
+        raise ValueError(f"--json {args.json}: not a file, or its folder does not exist")
 
 
 @contextmanager
 def opened(args: argparse.Namespace):
     """(model, tokenizer) on this rank, inside its tensor-parallel group."""
-    import torch
-
+    # Here and in the subcommands: Megatron takes seconds to import, and the process that starts the ranks has no use.
     from ..inference.model import build_model, destroy_parallel, init_parallel
 
     init_parallel(args.tp, args.timeout)

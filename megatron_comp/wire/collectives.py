@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from .codec import Codec, CodecPair, parse_codec
-from .cost import choose_algorithm, phases, slice_rows
+from .cost import choose_algorithm, slice_rows, step_codecs
 
 # Renamed in torch 2.13, where the old name warns.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -33,7 +33,7 @@ def all_reduce(
     codec = parse_codec(codec) if isinstance(codec, str) else codec
     if x.dim() == 0:
         raise ValueError("all_reduce needs [..., hidden], not a scalar")
-    ranks = dist.get_world_size(group)
+    ranks = _ranks(group)
     algorithm = choose_algorithm(x.shape, codec, ranks, algorithm)
     if ranks == 1 or x.numel() == 0:
         return x
@@ -51,7 +51,7 @@ def reduce_scatter(x: torch.Tensor, codec: Codec | str, group: dist.ProcessGroup
     codec = parse_codec(codec) if isinstance(codec, str) else codec
     if isinstance(codec, CodecPair):
         raise ValueError(f"reduce_scatter has one phase and takes one codec, not {codec}")
-    ranks = dist.get_world_size(group)
+    ranks = _ranks(group)
     if x.dim() < 2 or x.shape[0] % ranks:
         raise ValueError(
             f"reduce_scatter needs [rows, ..., hidden] with rows divisible by {ranks}, not {tuple(x.shape)}"
@@ -67,7 +67,7 @@ def reduce_scatter(x: torch.Tensor, codec: Codec | str, group: dist.ProcessGroup
 
 
 def _two_step(x: torch.Tensor, codec: Codec | CodecPair, group: dist.ProcessGroup | None) -> torch.Tensor:
-    first, second = phases(codec)
+    first, second = step_codecs(codec)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     hidden = x.shape[-1]
     rows = slice_rows(x.shape, ranks)
@@ -88,6 +88,13 @@ def _two_step(x: torch.Tensor, codec: Codec | CodecPair, group: dist.ProcessGrou
     for part, count, its_slot in zip(out.split(rows), rows, slots, strict=True):
         part.copy_(second.decode(its_slot[: second.message_bytes((count, hidden))], (count, hidden), x.dtype))
     return out.view(x.shape)
+
+
+def _ranks(group: dist.ProcessGroup | None) -> int:
+    ranks = dist.get_world_size(group)
+    if ranks < 1:
+        raise ValueError(f"rank {dist.get_rank()} is not in the group that it was asked to reduce over")
+    return ranks
 
 
 def _all_gather(message: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -36,7 +36,7 @@ def received_bytes(shape: Sequence[int], codec: Codec | CodecPair, ranks: int, a
         return 0
     if algorithm == "gather_sum":
         return (ranks - 1) * codec.message_bytes(shape)
-    first, second = phases(codec)
+    first, second = step_codecs(codec)
     rows, hidden = slice_rows(shape, ranks), shape[-1]
     return (ranks - 1) * (first.message_bytes((rows[rank], hidden)) + second.message_bytes((rows[0], hidden)))
 
@@ -53,7 +53,7 @@ def ring_bytes(nbytes: int, ranks: int, passes: int = 2) -> int:
     return passes * (ranks - 1) * nbytes // ranks
 
 
-def phases(codec: Codec | CodecPair) -> tuple[Codec, Codec]:
+def step_codecs(codec: Codec | CodecPair) -> tuple[Codec, Codec]:
     """The codecs of the two phases of a two-step sum."""
     return (codec.first, codec.second) if isinstance(codec, CodecPair) else (codec, codec)
 

@@ -40,7 +40,7 @@ def minifloat_codes(magnitude: torch.Tensor, fmt: Minifloat) -> torch.Tensor:
 def row_scale(need: torch.Tensor, fmt: Format) -> torch.Tensor:
     """fp32 `[rows, 1]`: maps the row's largest need to the largest block scale. Blocks with NaN do not count."""
     largest = need.nan_to_num(nan=0.0).amax(dim=1, keepdim=True)
-    return (largest / (fmt.scale.float.max_value * fmt.element.max_value)).clamp_(min=SMALLEST_ROW_SCALE)
+    return _divide(largest, fmt.scale.float.max_value * fmt.element.max_value).clamp_(min=SMALLEST_ROW_SCALE)
 
 
 def candidates(fmt: Format) -> tuple[float, ...]:
@@ -57,7 +57,7 @@ def scale_codes(need: torch.Tensor, fmt: Format, candidate: float, rows: torch.T
         alive = exponent >= -fmt.scale.bias if fmt.scale.underflow_to_zero else None
     else:
         wanted = need if candidate == 1.0 else need * candidate
-        wanted = wanted / fmt.element.max_value
+        wanted = _divide(wanted, fmt.element.max_value)
         codes = _small_codes(wanted, fmt, rows) if isinstance(fmt.scale, SmallFloatScale) else _torch_codes(wanted, fmt)
         alive = None
     codes = torch.where(need.isnan(), fmt.scale.nan_code, codes)
@@ -80,6 +80,11 @@ def scale_values(codes: torch.Tensor, fmt: Format, rows: torch.Tensor | None) ->
 def lookup(codes: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     # On a CPU index_select with int32 takes a third of the time of indexing or embedding.
     return values.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+
+
+def _divide(x: torch.Tensor, number: float) -> torch.Tensor:
+    # By a tensor, because torch on CUDA divides by a Python number as it multiplies by the number's rounded reciprocal.
+    return x / table((number,), x.device)
 
 
 @lru_cache

@@ -27,7 +27,7 @@ ALGORITHMS = {
 }
 
 
-def linear(cls=mc.CompressedRowParallelLinear, *, sequence_parallel=False, **kwargs):
+def linear(cls=mc.CompressedRowParallelLinear, *, sequence_parallel=False, experts=None, **kwargs):
     """A linear with random weights and bias, the same on every rank before it is split."""
     torch.manual_seed(0)
     config = TransformerConfig(
@@ -36,6 +36,7 @@ def linear(cls=mc.CompressedRowParallelLinear, *, sequence_parallel=False, **kwa
         num_attention_heads=3,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         sequence_parallel=sequence_parallel,
+        num_moe_experts=experts,
         use_cpu_initialization=True,
     )
     made = cls(
@@ -181,6 +182,7 @@ def refusals(rank, world_size):
         "bias": message_of(compressed, site="mlp", skip_bias_add=False),
         "bias_without_policy": message_of(linear, skip_bias_add=False),
         "expert": message_of(compressed, site="mlp", is_expert=True),
+        "experts": message_of(compressed, site="mlp", experts=4),
         "sites": [
             compressed(tp_comm_buffer_name="proj").reduction.site,
             compressed(tp_comm_buffer_name="fc2").reduction.site,
@@ -196,9 +198,20 @@ def test_what_a_linear_cannot_do_is_refused_when_it_is_made():
     for name in ("layers", "phases"):
         assert f"policy: {name}: " in made[name] and "apply_compression" in made[name]
     assert "CompressedRowParallelLinear(" in made["bias"] and "skip_bias_add=True" in made["bias"]
+    assert "cannot tell shared experts" in made["experts"]
     assert "expert" in made["expert"] and "dispatcher" in made["expert"]
     assert made["proj"] == made["fc2"] == made["bias_without_policy"] == "no error"
     assert made["sites"] == ["attention", "mlp", "shared_experts"]
+
+
+def pair_in_a_spec(rank, world_size):
+    init_parallel(world_size)
+    return message_of(linear, policy=policy(codec="mxfp4>mxfp8"), site="mlp", sequence_parallel=True)
+
+
+def test_a_pair_under_sequence_parallelism_is_refused_when_it_is_made():
+    for message in run_ranks(pair_in_a_spec, RANKS):
+        assert "'mxfp4>mxfp8': sequence parallelism reduces in one phase" in message
 
 
 def spec_of(params):

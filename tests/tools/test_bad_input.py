@@ -33,7 +33,10 @@ def tiny(tmp_path_factory):
         (["--model", "nowhere"], r"--model nowhere: no such folder"),
         (["--max-new-tokens", "0"], r"--max-new-tokens 0"),
         (["--min-bytes", "-1", "--codec", "mxfp4"], r"min_bytes: -1"),
-        (["--json", "nowhere/out.json"], r"--json nowhere/out.json: its folder does not exist"),
+        (["--json", "nowhere/out.json"], r"--json nowhere/out.json: .*its folder does not exist"),
+        (["--json", "."], r"--json \.: not a file"),
+        (["--timeout", "-5"], r"--timeout -5.0: allowed are seconds above 0"),
+        (["--algorithm", "two_step"], r"--algorithm is for codecs given by --codec"),
     ],
 )
 def test_seen_before_any_rank_starts(capsys, monkeypatch, tiny, arguments, message):
