@@ -43,18 +43,9 @@ def generate(
 
     Raises ValueError for an empty prompt, tokens outside the vocabulary, or more tokens than the model's context holds.
     """
-    ids = torch.as_tensor(prompt_ids, dtype=torch.long, device=_device(model)).reshape(1, -1)
-    length = ids.shape[1]
-    if length < 1 or max_new_tokens < 1:
-        raise ValueError(f"need at least one prompt token and one new token, got {length} and {max_new_tokens}")
-    _check_ids(model, ids)
-    if length + max_new_tokens > model.max_sequence_length:
-        raise ValueError(
-            f"prompt of {length} tokens and {max_new_tokens} new ones exceed the model's context of "
-            f"{model.max_sequence_length} tokens"
-        )
+    ids = checked_prompt(model, prompt_ids, max_new_tokens)
     # Room for the tokens that fill up a last chunk under sequence parallelism.
-    context = StaticInferenceContext(1, length + max_new_tokens + _multiple(model))
+    context = StaticInferenceContext(1, ids.shape[1] + max_new_tokens + _multiple(model))
     start = time.perf_counter()
     token = _next_token(model, context, ids)
     first = time.perf_counter()
@@ -68,6 +59,21 @@ def generate(
         if on_token:
             on_token(token)
     return Generation(tokens, first - start, time.perf_counter() - first)
+
+
+def checked_prompt(model: GPTModel, prompt_ids, max_new_tokens: int) -> Tensor:
+    """The prompt as a tensor [1, tokens] on the model's device. Raises what `generate` raises."""
+    ids = torch.as_tensor(prompt_ids, dtype=torch.long, device=_device(model)).reshape(1, -1)
+    length = ids.shape[1]
+    if length < 1 or max_new_tokens < 1:
+        raise ValueError(f"need at least one prompt token and one new token, got {length} and {max_new_tokens}")
+    _check_ids(model, ids)
+    if length + max_new_tokens > model.max_sequence_length:
+        raise ValueError(
+            f"prompt of {length} tokens and {max_new_tokens} new ones exceed the model's context of "
+            f"{model.max_sequence_length} tokens"
+        )
+    return ids
 
 
 @torch.no_grad()

@@ -48,14 +48,15 @@ def run(args: argparse.Namespace) -> None:
 
 def generate_row(model, tokenizer, setting: session.Setting, prompt: str, max_new_tokens: int) -> dict:
     """Generates two tokens to warm up prefill and decode, and then to measure."""
-    from ..inference.generate import generate
+    from ..inference.generate import checked_prompt, generate
     from ..layers.apply import apply_compression, stats
 
     ids = tokenizer.encode(prompt)
+    checked_prompt(model, ids, max_new_tokens)
     ends = model.hf_config.eos_token_id  # none, one, or several
     eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     apply_compression(model, setting.policy)
-    generate(model, ids, 2, eos)
+    generate(model, ids, min(2, max_new_tokens), eos)
     apply_compression(model, setting.policy)  # counters start again
 
     received = []

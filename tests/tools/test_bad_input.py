@@ -108,7 +108,7 @@ def test_seen_by_the_ranks(command, tiny, tmp_path, damage, tp, message):
 def test_prompt_longer_than_the_context(command, smollm2):
     done = command("generate", "--model", smollm2, "--tp", 1, "--prompt", "Hello " * 9000)
     assert done.returncode == 2
-    assert_one_line(done.stderr, r"prompt of \d+ tokens and 1 new ones exceed the model's context of 8192")
+    assert_one_line(done.stderr, r"prompt of \d+ tokens and 32 new ones exceed the model's context of 8192")
 
 
 def test_ranks_with_different_policies(start_command, smollm2, unused_port):
