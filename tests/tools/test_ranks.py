@@ -66,7 +66,8 @@ def test_nobody_outlives_the_command(tmp_path, number):
         f"open(r'{tmp_path}/' + os.environ['RANK'], 'w').write(str(os.getpid())); time.sleep(100)"
     )
     starter = f"import sys; from megatron_comp.tools import ranks; ranks.start(2, [sys.executable, '-c', {rank!r}])"
-    process = subprocess.Popen([sys.executable, "-c", starter])
+    # After SIGKILL nobody is left to remove the starter's folder: let it lie in the test's own.
+    process = subprocess.Popen([sys.executable, "-c", starter], env={**os.environ, "TMPDIR": str(tmp_path)})
     try:
         wait_for(lambda: all((tmp_path / str(rank)).exists() and (tmp_path / str(rank)).read_text() for rank in (0, 1)))
         pids = [int((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
