@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from models import message_of
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
@@ -99,14 +100,6 @@ def test_other_numbers_that_do_not_divide(tiny):
     config.head_dim = 10
     with pytest.raises(ValueError, match="3 does not divide the 80 rows of the fused query, key and value projection"):
         check_tensor_parallel(config, 3)
-
-
-def message_of(call, *args, **kwargs):
-    try:
-        call(*args, **kwargs)
-    except ValueError as error:
-        return str(error)
-    return "no error"
 
 
 def start_badly(rank, world_size, folder):
