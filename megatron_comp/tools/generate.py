@@ -59,11 +59,13 @@ def generate_row(model, tokenizer, setting: session.Setting, prompt: str, max_ne
     generate(model, ids, min(2, max_new_tokens), eos)
     apply_compression(model, setting.policy)  # counters start again
 
-    received = []
+    prefill_bytes = None
     with tqdm(total=max_new_tokens, desc=f"generate {setting.name}", disable=not output.is_first_rank()) as bar:
 
         def on_token(_token: int) -> None:
-            received.append(stats(model).received_bytes)
+            nonlocal prefill_bytes
+            if prefill_bytes is None:  # once: walking the model for every token would slow what is being timed
+                prefill_bytes = stats(model).received_bytes
             bar.update()
 
         made = generate(model, ids, max_new_tokens, eos, on_token)
@@ -75,8 +77,8 @@ def generate_row(model, tokenizer, setting: session.Setting, prompt: str, max_ne
         "new_tokens": len(made.tokens),
         "ttft_ms": made.ttft_seconds * 1e3,
         "decode_tokens_per_s": made.tokens_per_second,
-        "prefill_bytes_per_rank": received[0],
-        "decode_bytes_per_rank": after.received_bytes - received[0],
+        "prefill_bytes_per_rank": prefill_bytes,
+        "decode_bytes_per_rank": after.received_bytes - prefill_bytes,
         "compressed_calls": after.compressed.calls,
         "kept_calls": after.kept.calls,
         "kept_because": dict(after.kept_because),
