@@ -1,4 +1,4 @@
-"""`Codec`: a format name made into encode and decode. The one place that knows which backend does the work."""
+"""`Codec`: a format name made into encode and decode, by the backend that serves the tensor's device."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import message, reference
+from . import message
+from .backends import choose_backend
 from .formats import Format
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,7 +45,10 @@ class Codec:
         """`[..., hidden]` of fp32, bf16 or fp16, strided or not, to a uint8 `[message_bytes(x.shape)]`."""
         if x.dtype not in DTYPES:
             raise TypeError(f"a codec encodes {', '.join(map(str, DTYPES))}, not {x.dtype}")
-        return reference.encode(x.detach().reshape(_rows_and_hidden(x.shape)), self.format)
+        out = torch.empty(self.message_bytes(x.shape), dtype=torch.uint8, device=x.device)
+        if x.numel():
+            choose_backend(x.device).encode(x.detach().reshape(_rows_and_hidden(x.shape)), self.format, out)
+        return out
 
     def decode(self, message: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """The reverse of `encode`: a tensor of `shape` and `dtype`."""
@@ -54,13 +58,28 @@ class Codec:
         """uint8 `[ranks, bytes]` to the sum of all ranks' tensors of `shape`: fp32 in rank order, rounded once."""
         if dtype not in DTYPES:
             raise TypeError(f"a codec decodes to {', '.join(map(str, DTYPES))}, not {dtype}")
+        self._check(messages, shape)
+        out = torch.empty(_rows_and_hidden(shape), dtype=dtype, device=messages.device)
+        if out.numel():
+            choose_backend(messages.device).decode_sum(messages, self.format, out)
+        return out.view(shape)
+
+    def decode_sum_encode(self, messages: torch.Tensor, shape: Sequence[int], second: "Codec") -> torch.Tensor:
+        """`second`'s message of the fp32 sum that `decode_sum` would give; the sum itself is kept nowhere."""
+        self._check(messages, shape)
+        out = torch.empty(second.message_bytes(shape), dtype=torch.uint8, device=messages.device)
+        if out.numel():
+            backend = choose_backend(messages.device)
+            backend.decode_sum_encode(messages, _rows_and_hidden(shape), self.format, second.format, out)
+        return out
+
+    def _check(self, messages: torch.Tensor, shape: Sequence[int]) -> None:
         expected = self.message_bytes(shape)
         if messages.dtype != torch.uint8 or messages.dim() != 2 or messages.shape[1] != expected or not len(messages):
             raise ValueError(
                 f"{self} decodes {tuple(shape)} from uint8 messages of {expected} bytes each, "
                 f"not from {messages.dtype} {tuple(messages.shape)}"
             )
-        return reference.decode_sum(messages, *_rows_and_hidden(shape), dtype, self.format).view(shape)
 
 
 @dataclass(frozen=True)

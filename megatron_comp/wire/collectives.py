@@ -76,11 +76,10 @@ def _two_step(x: torch.Tensor, codec: Codec | CodecPair, group: dist.ProcessGrou
     sent = torch.cat([first.encode(part) for part in slices])
     send_sizes = [first.message_bytes((count, hidden)) for count in rows]
     received = _all_to_all(sent, send_sizes, [send_sizes[rank]] * ranks, group)
-    mine = first.decode_sum(received.view(ranks, -1), (rows[rank], hidden), torch.float32)
 
     # The first slice is as long as any; shorter ones leave the end of their slot zero.
     slot = received.new_zeros(second.message_bytes((rows[0], hidden)))
-    message = second.encode(mine)
+    message = first.decode_sum_encode(received.view(ranks, -1), (rows[rank], hidden), second)
     slot[: message.numel()] = message
     slots = _all_gather(slot, group)
 

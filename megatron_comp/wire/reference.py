@@ -16,28 +16,35 @@ from .scales import candidates, lookup, minifloat_codes, row_scale, scale_codes,
 TILE_VALUES = 1 << 16
 
 
-def encode(x_RH: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """`[rows, hidden]` of fp32, bf16 or fp16 to a uint8 message."""
+def encode(x_RH: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
+    """`[rows, hidden]` of fp32, bf16 or fp16 into `out`, a uint8 message."""
     rows, hidden = x_RH.shape
     layout = message.layout(fmt, rows, hidden)
-    # Zeros, because the padding of sections travels too and must be the same in every run.
-    out = torch.zeros(layout.nbytes, dtype=torch.uint8, device=x_RH.device)
+    # The padding of sections travels too and must be the same in every run.
+    out.zero_()
     for first, last in _tiles(rows, hidden, x_RH.device):
         for field, codes in _encode_tile(x_RH[first:last].float(), fmt).items():
             message.write(out, layout.fields[field], first, codes)
-    return out
 
 
-def decode_sum(messages: torch.Tensor, rows: int, hidden: int, dtype: torch.dtype, fmt: Format) -> torch.Tensor:
-    """uint8 `[ranks, nbytes]` to the `[rows, hidden]` sum: fp32, in rank order, rounded once to `dtype`."""
+def decode_sum(messages: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
+    """uint8 `[ranks, nbytes]` to the sum `out` `[rows, hidden]`: fp32, in rank order, rounded once to its dtype."""
+    rows, hidden = out.shape
     layout = message.layout(fmt, rows, hidden)
-    out = torch.empty(rows, hidden, dtype=dtype, device=messages.device)
     for first, last in _tiles(rows, hidden, messages.device):
-        total = _decode_tile(messages[0], layout, first, last, hidden, dtype, fmt)
+        total = _decode_tile(messages[0], layout, first, last, hidden, out.dtype, fmt)
         for other in messages[1:]:
-            total = total + _decode_tile(other, layout, first, last, hidden, dtype, fmt)
+            total = total + _decode_tile(other, layout, first, last, hidden, out.dtype, fmt)
         out[first:last] = total
-    return out
+
+
+def decode_sum_encode(
+    messages: torch.Tensor, shape: tuple[int, int], fmt: Format, second: Format, out: torch.Tensor
+) -> None:
+    """The middle of the two-step all-reduce: the fp32 sum of `messages`, `shape` = (rows, hidden), encoded again."""
+    total = torch.empty(shape, dtype=torch.float32, device=messages.device)
+    decode_sum(messages, fmt, total)
+    encode(total, second, out)
 
 
 def _tiles(rows: int, hidden: int, device: torch.device):
