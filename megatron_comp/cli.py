@@ -4,12 +4,13 @@ import argparse
 import os
 import sys
 
-from .tools import evaluate, generate, ranks
+from .tools import bench, evaluate, generate, ranks
 from .version import __version__
 
 SUBCOMMANDS = {
     "generate": (generate, "text, time to first token, decode rate and bytes of one prompt"),
     "evaluate": (evaluate, "perplexity, KL divergence and bytes on a text, one row a codec"),
+    "bench": (bench, "figures of speed, beside what they are compared to in the same run"),
 }
 
 EPILOG = """\
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     module, _ = SUBCOMMANDS[args.subcommand]
     try:
-        if ranks.joined():
+        if ranks.joined() or not hasattr(args, "tp"):  # one of the ranks, or a subcommand that needs none
             _quiet_libraries()
             module.run(args)
             return 0

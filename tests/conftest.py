@@ -13,6 +13,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Triton reads this once, when something first imports it: without a GPU, kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Tensors in tests are small: threads that wait for each other cost more than they bring, the more so beside xdist.
 torch.set_num_threads(1)
 
@@ -57,6 +61,58 @@ def smollm2_padded(smollm2):
 
 
 @pytest.fixture(scope="session")
+def mixtral_copy(smollm2_padded, sotu_text):
+    """That model as a mixture of four equal experts: it computes the same, whichever experts a token goes to."""
+    return upcycled("copy", smollm2_padded, sotu_text)
+
+
+@pytest.fixture(scope="session")
+def mixtral_split(smollm2_padded, sotu_text):
+    """That model as a mixture of eight different experts, in pairs: it computes the same if all tokens go right."""
+    return upcycled("split", smollm2_padded, sotu_text)
+
+
+def upcycled(kind, source, text):
+    from checkpoints import upcycle
+
+    end = text.read_text(encoding="utf-8")[-4000:]  # tests read the beginning
+    return cached(f"mixtral_{kind}", lambda path: upcycle(source, path, kind, end))
+
+
+@pytest.fixture(scope="session")
+def mixtrals(tmp_path_factory):
+    """Tiny random Mixtrals of four and of eight experts, by number of experts, with Hugging Face's answers."""
+    from checkpoints import reference, tiny_mixtral
+
+    made = {}
+    for experts in (4, 8):
+        folder = tiny_mixtral(tmp_path_factory.mktemp(f"mixtral{experts}"), seed=experts, experts=experts)
+        ids = torch.randint(0, 128, (2, 11), generator=torch.Generator().manual_seed(experts))
+        made[experts] = reference(folder, ids, ids[0, :7].tolist(), 6)
+    return made
+
+
+@pytest.fixture(scope="session")
 def sotu_text():
     """Text file of English prose: presidential addresses of 1946 to 1988, 2.6 million characters."""
     return cached("sotu.txt", fetch("text"))
+
+
+@pytest.fixture(scope="session")
+def triton_release():
+    """Called with a version: the folder with that Triton, for the PYTHONPATH of a process of its own."""
+
+    def folder(version):
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"triton=={version}", "--target"]
+        try:
+            return cached(f"triton-{version}", lambda path: subprocess.run([*install, path], check=True))
+        except subprocess.CalledProcessError:
+            pytest.skip(f"pip could not fetch triton=={version}")
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels():
+    """Folder that Triton keeps compiled kernels in."""
+    return cached("compiled-kernels", Path.mkdir)

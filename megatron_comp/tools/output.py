@@ -1,5 +1,6 @@
-"""Tables for people, JSON for programs."""
+"""Tables for people, JSON and CSV for programs."""
 
+import csv
 import json
 import math
 import os
@@ -52,6 +53,22 @@ def write_json(path: str | None, config: dict, rows: list[dict]) -> None:
     rows = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
     content = {"config": config, "versions": versions(), "rows": rows}
     Path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def write_csv(path: str | None, rows: list[dict]) -> None:
+    """A line a row, under one of the rows' keys, if a path is given; None is an empty field."""
+    if path is None:
+        return
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def check_file(option: str, path: str | None) -> None:
+    """Raises ValueError if a file that an option names cannot be written; before hours of work, not after."""
+    if path and (not Path(path).resolve().parent.is_dir() or Path(path).is_dir()):
+        raise ValueError(f"{option} {path}: not a file, or its folder does not exist")
 
 
 def versions() -> dict[str, str]:

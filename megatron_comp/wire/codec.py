@@ -47,7 +47,7 @@ class Codec:
             raise TypeError(f"a codec encodes {', '.join(map(str, DTYPES))}, not {x.dtype}")
         out = torch.empty(self.message_bytes(x.shape), dtype=torch.uint8, device=x.device)
         if x.numel():
-            choose_backend(x.device).encode(x.detach().reshape(_rows_and_hidden(x.shape)), self.format, out)
+            choose_backend(x.device.type).encode(x.detach().reshape(_rows_and_hidden(x.shape)), self.format, out)
         return out
 
     def decode(self, message: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -61,7 +61,7 @@ class Codec:
         self._check(messages, shape)
         out = torch.empty(_rows_and_hidden(shape), dtype=dtype, device=messages.device)
         if out.numel():
-            choose_backend(messages.device).decode_sum(messages, self.format, out)
+            choose_backend(messages.device.type).decode_sum(messages, self.format, out)
         return out.view(shape)
 
     def decode_sum_encode(self, messages: torch.Tensor, shape: Sequence[int], second: "Codec") -> torch.Tensor:
@@ -69,7 +69,7 @@ class Codec:
         self._check(messages, shape)
         out = torch.empty(second.message_bytes(shape), dtype=torch.uint8, device=messages.device)
         if out.numel():
-            backend = choose_backend(messages.device)
+            backend = choose_backend(messages.device.type)
             backend.decode_sum_encode(messages, _rows_and_hidden(shape), self.format, second.format, out)
         return out
 

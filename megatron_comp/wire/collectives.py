@@ -9,11 +9,13 @@ A rank's own share goes through the codec like everybody's, so that all ranks en
 (gather_sum: arXiv 2411.09510, section 3, where the own share stayed exact; two_step: arXiv 2412.04964, algorithm 1).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
 from .codec import Codec, CodecPair, parse_codec
-from .cost import choose_algorithm, slice_rows, step_codecs
+from .cost import choose_algorithm, scatter_rows, slice_rows, step_codecs
 
 # Renamed in torch 2.13, where the old name warns.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -42,28 +44,32 @@ def all_reduce(
     return _two_step(x, codec, group)
 
 
-def reduce_scatter(x: torch.Tensor, codec: Codec | str, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """This rank's slice, along dim 0, of the sum over the group of `x` `[N * s, ..., hidden]`: `[s, ..., hidden]`.
+def reduce_scatter(
+    x: torch.Tensor,
+    codec: Codec | str,
+    group: dist.ProcessGroup | None = None,
+    splits: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """This rank's slice, along dim 0, of the sum over the group of `x` `[rows, ..., hidden]`.
 
-    One all-to-all, one quantization. With one rank, `x` itself. Raises ValueError if N does not
-    divide dim 0, or for two codecs.
+    splits: rows of each rank's slice, the same on all ranks; without it all slices are equal. One all-to-all, one
+    quantization. With one rank, `x` itself. Raises ValueError if the slices do not make up dim 0, or for two codecs.
     """
     codec = parse_codec(codec) if isinstance(codec, str) else codec
     if isinstance(codec, CodecPair):
         raise ValueError(f"reduce_scatter has one phase and takes one codec, not {codec}")
     ranks = _ranks(group)
-    if x.dim() < 2 or x.shape[0] % ranks:
-        raise ValueError(
-            f"reduce_scatter needs [rows, ..., hidden] with rows divisible by {ranks}, not {tuple(x.shape)}"
-        )
+    splits = scatter_rows(x.shape, ranks, splits)
     if ranks == 1:
         return x
-    slices = x.tensor_split(ranks)
+    slices = x.split(splits)
+    mine = slices[dist.get_rank(group)].shape
     if x.numel() == 0:
-        return slices[0]
-    sizes = [codec.message_bytes(slices[0].shape)] * ranks
-    received = _all_to_all(torch.cat([codec.encode(part) for part in slices]), sizes, sizes, group)
-    return codec.decode_sum(received.view(ranks, -1), slices[0].shape, x.dtype)
+        return x.new_empty(mine)
+    sent = torch.cat([codec.encode(part) for part in slices])
+    send_sizes = [codec.message_bytes(part.shape) for part in slices]
+    received = _all_to_all(sent, send_sizes, [codec.message_bytes(mine)] * ranks, group)
+    return codec.decode_sum(received.view(ranks, -1), mine, x.dtype)
 
 
 def _two_step(x: torch.Tensor, codec: Codec | CodecPair, group: dist.ProcessGroup | None) -> torch.Tensor:

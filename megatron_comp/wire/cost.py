@@ -41,11 +41,13 @@ def received_bytes(shape: Sequence[int], codec: Codec | CodecPair, ranks: int, a
     return (ranks - 1) * (first.message_bytes((rows[rank], hidden)) + second.message_bytes((rows[0], hidden)))
 
 
-def received_bytes_scatter(shape: Sequence[int], codec: Codec, ranks: int) -> int:
-    """Bytes that each rank receives from the others in one `reduce_scatter` of `shape`."""
+def received_bytes_scatter(
+    shape: Sequence[int], codec: Codec, ranks: int, rank: int, splits: Sequence[int] | None = None
+) -> int:
+    """Bytes that `rank` receives from the others in one `reduce_scatter` of `shape`."""
     if ranks == 1 or 0 in shape:
         return 0
-    return (ranks - 1) * codec.message_bytes((shape[0] // ranks, *shape[1:]))
+    return (ranks - 1) * codec.message_bytes((scatter_rows(shape, ranks, splits)[rank], *shape[1:]))
 
 
 def ring_bytes(nbytes: int, ranks: int, passes: int = 2) -> int:
@@ -62,3 +64,20 @@ def slice_rows(shape: Sequence[int], ranks: int) -> list[int]:
     """How many rows each rank owns in the two-step sum: as even as can be, longer slices first."""
     rows = math.prod(shape[:-1])
     return [rows // ranks + (rank < rows % ranks) for rank in range(ranks)]
+
+
+def scatter_rows(shape: Sequence[int], ranks: int, splits: Sequence[int] | None = None) -> list[int]:
+    """How many of dim 0's rows each rank gets of a reduce-scatter: `splits`, or equal shares.
+
+    Raises ValueError if there are no such shares, or if the splits do not make up dim 0.
+    """
+    if len(shape) < 2:
+        raise ValueError(f"reduce_scatter needs [rows, ..., hidden], not {tuple(shape)}")
+    if splits is None and shape[0] % ranks:
+        raise ValueError(
+            f"reduce_scatter needs [rows, ..., hidden] with rows divisible by {ranks}, or splits, not {tuple(shape)}"
+        )
+    splits = [shape[0] // ranks] * ranks if splits is None else list(splits)
+    if len(splits) != ranks or sum(splits) != shape[0] or min(splits) < 0:
+        raise ValueError(f"reduce_scatter over {ranks} ranks: splits {splits} do not make up {shape[0]} rows")
+    return splits

@@ -110,13 +110,18 @@ def _decode_tile(
 # Transform.
 
 
-def _clean(x: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Infinities to NaN, subnormals to zeros of their sign, and the rest within what the later stages can hold.
+def input_limit(fmt: Format) -> float:
+    """The largest magnitude that is not cut.
 
     The distance of a value from its zero point must not pass fp32's range, nor the sums of two Hadamard transforms:
     where a scale has saturated, every place of a block may decode to a zero point as large as the first one's sum.
     """
-    limit = BF16_MAX / (4 * fmt.block**2) if fmt.hadamard else BF16_MAX / 4 if fmt.asym else BF16_MAX
+    return BF16_MAX / (4 * fmt.block**2) if fmt.hadamard else BF16_MAX / 4 if fmt.asym else BF16_MAX
+
+
+def _clean(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Infinities to NaN, subnormals to zeros of their sign, and the rest within what the later stages can hold."""
+    limit = input_limit(fmt)
     x = x + x * 0.0  # 0 * infinity is NaN; -0 stays -0
     return (x * (x.abs() >= SMALLEST_NORMAL)).clamp(-limit, limit)
 
@@ -183,7 +188,8 @@ def _zero_points(x_RNB: torch.Tensor, live: torch.Tensor, fmt: Format) -> tuple[
     low = torch.where(some, x_RNB.masked_fill(~live, torch.inf).amin(dim=-1), 0.0)
     high = torch.where(some, x_RNB.masked_fill(~live, -torch.inf).amax(dim=-1), 0.0)
     zero = (low + (high - low) * ((top + 1) / (2 * top + 1))).to(torch.bfloat16).float()
-    return zero, torch.maximum(high - zero, (zero - low) * (top / (top + 1)))
+    # + 0.0, because the larger of 0 and -0 is either, by where a value stands in a vector register.
+    return zero, torch.maximum(high - zero, (zero - low) * (top / (top + 1))) + 0.0
 
 
 def _choose_scales(

@@ -53,7 +53,7 @@ def scale_codes(need: torch.Tensor, fmt: Format, candidate: float, rows: torch.T
     """(int32 codes, fp32 reciprocals to multiply values by), `[rows, blocks]`; reciprocal 0 where all becomes 0."""
     if isinstance(fmt.scale, PowerOfTwo):
         exponent = _exponent(need, fmt) + int(candidate)
-        codes = (exponent + fmt.scale.bias).clamp_(0, _largest_code(fmt))
+        codes = (exponent + fmt.scale.bias).clamp_(0, largest_code(fmt))
         alive = exponent >= -fmt.scale.bias if fmt.scale.underflow_to_zero else None
     else:
         wanted = need if candidate == 1.0 else need * candidate
@@ -111,7 +111,7 @@ def _small_codes(wanted: torch.Tensor, fmt: Format, rows: torch.Tensor | None) -
 def _torch_codes(wanted: torch.Tensor, fmt: Format) -> torch.Tensor:
     scale: TorchFloatScale = fmt.scale
     raised = torch.where(wanted > 0, wanted.clamp(min=scale.smallest), wanted)
-    limited = raised.clamp(max=min(scale.max_value, _largest_scale(fmt)))
+    limited = raised.clamp(max=largest_scale(fmt))
     if scale.bits == 32:
         return limited.view(torch.int32)
     floating, integer = _TORCH_FLOATS[scale.name]
@@ -119,14 +119,14 @@ def _torch_codes(wanted: torch.Tensor, fmt: Format) -> torch.Tensor:
 
 
 @lru_cache
-def _largest_code(fmt: Format) -> int:
+def largest_code(fmt: Format) -> int:
     """The largest power-of-two code under which the element's largest value is still a finite bf16."""
     return max(code for code, value in enumerate(fmt.scale.table) if value * fmt.element.max_value <= BF16_MAX)
 
 
 @lru_cache
-def _largest_scale(fmt: Format) -> float:
+def largest_scale(fmt: Format) -> float:
     """The same for fp16, bf16 and fp32 scales, cut to the scale's precision so that rounding does not pass it."""
     digits = 24 if fmt.scale.bits == 32 else 8
     mantissa, exponent = math.frexp(BF16_MAX / fmt.element.max_value)
-    return math.ldexp(math.floor(math.ldexp(mantissa, digits)), exponent - digits)
+    return min(fmt.scale.max_value, math.ldexp(math.floor(math.ldexp(mantissa, digits)), exponent - digits))

@@ -185,7 +185,7 @@ def test_bytes_are_the_promised_ones(outcome):
                 continue
             if operation == "reduce_scatter":
                 assert names == [scatter], case
-                assert total == received_bytes_scatter(shape, codec, ranks), case
+                assert total == received_bytes_scatter(shape, codec, ranks, rank), case
                 part = oracles.message_bytes(str(codec), (shape[0] // ranks, *shape[1:]))
                 assert total == (ranks - 1) * part, case
                 continue
@@ -200,6 +200,51 @@ def test_bytes_are_the_promised_ones(outcome):
                 assert total * ranks == 2 * (ranks - 1) * sum(messages) / len(messages), case
         if algorithm == "auto" and ranks == 2:
             assert names == [gather], case
+
+
+# Rows of every rank, and what follows the rows in the shape.
+UNEVEN = [
+    ((1, 5, 0), (576,)),
+    ((0, 0, 7), (33,)),
+    ((4, 1, 2), (3, 96)),
+    ((2, 2, 2), (40,)),
+    ((0, 0, 0), (40,)),
+    ((3, 1, 2), (0,)),
+]
+
+
+def uneven(rank, ranks):
+    """For every case: digest and shape of the sum of this rank's rows, its input untouched, and what was received."""
+    results = []
+    for number, (codec, (splits, rest), dtype) in enumerate(itertools.product(oracles.PRESETS, UNEVEN, [FP32, BF16])):
+        x = tensor(number, rank, (sum(splits), *rest), dtype)
+        before, wire = digest(x), Wire(rank)
+        with wire:
+            y = reduce_scatter(x, codec, None, list(splits))
+        assert y.dtype == dtype and y.is_contiguous() and digest(x) == before
+        assert digest(reduce_scatter(x, parse_codec(codec), None, tuple(splits))) == digest(y)
+        results.append((digest(y), y.shape, wire.calls))
+    return results
+
+
+def test_uneven_slices_hold_the_bits_of_one_process_and_send_the_promised_bytes():
+    results = run_ranks(uneven, 3)
+    for number, (name, (splits, rest), dtype) in enumerate(itertools.product(oracles.PRESETS, UNEVEN, [FP32, BF16])):
+        case, codec, shape = (name, splits, rest), parse_codec(name), (sum(splits), *rest)
+        tensors = [tensor(number, rank, shape, dtype) for rank in range(3)]
+        for rank in range(3):
+            found, its_shape, calls = results[rank][number]
+            assert its_shape == (splits[rank], *rest), case
+            received = sum(nbytes for _, nbytes in calls)
+            assert [collective for collective, _ in calls] == ([] if 0 in shape else ["alltoall_base_"]), case
+            assert received == received_bytes_scatter(shape, codec, 3, rank, splits), case
+            if splits[rank] and 0 not in rest:
+                first = sum(splits[:rank])
+                parts = [each[first : first + splits[rank]] for each in tensors]
+                assert found == digest(expected_gather_sum(parts, codec)), case
+                assert received == 2 * oracles.message_bytes(str(codec), (splits[rank], *rest)), case
+            else:
+                assert received == 0, case
 
 
 def nan_on_rank_one(rank, ranks):
@@ -290,9 +335,14 @@ def refused(rank, ranks):
         "neither a preset": lambda: all_reduce(x, "mxfp5"),
         "unknown scale 'fp17'": lambda: all_reduce(x, "mxfp4>int4:32:fp17"),
         "reduce_scatter has one phase and takes one codec": lambda: reduce_scatter(x, "mxfp4>mxfp8"),
-        r"rows divisible by 2, not \(3, 33\)": lambda: reduce_scatter(x[:3], "mxfp4"),
-        r"rows divisible by 2, not \(3, 4, 8\)": lambda: reduce_scatter(torch.ones(3, 4, 8), "mxfp4"),
-        r"rows divisible by 2, not \(4,\)": lambda: reduce_scatter(x[:, 0], "mxfp4"),
+        r"rows divisible by 2, or splits, not \(3, 33\)": lambda: reduce_scatter(x[:3], "mxfp4"),
+        r"rows divisible by 2, or splits, not \(3, 4, 8\)": lambda: reduce_scatter(torch.ones(3, 4, 8), "mxfp4"),
+        r"needs \[rows, ..., hidden\], not \(4,\)": lambda: reduce_scatter(x[:, 0], "mxfp4"),
+        r"over 2 ranks: splits \[1, 2, 1\] do not make up 4 rows": lambda: reduce_scatter(x, "mxfp4", None, [1, 2, 1]),
+        r"splits \[4\] do not make up 4 rows": lambda: reduce_scatter(x, "mxfp4", None, [4]),
+        r"splits \[1, 2\] do not make up 4 rows": lambda: reduce_scatter(x, "mxfp4", None, [1, 2]),
+        r"splits \[-1, 5\] do not make up 4 rows": lambda: reduce_scatter(x, "mxfp4", None, [-1, 5]),
+        "takes one codec, not fp4_e2m1:32:e8m0>fp8": lambda: reduce_scatter(x, "mxfp4>mxfp8", None, [1, 3]),
         "not a scalar": lambda: all_reduce(torch.ones(()), "mxfp4"),
         "encodes torch.float32, .*, not torch.float64": lambda: all_reduce(x.double(), "mxfp4"),
         "encodes torch.float32, .*, not torch.int64": lambda: all_reduce(x.long(), "mxfp4", None, "two_step"),

@@ -1,0 +1,242 @@
+"""Partial sums to messages: transform -> scale -> quantize -> pack, one tile a program, device memory read once.
+
+Legend: N blocks of a tile, B values a block.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .blocks import hadamard, pairwise_sum
+from .format import TILE, WARPS, KernelFormat
+from .numbers import (
+    BF16_MAX,
+    EXPONENT,
+    MAGNITUDE,
+    SMALLEST_NORMAL,
+    bf16_bits,
+    element_codes,
+    element_values,
+    to_bits,
+    to_float,
+)
+from .planes import store_field, store_padding
+from .scales import reciprocal_of_power_below, row_scale, scale_codes, scale_values
+
+
+def encode(x: torch.Tensor, message: torch.Tensor, at: tuple, fmt: KernelFormat, align: int) -> None:
+    """`x` [rows, hidden] into `message`, whose sections start at the offsets `at` (and end at the last of them)."""
+    rows, hidden = x.shape
+    programs = rows if fmt.row_scaled else rows * triton.cdiv(hidden, TILE)
+    encode_kernel[(programs,)](
+        x, x.stride(0), message, at, rows, hidden, fmt, TILE, align, num_warps=WARPS, enable_fp_fusion=False
+    )
+
+
+@triton.jit
+def encode_kernel(
+    x_ptr,
+    x_stride,
+    message,
+    at,
+    rows,
+    hidden,
+    F: tl.constexpr,
+    TILE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    # 32-bit: a 64-bit division takes a hundred instructions.
+    program = tl.program_id(0)
+    tiles = tl.cdiv(hidden, TILE).to(tl.int32)
+    if F.row_scaled:
+        # A row's scale comes before the scales of its blocks: the row is read twice, the second time from cache.
+        row = program.to(tl.int64)
+        x_row = x_ptr + row * x_stride
+        largest = 0.0
+        for tile in range(tiles):
+            x_NB, left = load_tile(x_row, tile, hidden, F, TILE)
+            largest = tl.maximum(largest, largest_need(x_NB, left, F))
+        scale = store_row_scale(largest, message, at, rows, row, F)
+        for tile in range(tiles):
+            x_NB, left = load_tile(x_row, tile, hidden, F, TILE)
+            encode_tile(x_NB, left, scale, message, at, rows, hidden, row, tile, F, TILE, ALIGN)
+    else:
+        row, tile = (program // tiles).to(tl.int64), program % tiles
+        x_NB, left = load_tile(x_ptr + row * x_stride, tile, hidden, F, TILE)
+        encode_tile(x_NB, left, 1.0, message, at, rows, hidden, row, tile, F, TILE, ALIGN)
+
+
+@triton.jit
+def load_tile(row, tile, hidden, F: tl.constexpr, TILE: tl.constexpr):
+    """(fp32 [N, B], how many of its values belong to the row); zeros past the row's end."""
+    first = tl.cast(tile, tl.int64) * TILE
+    left = tl.minimum(hidden - first, TILE).to(tl.int32)
+    place_NB = tl.arange(0, TILE // F.block)[:, None] * F.block + tl.arange(0, F.block)[None, :]
+    x_NB = tl.load(row + first + place_NB, mask=place_NB < left, other=0.0)
+    return clean(x_NB, F), left
+
+
+@triton.jit
+def clean(x, F: tl.constexpr):
+    """To fp32; subnormals to zeros of their sign, finite values within the format's limit."""
+    DTYPE: tl.constexpr = x.dtype
+    x = x.to(tl.float32)
+    if not DTYPE.is_fp16():  # which knows neither so small numbers nor so large ones
+        x = tl.where(tl.abs(x) < SMALLEST_NORMAL, x * 0.0, x)
+        if DTYPE.is_fp32() or F.limit < BF16_MAX:
+            infinite = (to_bits(x) & MAGNITUDE) >= EXPONENT
+            x = tl.where(infinite, x, tl.minimum(tl.maximum(x, -F.limit), F.limit))
+    return x
+
+
+@triton.jit
+def encode_tile(
+    x_NB,
+    left,
+    row_scale,
+    message,
+    at,
+    rows,
+    hidden,
+    row,
+    tile,
+    F: tl.constexpr,
+    TILE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Writes all that a tile, fp32 [N, B] with `left` values of the row, brings to the message."""
+    N: tl.constexpr = TILE // F.block
+    first = tl.cast(tile, tl.int64) * TILE
+    blocks_left = tl.cdiv(left, F.block)
+    values = (message, at, rows, row, hidden.to(tl.int64), first, left)
+    blocks = (message, at, rows, row, tl.cdiv(hidden, F.block).to(tl.int64), first // F.block, blocks_left)
+    inside = tl.arange(0, N) < blocks_left
+    PAYLOAD: tl.constexpr = F.payload
+    SCALE: tl.constexpr = F.scale
+    ZERO_POINT: tl.constexpr = F.zero_point
+    SPIKE_VALUE: tl.constexpr = F.spike_value
+    SPIKE_INDEX: tl.constexpr = F.spike_index
+
+    x_NB, need, bad, zeros, spike_values, spike_places = prepare(x_NB, left, F)
+    codes, reciprocals = choose_scales(x_NB, need, bad, row_scale, F)
+    keep = tl.where(bad, 0, -1)
+    payload_NB = element_codes(x_NB * reciprocals[:, None], F) & keep[:, None]
+    store_field(payload_NB.reshape(TILE), values, PAYLOAD, ALIGN)
+    store_field(tl.where(inside, codes, 0), blocks, SCALE, ALIGN)
+    if F.asym:
+        bits = tl.where(inside & (keep != 0), bf16_bits(zeros), 0)
+        store_field(bits, blocks, ZERO_POINT, ALIGN)
+    if F.spike:
+        pairs = (message, at, rows, row, blocks[4] * 2, blocks[5] * 2, blocks_left * 2)
+        store_field(tl.where(inside[:, None], spike_values, 0).reshape(2 * N), pairs, SPIKE_VALUE, ALIGN)
+        store_field(tl.where(inside[:, None], spike_places, 0).reshape(2 * N), pairs, SPIKE_INDEX, ALIGN)
+
+
+@triton.jit
+def store_row_scale(largest, message, at, rows, row, F: tl.constexpr):
+    """The row's scale, stored as fp32; returned as well."""
+    scale = row_scale(largest, F)
+    SECTION: tl.constexpr = F.row_scale.first
+    tl.store((message + at[SECTION]).to(tl.pointer_type(tl.float32)) + row, scale)
+    store_padding((message, at, rows, row, 1, 0, 1), SECTION, 4)
+    return scale
+
+
+@triton.jit
+def largest_need(x_NB, left, F: tl.constexpr):
+    """What the row's scale must serve; blocks with NaN do not count."""
+    _, need, bad, _, _, _ = prepare(x_NB, left, F)
+    return tl.max(tl.where(bad, 0.0, need), axis=0)
+
+
+@triton.jit
+def prepare(x_NB, left, F: tl.constexpr):
+    """All that comes before the scale: (values to quantize, need, bad, zero points, spike values, spike places).
+
+    bad [N]: the block holds a NaN or an infinity. Spike values are bf16 bits; both are [N, 2], minimum and maximum.
+    """
+    N: tl.constexpr = x_NB.shape[0]
+    B: tl.constexpr = F.block
+    if F.hadamard:
+        # A short last block stays as it is.
+        whole = (tl.arange(0, N) + 1) * B <= left
+        x_NB = tl.where(whole[:, None], hadamard(x_NB, B), x_NB)
+    # Without their sign, the bits of floats have the floats' order, infinity and NaN above all numbers.
+    peak = tl.max(to_bits(x_NB) & MAGNITUDE, axis=1)
+    bad = peak >= EXPONENT
+    need = to_float(peak)
+    zeros, spike_values, spike_places = 0.0, 0, 0
+    if F.asym or F.spike:
+        place_NB = tl.broadcast_to(tl.arange(0, B)[None, :], (N, B))
+        live_NB = tl.arange(0, N)[:, None] * B + place_NB < left
+        if F.spike:
+            spike_values, spike_places, live_NB = take_spikes(x_NB, place_NB, live_NB, bad)
+        if F.asym:
+            zeros, need = zero_points(x_NB, live_NB, F)
+            x_NB = tl.where(live_NB, x_NB - zeros[:, None], 0.0)
+        else:
+            x_NB = tl.where(live_NB, x_NB, 0.0)
+            need = tl.max(tl.abs(x_NB), axis=1)
+    return x_NB, need, bad, zeros, spike_values, spike_places
+
+
+@triton.jit
+def take_spikes(x_NB, place_NB, live_NB, bad):
+    """(bf16 bits [N, 2], places [N, 2], what stays live): the block's minimum and maximum, the first of equals.
+
+    A block with NaN has NaN at place 0, twice.
+    """
+    lowest = tl.argmin(tl.where(live_NB, x_NB, float("inf")), axis=1, tie_break_left=True)
+    highest = tl.argmax(tl.where(live_NB, x_NB, float("-inf")), axis=1, tie_break_left=True)
+    lowest, highest = tl.where(bad, 0, lowest), tl.where(bad, 0, highest)
+    low_bits, high_bits = spike_bits(x_NB, place_NB, lowest, bad), spike_bits(x_NB, place_NB, highest, bad)
+    live_NB = live_NB & (place_NB != lowest[:, None]) & (place_NB != highest[:, None])
+    return tl.join(low_bits, high_bits), tl.join(lowest, highest), live_NB
+
+
+@triton.jit
+def spike_bits(x_NB, place_NB, places, bad):
+    """bf16 bits [N] of each block's value at its place. Picked by bits: a sum of floats would lose the sign of zero."""
+    bits = tl.sum(tl.where(place_NB == places[:, None], to_bits(x_NB), 0), axis=1)
+    return tl.where(bad, 0x7FC0, bf16_bits(to_float(bits)))
+
+
+@triton.jit
+def zero_points(x_NB, live_NB, F: tl.constexpr):
+    """(zero points, needs), [N]. A zero point is the value that code 0 stands for, rounded to bf16.
+
+    The block's minimum falls on the lowest code and its maximum on the highest.
+    """
+    low = tl.min(tl.where(live_NB, x_NB, float("inf")), axis=1)
+    high = tl.max(tl.where(live_NB, x_NB, float("-inf")), axis=1)
+    some = low <= high
+    low, high = tl.where(some, low, 0.0), tl.where(some, high, 0.0)
+    zeros = low + (high - low) * ((F.max_value + 1) / (2 * F.max_value + 1))
+    zeros = to_float(bf16_bits(zeros) << 16)
+    # + 0.0, because the larger of 0 and -0 may be either.
+    return zeros, tl.maximum(high - zeros, (zeros - low) * (F.max_value / (F.max_value + 1))) + 0.0
+
+
+@triton.jit
+def choose_scales(x_NB, need, bad, row_scale, F: tl.constexpr):
+    """(codes, reciprocals), [N]: plain or, with `search`, of the candidate of least squared error."""
+    codes, reciprocals = scale_codes(need, bad, row_scale, F, 0)
+    if len(F.candidates) > 1:
+        least = squared_error(x_NB, codes, reciprocals, row_scale, F)
+        for i in tl.static_range(1, len(F.candidates)):
+            its_codes, its_reciprocals = scale_codes(need, bad, row_scale, F, i)
+            error = squared_error(x_NB, its_codes, its_reciprocals, row_scale, F)
+            better = error < least
+            codes = tl.where(better, its_codes, codes)
+            reciprocals = tl.where(better, its_reciprocals, reciprocals)
+            least = tl.where(better, error, least)
+    return codes, reciprocals
+
+
+@triton.jit
+def squared_error(x_NB, codes, reciprocals, row_scale, F: tl.constexpr):
+    """fp32 [N], relative to the block's own scale of things, so that squares neither overflow nor vanish."""
+    values_NB = element_values(element_codes(x_NB * reciprocals[:, None], F), F)
+    difference_NB = x_NB - values_NB * scale_values(codes, row_scale, F)[:, None]
+    error_NB = difference_NB * reciprocal_of_power_below(tl.max(tl.abs(x_NB), axis=1))[:, None]
+    return pairwise_sum(error_NB * error_NB, F.block)

@@ -1,0 +1,96 @@
+"""What a kernel knows of a codec: numbers, all compile-time constants of one launch."""
+
+from dataclasses import dataclass
+
+# Values that a program works on, and its warps: 32 values a thread, read in four 16-byte loads that are all under way
+# at once. Not measured on a GPU yet.
+TILE = 4096
+WARPS = 4
+
+
+@dataclass(frozen=True)
+class SmallFloat:
+    """A sign-less float: magnitudes up to `max_value`, subnormals, `bias` as IEEE has it."""
+
+    mantissa_bits: int
+    bias: int
+    max_value: float
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where one field of a message stands.
+
+    first: its first section. planes: a (shift, width) pair a section, `width` bits of each code from bit `shift` up.
+    """
+
+    first: int
+    planes: tuple
+
+
+@dataclass(frozen=True)
+class KernelFormat:
+    """One row of data that every kernel here is generic over; `megatron_comp.wire.gpu` fills it from a codec's name.
+
+    Fields that the codec lacks are None, as are the floats of elements and scales that are none.
+    """
+
+    # Element: a minifloat with a sign on top (`element`), or a two's-complement integer.
+    element: SmallFloat | None
+    bits: int
+    mantissa_bits: int  # below the leading one of the largest values
+    max_value: float
+    max_exponent: int
+
+    # Block and scale. kind: "power" (2^(code - bias)), "small" (8-bit float), "fp16", "bf16" or "fp32".
+    block: int
+    scale_kind: str
+    scale_float: SmallFloat | None
+    scale_bias: int
+    scale_nan_code: int
+    scale_underflow_to_zero: bool  # power: a block that needs less than code 0 has decodes to zeros
+    largest_scale_code: int  # power: beyond it the element's largest value would be no finite bf16
+    smallest_scale: float  # fp16, bf16, fp32: positive scales below it are raised to it,
+    largest_scale: float  # and larger ones saturate
+    row_scaled: bool
+    row_scale_divisor: float  # row scale = largest need of the row / this, but not under
+    smallest_row_scale: float
+
+    # Stages that an option switches on.
+    rule: str  # power: "floor", "even" or "ceil"
+    candidates: tuple  # what `search` tries: exponents to add (power), or factors; one, if there is no search
+    asym: bool
+    hadamard: bool
+    spike: bool
+    limit: float  # inputs are clamped to +- this
+
+    # Message.
+    payload: Field
+    scale: Field
+    row_scale: Field | None
+    zero_point: Field | None
+    spike_value: Field | None
+    spike_index: Field | None
+
+    # The product of any element and any scale has at most fp32's 24 bits, so that a fused multiply-add rounds as
+    # a multiplication and an addition do.
+    exact_products: bool
+
+    @property
+    def half(self) -> int:
+        """2^(bits - 1): the sign's bit in a minifloat's code, the lowest integer's magnitude."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def mask(self) -> int:
+        return (1 << self.bits) - 1
+
+    @property
+    def lowest(self) -> float:
+        """Of an integer element; with a zero point all codes are in use."""
+        return -self.max_value - self.asym
+
+    @property
+    def above_max(self) -> int:
+        """fp32 mantissas above this one do not fit under the element's largest value in its own binade."""
+        return int(self.max_value / 2.0**self.max_exponent * 2**23) & 0x7FFFFF

@@ -1,0 +1,112 @@
+"""Codes of a field to and from the sections of a message, one section a bit plane.
+
+`place` says which codes: (message, at, rows, row, columns, first, count): the pointer to the message, the byte offsets
+of all its sections and its end, how many rows it has, and of these row `row`, which has `columns` codes, the codes
+`first` to `first + count`. A row of a section starts on ALIGN bytes. Where that is a word (4) or more, threads pack and
+unpack words, otherwise bytes; codes wider than 8 bits travel as they are.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def unit_bits(count, width, align):
+    """Bits of the unit that `count` codes of `width` bits travel in."""
+    return width if width >= 16 else min(32 if align >= 4 else 8, count * width)
+
+
+@triton.constexpr_function
+def integer_of(bits):
+    return {8: tl.uint8, 16: tl.int16, 32: tl.int32}[bits]
+
+
+@triton.jit
+def store_field(codes, place, FIELD: tl.constexpr, ALIGN: tl.constexpr):
+    """Stores int32 codes [n], of which those past the place's count must be 0."""
+    for plane in tl.static_range(len(FIELD.planes)):
+        _store_plane(codes, place, FIELD, plane, ALIGN)
+
+
+@triton.jit
+def load_field(place, FIELD: tl.constexpr, COUNT: tl.constexpr, ALIGN: tl.constexpr):
+    """int32 [COUNT] codes, 0 past the place's count."""
+    codes = _load_plane(place, FIELD, 0, COUNT, ALIGN)
+    for plane in tl.static_range(1, len(FIELD.planes)):
+        codes |= _load_plane(place, FIELD, plane, COUNT, ALIGN)
+    return codes
+
+
+@triton.jit
+def store_padding(place, SECTION: tl.constexpr, row_bytes):
+    """The zeros between a section's last row and the next section, if the place is the first one of the message."""
+    message, at, rows, row, columns, first, count = place
+    padding = at[SECTION] + rows * row_bytes + tl.arange(0, 16)
+    stop = tl.where(row + first == 0, at[SECTION + 1], 0)
+    tl.store(message + padding, tl.zeros((16,), tl.uint8), mask=padding < stop)
+
+
+@triton.jit
+def _store_plane(codes, place, FIELD: tl.constexpr, PLANE: tl.constexpr, ALIGN: tl.constexpr):
+    SECTION: tl.constexpr = FIELD.first + PLANE
+    SHIFT: tl.constexpr = FIELD.planes[PLANE][0]
+    WIDTH: tl.constexpr = FIELD.planes[PLANE][1]
+    COUNT: tl.constexpr = codes.shape[0]
+    BITS: tl.constexpr = unit_bits(COUNT, WIDTH, ALIGN)
+    PER_UNIT: tl.constexpr = BITS // WIDTH
+    if len(FIELD.planes) > 1:
+        codes = (codes >> SHIFT) & ((1 << WIDTH) - 1)
+    units = gather_codes(codes, PER_UNIT, WIDTH)
+    ptr, row_bytes = _pointer(place, SECTION, WIDTH, BITS, ALIGN)
+    index = tl.arange(0, COUNT // PER_UNIT)
+    tl.store(ptr + index, units.to(ptr.dtype.element_ty), mask=index * PER_UNIT < place[6])
+    store_padding(place, SECTION, row_bytes)
+
+
+@triton.jit
+def _load_plane(place, FIELD: tl.constexpr, PLANE: tl.constexpr, COUNT: tl.constexpr, ALIGN: tl.constexpr):
+    """int32 [COUNT]: the plane's bits where they belong in the codes."""
+    SECTION: tl.constexpr = FIELD.first + PLANE
+    SHIFT: tl.constexpr = FIELD.planes[PLANE][0]
+    WIDTH: tl.constexpr = FIELD.planes[PLANE][1]
+    BITS: tl.constexpr = unit_bits(COUNT, WIDTH, ALIGN)
+    PER_UNIT: tl.constexpr = BITS // WIDTH
+    ptr, _ = _pointer(place, SECTION, WIDTH, BITS, ALIGN)
+    index = tl.arange(0, COUNT // PER_UNIT)
+    units = tl.load(ptr + index, mask=index * PER_UNIT < place[6], other=0).to(tl.int32)
+    codes = spread_codes(units, PER_UNIT, WIDTH)
+    if WIDTH < 32:
+        codes &= (1 << WIDTH) - 1
+    return codes << SHIFT
+
+
+@triton.jit
+def _pointer(place, SECTION: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, ALIGN: tl.constexpr):
+    """Of the unit of BITS that holds the place's first code in a section, and the section's bytes a row."""
+    message, at, rows, row, columns, first, count = place
+    row_bytes = tl.multiple_of(tl.cdiv(columns * WIDTH, 8), ALIGN)
+    ptr = message + at[SECTION] + row * row_bytes + first * WIDTH // 8
+    INTEGER: tl.constexpr = integer_of(BITS)
+    return ptr.to(tl.pointer_type(INTEGER)), row_bytes
+
+
+@triton.jit
+def gather_codes(codes, PER_UNIT: tl.constexpr, WIDTH: tl.constexpr):
+    """[n] codes of WIDTH bits to [n / PER_UNIT] units, the first code lowest: 1, 2, 3, 4 of width 4 -> 0x21, 0x43.
+
+    By halves, because a split is a thread's own business, where a reduction may be spread over several.
+    """
+    units = codes
+    for level in tl.static_range(PER_UNIT.bit_length() - 1):
+        low, high = tl.split(units.reshape(units.shape[0] // 2, 2))
+        units = low | (high << (WIDTH << level))
+    return units
+
+
+@triton.jit
+def spread_codes(units, PER_UNIT: tl.constexpr, WIDTH: tl.constexpr):
+    """[n] units to [n * PER_UNIT] codes in their lowest bits, with other codes above them: 0x21 -> 0x21, 0x2."""
+    codes = units
+    for level in tl.static_range(PER_UNIT.bit_length() - 1):
+        codes = tl.join(codes, codes >> (WIDTH * PER_UNIT >> (level + 1))).reshape(codes.shape[0] * 2)
+    return codes

@@ -1,0 +1,248 @@
+"""The CPU backend: `native.c`, compiled with the machine's own C compiler at first use.
+
+The library serves all formats; a format and the layout of its message travel to it as one structure of numbers. It is
+kept on disk, in `native/` of the folder that MEGATRON_COMP_CACHE names (default: `~/.cache/megatron_comp`), by a name
+that tells source, compiler and processor apart: the next process only loads it.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from . import message, scales
+from .formats import Format, Integer, Minifloat, PowerOfTwo, SmallFloatScale
+from .reference import input_limit
+
+SOURCE = Path(__file__).with_name("native.c")
+COMPILERS = ("cc", "gcc", "clang")
+# No fast math and no fused multiply-adds: results must be IEEE's. Traps and errno are what nobody reads here.
+FLAGS = ["-std=gnu11", "-O3", "-march=native", "-shared", "-fPIC"]
+FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+
+
+def encode(x: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
+    """`[rows, hidden]` of fp32, bf16 or fp16 into `out`, a uint8 message."""
+    x = x.contiguous()
+    codec = _codec(fmt, *x.shape)
+    _check(_library().encode(codec, x.data_ptr(), _DTYPES[x.dtype], out.data_ptr()))
+
+
+def decode_sum(messages: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
+    """uint8 `[ranks, nbytes]` to the sum `out` `[rows, hidden]`: fp32, in rank order, rounded once to its dtype."""
+    messages = _rows_of_bytes(messages)
+    codec = _codec(fmt, *out.shape)
+    where = messages.data_ptr(), messages.stride(0), len(messages)
+    _check(_library().decode_sum(codec, *where, out.data_ptr(), _DTYPES[out.dtype]))
+
+
+def decode_sum_encode(
+    messages: torch.Tensor, shape: tuple[int, int], fmt: Format, second: Format, out: torch.Tensor
+) -> None:
+    """The fp32 sum of `messages`, `shape` = (rows, hidden), encoded again; only a tile of the sum exists at a time."""
+    messages = _rows_of_bytes(messages)
+    codecs = _codec(fmt, *shape), _codec(second, *shape)
+    where = messages.data_ptr(), messages.stride(0), len(messages)
+    _check(_library().decode_sum_encode(codecs[0], *where, codecs[1], out.data_ptr()))
+
+
+def _rows_of_bytes(messages: torch.Tensor) -> torch.Tensor:
+    """Any distance between messages will do, but each message's bytes must be neighbours."""
+    return messages if messages.stride(1) == 1 else messages.contiguous()
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("no memory for a tile of values")
+
+
+# A format with the layout of its message: the structures of native.c, field by field.
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SCALE_KINDS = {"fp16": 2, "bf16": 3, "fp32": 4}  # 0 and 1: powers of two, small floats
+_FIELDS = ("payload", "scale", "row_scale", "zero_point", "spike_value", "spike_index")
+
+
+class _Minifloat(ctypes.Structure):
+    _fields_ = [
+        ("mantissa_bits", ctypes.c_int32),
+        ("smallest_normal", ctypes.c_uint32),
+        ("max_code", ctypes.c_uint32),
+        ("after_max", ctypes.c_uint32),
+        ("max_value", ctypes.c_float),
+    ]
+
+
+class _Plane(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("offset", "row_bytes", "padding")),
+        *((name, ctypes.c_int32) for name in ("shift", "width")),
+    ]
+
+
+class _Field(ctypes.Structure):
+    _fields_ = [("planes", ctypes.c_int32), ("plane", _Plane * 3)]
+
+
+class _Codec(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("block", ctypes.c_int32),
+        ("limit", ctypes.c_float),
+        ("hadamard_factor", ctypes.c_float),
+        ("asym", ctypes.c_int32),
+        ("spike", ctypes.c_int32),
+        ("integer", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("lowest", ctypes.c_float),
+        ("highest", ctypes.c_float),
+        ("element", _Minifloat),
+        ("scale_kind", ctypes.c_int32),
+        ("nan_code", ctypes.c_uint32),
+        ("bias", ctypes.c_int32),
+        ("max_exponent", ctypes.c_int32),
+        ("largest_code", ctypes.c_int32),
+        ("underflow_to_zero", ctypes.c_int32),
+        ("round_up", ctypes.c_uint32),
+        ("ceil_above", ctypes.c_uint32),
+        ("max_value", ctypes.c_float),
+        ("smallest", ctypes.c_float),
+        ("largest", ctypes.c_float),
+        ("small_float", _Minifloat),
+        ("row_scaled", ctypes.c_int32),
+        ("row_divisor", ctypes.c_float),
+        ("smallest_row_scale", ctypes.c_float),
+        ("candidates", ctypes.c_int32),
+        ("candidate", ctypes.c_float * 8),
+        *((name, _Field) for name in _FIELDS),
+    ]
+
+
+@lru_cache(maxsize=4096)
+def _codec(fmt: Format, rows: int, hidden: int) -> ctypes.Structure:
+    element, tried = fmt.element, scales.candidates(fmt)
+    codec = _Codec(rows, hidden, fmt.block, asym=fmt.asym, spike=fmt.spike, max_value=element.max_value)
+    codec.limit = input_limit(fmt)
+    codec.hadamard_factor = fmt.block**-0.5 if fmt.hadamard else 0.0
+    codec.bits = element.bits
+    if isinstance(element, Integer):
+        codec.integer = True
+        codec.lowest, codec.highest = -element.max_value - fmt.asym, element.max_value
+    else:
+        codec.element = _minifloat(element)
+    codec.candidates, codec.candidate = len(tried), tried
+    _set_scale(codec, fmt)
+    for name, sections in message.layout(fmt, rows, hidden).fields.items():
+        planes = [
+            _Plane(s.offset, s.row_bytes, s.end - s.offset - s.rows * s.row_bytes, s.shift, s.width) for s in sections
+        ]
+        setattr(codec, name, _Field(len(planes), tuple(planes)))
+    return ctypes.byref(codec)
+
+
+def _set_scale(codec: _Codec, fmt: Format) -> None:
+    element, scale = fmt.element, fmt.scale
+    codec.nan_code, codec.row_scaled = scale.nan_code, scale.row_scaled
+    if isinstance(scale, PowerOfTwo):
+        codec.scale_kind = 0
+        codec.bias, codec.max_exponent = scale.bias, element.max_exponent
+        codec.largest_code, codec.underflow_to_zero = scales.largest_code(fmt), scale.underflow_to_zero
+        codec.round_up = 1 << (22 - element.mantissa_bits) if fmt.rule == "even" else 0
+        fraction = math.ldexp(element.max_value, 23 - element.max_exponent)
+        codec.ceil_above = (int(fraction) if fmt.rule == "ceil" else -1) & 0x7FFFFF
+    elif isinstance(scale, SmallFloatScale):
+        codec.scale_kind, codec.small_float = 1, _minifloat(scale.float)
+        codec.row_divisor = scale.float.max_value * element.max_value
+        codec.smallest_row_scale = scales.SMALLEST_ROW_SCALE
+    else:
+        codec.scale_kind, codec.smallest = _SCALE_KINDS[scale.name], scale.smallest
+        codec.largest = scales.largest_scale(fmt)
+
+
+def _minifloat(fmt: Minifloat) -> _Minifloat:
+    after_max = 0x7F800000 if fmt.magnitude(fmt.max_code + 1) == math.inf else 0x7FC00000
+    return _Minifloat(fmt.mantissa_bits, (128 - fmt.bias) << 23, fmt.max_code, after_max, fmt.max_value)
+
+
+# The library.
+
+
+@lru_cache
+def compiler() -> tuple[str, ...] | None:
+    """The command of this machine's C compiler: `CC` of the environment or, without it, the first of COMPILERS."""
+    chosen = shlex.split(os.environ.get("CC", ""))
+    for command in [chosen] if chosen else [[name] for name in COMPILERS]:
+        if shutil.which(command[0]):
+            return tuple(command)
+    return None
+
+
+@lru_cache
+def _library() -> ctypes.CDLL:
+    """Loads the library; compiles it first if it is not in the cache."""
+    if compiler() is None:
+        raise RuntimeError(f"no C compiler for {SOURCE.name}: set CC or install one of {', '.join(COMPILERS)}")
+    library = _cache_folder() / f"{_fingerprint()}.so"
+    try:
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with open(library.with_suffix(".lock"), "w") as lock:
+                # One of many ranks compiles, the others wait. Without locks each compiles, and one rename is the last.
+                with suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if not library.exists():
+                    _compile(library)
+        return _load(library)
+    except OSError:  # a folder that cannot be written, or of a file system that nothing may be executed from
+        with tempfile.TemporaryDirectory() as folder:
+            return _load(_compile(Path(folder) / library.name))
+
+
+def _cache_folder() -> Path:
+    folder = os.environ.get("MEGATRON_COMP_CACHE")
+    if not folder:
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "megatron_comp")
+    return Path(folder, "native").absolute()
+
+
+def _fingerprint() -> str:
+    """Of all that decides what the compiler makes. `-march=native` depends on the processor."""
+    version = subprocess.run([*compiler(), "--version"], capture_output=True).stdout
+    cpu: list[str] | str = platform.processor()
+    with suppress(OSError):
+        cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        cpu = [line for line in cpu if line.startswith(("model name", "flags", "CPU part", "Features", "isa"))]
+    parts = [SOURCE.read_bytes(), version, repr((compiler(), FLAGS, platform.machine(), cpu)).encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+
+def _compile(library: Path) -> Path:
+    partial = library.with_suffix(f".{os.getpid()}.partial")
+    command = [*compiler(), *FLAGS, str(SOURCE), "-o", str(partial)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        lines = "\n".join((result.stderr or result.stdout).splitlines()[:10])
+        raise RuntimeError(f"{shlex.join(command)} failed with exit status {result.returncode}:\n{lines}")
+    return partial.replace(library)
+
+
+def _load(library: Path) -> ctypes.CDLL:
+    loaded, pointer = ctypes.CDLL(str(library)), ctypes.c_void_p
+    messages = [pointer, ctypes.c_int64, ctypes.c_int]
+    loaded.encode.argtypes = [pointer, pointer, ctypes.c_int, pointer]
+    loaded.decode_sum.argtypes = [pointer, *messages, pointer, ctypes.c_int]
+    loaded.decode_sum_encode.argtypes = [pointer, *messages, pointer, pointer]
+    assert loaded.codec_size() == ctypes.sizeof(_Codec)
+    return loaded

@@ -1,0 +1,64 @@
+"""Messages to their sum: the reference's bits, in rank order and rounded once."""
+
+import kernel_cases as cases
+import pytest
+import torch
+
+from megatron_comp.wire.formats import Format
+
+DTYPES = [*cases.DTYPES]
+# Decoding knows nothing of the search and the rounding rules that an encoder applied.
+OPTIONS = [codec for codec in cases.OPTIONS if "search" not in codec]
+
+
+def check(codec, shape, dtype, ranks=2, seed=0):
+    fmt = Format.parse(codec)
+    tensors = [cases.tensor(shape, cases.DTYPES[dtype], fmt.block, seed + rank) for rank in range(ranks)]
+    cases.check_decode_sum(fmt, cases.encoded(fmt, tensors), shape, cases.DTYPES[dtype])
+
+
+@pytest.mark.parametrize("codec", cases.PLAIN)
+def test_every_element_with_every_scale(codec):
+    turn = cases.PLAIN.index(codec)
+    check(codec, (2, 3000 + turn), DTYPES[turn % 3], seed=turn)
+
+
+@pytest.mark.parametrize("codec", OPTIONS)
+def test_every_set_of_options_with_every_scale(codec):
+    turn = OPTIONS.index(codec)
+    check(codec, (2, 3000 + turn), DTYPES[turn % 3], seed=turn)
+
+
+@pytest.mark.parametrize("codec", cases.MIXED)
+def test_every_shape(codec):
+    for turn, shape in enumerate(cases.shapes(Format.parse(codec)).values()):
+        check(codec, shape, DTYPES[turn % 3], ranks=1 + turn % 2, seed=turn)
+
+
+@pytest.mark.parametrize("codec", ["mxfp6", "nvfp4", "int4:32:fp16"])
+def test_many_rows(codec):
+    check(codec, (40, 72), "bf16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codec", ["mxfp4", "mxfp8", "nvfp4", "flash-int4", "int4:32:fp16:hadamard"])
+def test_every_type(codec, dtype):
+    check(codec, (4, 2048 + 8), dtype, seed=1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("codec", ["mxfp4", "int8:32:fp32", "int5:16:fp16:asym:spike"])
+def test_any_number_of_ranks(codec, ranks):
+    """Their numbers differ in size, so that the order of the additions shows in fp32."""
+    check(codec, (2, 1999), "fp32", ranks, seed=3)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize(
+    "codec", ["fp4_e2m1:32:e8m0:ceil", "nvfp4", "int8:32:fp32:hadamard", "int4:32:bf16:asym:spike"]
+)
+def test_half_precision_holds_no_larger_values(codec, ranks):
+    """Each rank's values are cut to fp16's range before they are added, NaN are not."""
+    fmt, shape = Format.parse(codec), (2, 1999)
+    tensors = [cases.tensor(shape, torch.float32, fmt.block, seed) for seed in range(ranks)]
+    cases.check_decode_sum(fmt, cases.encoded(fmt, tensors), shape, torch.float16)

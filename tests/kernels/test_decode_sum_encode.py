@@ -1,0 +1,46 @@
+"""Messages to the message of their sum, which both the first codec and the second may lay out in their own way."""
+
+import itertools
+
+import kernel_cases as cases
+import pytest
+
+from megatron_comp.wire.formats import SCALES, Format
+
+DTYPES = [*cases.DTYPES]
+
+
+def check(first, second, shape, ranks=2, seed=0):
+    fmt = Format.parse(first)
+    dtype = cases.DTYPES[DTYPES[seed % 3]]
+    tensors = [cases.tensor(shape, dtype, fmt.block, seed + rank) for rank in range(ranks)]
+    cases.check_decode_sum_encode(fmt, cases.encoded(fmt, tensors), shape, Format.parse(second))
+
+
+@pytest.mark.parametrize("codec", cases.PRESETS)
+def test_every_shape(codec):
+    for turn, shape in enumerate(cases.shapes(Format.parse(codec)).values()):
+        check(codec, codec, shape, ranks=1 + turn % 2, seed=turn)
+
+
+@pytest.mark.parametrize("codec", [codec for codec in cases.MIXED if codec not in cases.PRESETS])
+def test_options(codec):
+    check(codec, codec, (2, 2048 + 8))
+
+
+@pytest.mark.parametrize("pair", itertools.product(SCALES, SCALES), ids=">".join)
+def test_two_codecs(pair):
+    """Every scale after every scale, with elements, blocks and options of their own and shapes that fit one or both."""
+    turn = [*itertools.product(SCALES, SCALES)].index(pair)
+    flags = ["", "asym", "hadamard", "spike"]
+    first, second = (
+        cases.name(f"int{2 + (turn + 3 * i) % 7}", 8 << (turn + 2 * i) % 6, scale, flags[(turn + i) % 4])
+        for i, scale in enumerate(pair)
+    )
+    check(first, second, [(2, 512), (2, 513), (3, 328)][turn % 3], ranks=1 + turn % 3, seed=turn)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 4, 5])
+@pytest.mark.parametrize("pair", ["mxfp4>mxfp8", "int4:32:fp16>int8:32:fp16", "nvfp4>nvfp4"])
+def test_any_number_of_ranks(pair, ranks):
+    check(*pair.split(">"), (2, 999), ranks, seed=4)

@@ -1,0 +1,270 @@
+"""The CPU backend writes the reference's bytes and sums to its bits; its library is compiled once and then kept."""
+
+import itertools
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_comp.wire import message, native, reference
+from megatron_comp.wire.formats import Format
+
+pytestmark = pytest.mark.skipif(native.compiler() is None, reason="needs a C compiler")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1), (3, 7), (5, 33), (2, 4129), (9, 576), (1, 3000)]
+NAN, INF = float("nan"), float("inf")
+CORNERS = [
+    *([NAN], [INF], [-INF], [INF, -INF], [1, NAN, 2], [0, 0, 0, INF], [-NAN, 1e30]),
+    *([0.0], [-0.0], [0.0, -0.0], [1e-39], [-1e-39, 0], [2.0**-127, -(2.0**-130)]),
+    *([1e30], [1e30, -1e30, 1e-30], [1e-30, 1e-38], [-5, 2.0**-126], [2.0**-126, -(2.0**-125)], [2.0**-24], [1.0]),
+    *([oracles.BF16_MAX, -oracles.BF16_MAX], [1, -oracles.BF16_MAX], [3.4028e38, 0], [65504, -65504], [65520, 6e-8]),
+    *([0.25, 0.5, 0.75, 1.25, 2.5, 5.0, -3.5, 7.0], [7.5, -6.5, 0.5, -1.5], [127.5, 126.5, -127.5, 0.5]),
+]
+
+
+def same(fmt, tensors, second):
+    """Native and reference, on tensors [rows, hidden] of the ranks: messages, sums of all types, the sum's message.
+
+    Outputs begin as 0xFF or NaN, with a margin that must stay so.
+    """
+    shape = tensors[0].shape
+
+    def written(backend, function, fmt, *arguments):
+        nbytes = message.layout(fmt, *shape).nbytes
+        margin = torch.full((nbytes + 40,), 0xFF, dtype=torch.uint8)
+        getattr(backend, function)(*arguments, margin[17 : 17 + nbytes])
+        assert (margin[:17] == 0xFF).all() and (margin[17 + nbytes :] == 0xFF).all()
+        return margin[17 : 17 + nbytes]
+
+    def summed(backend, messages, dtype):
+        margin = torch.full((shape[0] + 2, shape[1]), NAN, dtype=dtype)
+        backend.decode_sum(messages, fmt, margin[1:-1])
+        assert margin[0].isnan().all() and margin[-1].isnan().all()
+        return margin[1:-1]
+
+    messages = [written(reference, "encode", fmt, x, fmt) for x in tensors]
+    for x, expected in zip(tensors, messages, strict=True):
+        assert torch.equal(written(native, "encode", fmt, x, fmt), expected), f"{fmt} {x.dtype} {tuple(shape)}"
+    messages = torch.stack(messages)
+    for dtype in DTYPES:
+        sums = [summed(backend, messages, dtype) for backend in (native, reference)]
+        assert oracles.same_bits(*sums), f"{fmt} sum to {dtype} {tuple(shape)} of {len(messages)}"
+    both = [
+        written(backend, "decode_sum_encode", second, messages, shape, fmt, second) for backend in (native, reference)
+    ]
+    assert torch.equal(*both), f"{fmt} > {second} {tuple(shape)} of {len(messages)}"
+
+
+def corner_rows(width, dtype):
+    """A row for each corner, repeated; and all corners in turn, each over 16 values of longer rows."""
+    rows = [torch.tensor(values).repeat(width)[:width] for values in CORNERS]
+    mixed = torch.cat([row[:16] for row in rows])
+    rows += [mixed.roll(shift).repeat(width)[:width] for shift in (0, 8, 24)]
+    return torch.stack(rows).to(dtype)
+
+
+@pytest.mark.parametrize("element", oracles.ELEMENTS)
+@pytest.mark.parametrize("scale", oracles.SCALES)
+def test_equals_the_reference(element, scale):
+    """All blocks, rules and sets of flags; magnitudes, shapes, types and ranks go around."""
+    options = [(rule, *flags) for rule in oracles.rules(scale) for flags in oracles.flag_sets(element)]
+    names = [oracles.name(element, block, scale) for block in oracles.BLOCKS]
+    names += [oracles.name(element, block, scale, *o) for o, block in zip(options, itertools.cycle(oracles.BLOCKS))]
+    shapes, magnitudes = itertools.cycle(SHAPES), itertools.cycle([1.0, 1e-3, 3e4, 1e30, 1e-30, 1e-37, 1e-7])
+    for seed, (name, after) in enumerate(zip(names, [*names[1:], "mxfp4"], strict=True)):
+        shape, magnitude, dtype = next(shapes), next(magnitudes), DTYPES[seed % 3]
+        tensors = [
+            (oracles.random_tensor(shape, seed=seed + rank, spread=seed % 9) * magnitude).to(dtype)
+            for rank in range(1 + seed % 5)
+        ]
+        same(Format.parse(name), tensors, Format.parse(after))
+
+
+@pytest.mark.parametrize("element", oracles.ELEMENTS)
+@pytest.mark.parametrize("scale", oracles.SCALES)
+def test_equals_the_reference_in_corners(element, scale):
+    options = [(rule, *flags) for rule in oracles.rules(scale) for flags in oracles.flag_sets(element)]
+    for seed, (option, block) in enumerate(zip(options, itertools.cycle(oracles.BLOCKS))):
+        fmt = Format.parse(oracles.name(element, block, scale, *option))
+        x = corner_rows(2 * block + 5, DTYPES[seed % 3])
+        same(fmt, [x, x.roll(1, 0)][: 1 + seed % 2], fmt)
+
+
+@oracles.FIXED
+@given(
+    st.sampled_from(oracles.all_codecs()),
+    st.sampled_from(oracles.all_codecs()),
+    st.tuples(st.integers(1, 5), st.integers(1, 700)),
+    st.sampled_from(DTYPES),
+    st.integers(1, 5),
+    st.integers(0, 10**6),
+)
+def test_any_bits(first, second, shape, dtype, ranks, seed):
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(-(2**31), 2**31, (ranks, *shape), generator=generator).int()
+    same(Format.parse(first), list(bits.view(torch.float32).to(dtype)), Format.parse(second))
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "int5:256:e5m0:asym:spike", "int3:8:fp16:hadamard"])
+@pytest.mark.parametrize("shape", [(37, 576), (1, 16384), (3, 70001), (300, 8)], ids=str)
+def test_large_tensors(name, shape):
+    tensors = [oracles.random_tensor(shape, torch.bfloat16, seed=seed) for seed in range(3)]
+    same(Format.parse(name), tensors, Format.parse("int8:128:e4m3"))
+
+
+@pytest.mark.parametrize("element", ["fp8_e4m3", "fp8_e5m2"])
+def test_codes_that_are_no_numbers(element):
+    """Encoding never sends them; they decode as in the reference."""
+    fmt = Format.parse(f"{element}:256:e8m0")
+    fields = {"payload": torch.arange(256).view(1, 256).numpy(), "scale": torch.full((1, 1), 130).numpy()}
+    sent = oracles.write(fields, str(fmt), 1, 256).unsqueeze(0)
+    for dtype in DTYPES:
+        sums = [torch.empty(1, 256, dtype=dtype) for _ in range(2)]
+        for backend, out in zip((native, reference), sums, strict=True):
+            backend.decode_sum(sent, fmt, out)
+        assert oracles.same_bits(*sums) and sums[0].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, ::2],
+        lambda x: x[::3],
+        lambda x: x.t(),
+        lambda x: x[1:, 3:],
+        lambda x: x[:, :1].expand(-1, 50),
+        lambda x: x[2:3].expand(9, -1),
+        lambda x: x.reshape(-1)[1:-28].view(-1, 29),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_views(view, dtype):
+    """Of tensors, and of messages: rows apart, at odd addresses, bytes apart."""
+    x, fmt = view(oracles.random_tensor((36, 35), dtype)[:, :29].reshape(36, 29)), Format.parse("int5:16:fp16:asym")
+    same(fmt, [x, x], fmt)
+    nbytes = message.layout(fmt, *x.shape).nbytes
+    wide = torch.zeros(3, 2 * nbytes + 3, dtype=torch.uint8)
+    plain = torch.empty(2, nbytes, dtype=torch.uint8)
+    for rank in range(2):
+        native.encode(x, fmt, plain[rank])
+    sums = []
+    for messages in (plain, wide[1:, 1 : nbytes + 1], wide[::2, 3 : nbytes + 3], wide[:2, 1 : 2 * nbytes : 2]):
+        messages.copy_(plain)
+        sums.append(torch.empty(x.shape, dtype=dtype))
+        native.decode_sum(messages, fmt, sums[-1])
+    assert all(torch.equal(other, sums[0]) for other in sums)
+
+
+# Compilers and processors.
+
+PRESETS_AND_MORE = [
+    *oracles.PRESETS,
+    *("int4:32:fp16:hadamard", "fp6_e3m2:128:e5m3:hadamard:search", "int7:64:bf16:asym:search:spike"),
+    *("fp8_e5m2:8:fp32", "int2:256:e8m0:even:spike", "fp3_e1m1:16:e5m0:ceil", "fp5_e3m1:32:e8m0"),
+]
+
+
+@pytest.fixture
+def other_flags(monkeypatch):
+    """A function that has the library compiled with other flags, for one test."""
+
+    def use(*flags):
+        monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, *flags])
+        native._library.cache_clear()
+
+    yield use
+    native._library.cache_clear()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86-64")
+@pytest.mark.parametrize("flags", ["-march=x86-64", "-march=x86-64-v3", "-mno-avx512f", "-O1"])
+def test_equals_the_reference_on_other_processors(flags, other_flags):
+    other_flags(flags)
+    for seed, name in enumerate(PRESETS_AND_MORE):
+        fmt, dtype = Format.parse(name), DTYPES[seed % 3]
+        same(fmt, [oracles.random_tensor((5, 1300), dtype, seed=seed + rank) for rank in range(2)], fmt)
+        same(fmt, [corner_rows(2 * fmt.block + 5, dtype)], fmt)
+
+
+ENCODE = """
+import sys, torch
+from megatron_comp.wire.codec import Codec
+x = torch.linspace(-9, 9, 999).view(3, 333)
+print(Codec.parse("mxfp4").encode(x).sum().item())
+"""
+
+
+def start(cache, **environment):
+    environment = {**os.environ, "MEGATRON_COMP_CACHE": str(cache), **environment}
+    environment.pop("MEGATRON_COMP_BACKEND", None)
+    return subprocess.Popen(
+        [sys.executable, "-c", ENCODE],
+        env={key: value for key, value in environment.items() if value is not None},
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def expected_output():
+    x, fmt = torch.linspace(-9, 9, 999).view(3, 333), Format.parse("mxfp4")
+    out = torch.empty(message.layout(fmt, 3, 333).nbytes, dtype=torch.uint8)
+    reference.encode(x, fmt, out)
+    return f"{out.sum().item()}\n"
+
+
+@pytest.fixture
+def counting_compiler(tmp_path):
+    """(a compiler that takes a line in a log for each compilation, the log)"""
+    log, script = tmp_path / "log", tmp_path / "counting-cc"
+    log.touch()
+    real = " ".join(native.compiler())
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo compiled >> {log}\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    return str(script), log
+
+
+def test_ranks_that_start_together_compile_once_and_later_ones_never(tmp_path, counting_compiler):
+    compiler, log = counting_compiler
+    for _ in range(2):
+        ranks = [start(tmp_path / "cache", CC=compiler) for _ in range(3)]
+        for rank in ranks:
+            out, err = rank.communicate()
+            assert (out, err) == (expected_output(), "")
+        assert log.read_text() == "compiled\n"
+    assert [file.suffix for file in sorted((tmp_path / "cache" / "native").iterdir())] == [".lock", ".so"]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, counting_compiler):
+    compiler, log = counting_compiler
+    (tmp_path / "file").touch()
+    out, err = start(tmp_path / "file", CC=compiler).communicate()
+    assert (out, err) == (expected_output(), "") and log.read_text() == "compiled\n"
+
+
+def test_a_compiler_that_fails_is_an_error(tmp_path):
+    script = tmp_path / "broken-cc"
+    script.write_text("#!/bin/sh\necho 'native.c:1: no such header' >&2\nexit 4\n")
+    script.chmod(0o755)
+    rank = start(tmp_path / "cache", CC=str(script))
+    out, err = rank.communicate()
+    assert rank.returncode == 1 and out == ""
+    assert f"RuntimeError: {script}" in err and "failed with exit status 4:\nnative.c:1: no such header" in err
+
+
+def test_without_a_compiler_the_reference_serves_and_says_that_it_is_slow(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for environment, tried in [({"CC": None}, "cc, gcc, clang"), ({"CC": "no-such-cc -m64"}, "no-such-cc -m64")]:
+        out, err = start(tmp_path / "cache", PATH=str(tmp_path / "empty"), **environment).communicate()
+        assert out == expected_output()
+        assert err.count("UserWarning") == 1 and f"tried {tried}" in err and "times slower" in err
+    assert not (tmp_path / "cache").exists()
