@@ -14,8 +14,6 @@ PYTHON=${PYTHON:-python3}
 MEGATRON_COMP_VENV=$(realpath -m "${MEGATRON_COMP_VENV:-$REPO/.venv}")
 MEGATRON_COMP_CACHE=$(realpath -m "${MEGATRON_COMP_CACHE:-$REPO/.cache}")
 export MEGATRON_COMP_VENV MEGATRON_COMP_CACHE
-MODEL=$MEGATRON_COMP_CACHE/smollm2
-TEXT=$MEGATRON_COMP_CACHE/sotu.txt
 
 # run COMMAND...: the command, or only its text under DRY_RUN=1.
 run() {
@@ -24,6 +22,15 @@ run() {
         echo
     else
         "$@"
+    fi
+}
+
+# become COMMAND...: like run, but in place of this shell, so that a signal for the one reaches the other.
+become() {
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        run "$@"
+    else
+        exec "$@"
     fi
 }
 
@@ -49,8 +56,10 @@ setup_python() {
     export PATH=$MEGATRON_COMP_VENV/bin:$PATH
 }
 
-# fetch_data: the model and the text that quickstart and tests use, into the cache.
+# fetch_data: the model and the text that quickstart and tests use, into the cache; sets MODEL and TEXT to them.
 fetch_data() {
+    MODEL=$MEGATRON_COMP_CACHE/smollm2
+    TEXT=$MEGATRON_COMP_CACHE/sotu.txt
     run python "$REPO/examples/fetch.py" model "$MODEL"
     run python "$REPO/examples/fetch.py" text "$TEXT"
 }

@@ -23,20 +23,29 @@ _ERRORS = "MEGATRON_COMP_ERRORS"
 
 
 def joined() -> bool:
-    """Whether a launcher (torchrun, `start`) started this process as a rank; if `start` did, it ends with it.
+    """Whether a launcher started this process as a rank: torchrun, `start`, or srun with several tasks.
 
-    Raises ValueError under srun with several tasks that nobody has given ranks.
+    A rank of torchrun or `start` ends with the process that started it, however that ends. To one of srun, which gives
+    it a number but no ranks, this gives them.
+
+    Raises ValueError under srun with several tasks if nobody has said where they meet.
     """
     if "WORLD_SIZE" in os.environ:
         if starter := os.environ.get(_STARTER):
             _die_with(int(starter))
+        elif "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() > 1:
+            _die_with(os.getppid())
         return True
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if int(tasks) == 1:
+        return False
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         raise ValueError(
-            "srun started several tasks without ranks: run torchrun in each, or set RANK=$SLURM_PROCID "
-            "WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID MASTER_ADDR and MASTER_PORT"
+            f"srun started {tasks} tasks that do not know where to meet: set MASTER_ADDR to the address of the first "
+            "task's node and MASTER_PORT to a port that is free there, or run torchrun in one task a node"
         )
-    return False
+    os.environ.update(RANK=os.environ["SLURM_PROCID"], LOCAL_RANK=os.environ["SLURM_LOCALID"], WORLD_SIZE=tasks)
+    return True
 
 
 def start(ranks: int, command: list[str]) -> int:
@@ -71,7 +80,8 @@ def report(message: str) -> None:
     if folder := os.environ.get(_ERRORS):
         Path(folder, rank).write_text(message)
     else:
-        print(f"megatron-comp: error{f' on rank {rank}' if joined() else ''}: {message}", file=sys.stderr, flush=True)
+        where = f" on rank {rank}" if "WORLD_SIZE" in os.environ else ""
+        print(f"megatron-comp: error{where}: {message}", file=sys.stderr, flush=True)
 
 
 def _die_with(starter: int) -> None:

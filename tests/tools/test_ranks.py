@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_comp import cli
 from megatron_comp.tools import ranks
 
 REPORT = "from megatron_comp.tools.ranks import report; import os, sys; rank = os.environ['RANK']; "
@@ -85,10 +86,62 @@ def wait_for(condition, seconds=60):
         time.sleep(0.05)
 
 
-def test_srun_without_ranks_is_an_error(monkeypatch):
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
-    with pytest.raises(ValueError, match=r"WORLD_SIZE=\$SLURM_NTASKS"):
-        ranks.joined()
-    monkeypatch.setenv("WORLD_SIZE", "3")
+def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path):
+    """It cannot end them itself then, and they would wait for each other."""
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        "import os, time; from megatron_comp.tools import ranks; assert ranks.joined(); "
+        f"open(r'{tmp_path}/' + os.environ['RANK'], 'w').write(str(os.getpid())); time.sleep(100)"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", rank]
+    process = subprocess.Popen(torchrun, env={**os.environ, "TMPDIR": str(tmp_path)})
+    try:
+        wait_for(lambda: all((tmp_path / str(rank)).exists() and (tmp_path / str(rank)).read_text() for rank in (0, 1)))
+        pids = [int((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
+        time.sleep(0.5)
+        assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+        process.kill()
+        process.wait(20)
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    finally:
+        process.kill()
+
+
+@pytest.fixture
+def srun_task(monkeypatch):
+    """The environment of the second of three tasks, the first on its node."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # to be restored after the test
+        monkeypatch.delenv(name)
+    for name, value in {"STEP_NUM_TASKS": "3", "NTASKS": "3", "PROCID": "1", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    return monkeypatch.setenv
+
+
+def test_srun_tasks_are_ranks(srun_task):
+    srun_task("MASTER_ADDR", "127.0.0.1")
+    srun_task("MASTER_PORT", "29500")
     assert ranks.joined()
-    assert os.environ["WORLD_SIZE"] == "3"
+    assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["1", "0", "3"]
+
+
+def test_a_launcher_inside_an_srun_task_has_the_word(srun_task):
+    for name, value in {"RANK": "5", "LOCAL_RANK": "2", "WORLD_SIZE": "6"}.items():
+        srun_task(name, value)
+    assert ranks.joined()
+    assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["5", "2", "6"]
+
+
+def test_srun_without_a_place_to_meet_is_an_error(srun_task, capsys):
+    srun_task("MASTER_ADDR", "127.0.0.1")
+    assert cli.main(["generate", "--model", "nowhere", "--tp", "3", "--prompt", "Hello"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "megatron-comp: error: srun started 3 tasks that do not know where to meet: set MASTER_ADDR"
+    )
+    assert error.count("\n") == 1
+
+
+def test_one_srun_task_starts_its_own_ranks(srun_task):
+    srun_task("SLURM_STEP_NUM_TASKS", "1")
+    assert not ranks.joined()
