@@ -15,7 +15,7 @@ from .scales import scale_values
 
 
 def decode_sum(messages: torch.Tensor, at: tuple, out: torch.Tensor, fmt: KernelFormat, align: int) -> None:
-    """uint8 `messages` [ranks, bytes], with sections at the offsets `at`, to their sum `out` [rows, hidden]."""
+    """`messages` [ranks, bytes], with sections at the offsets `at`, to their sum in contiguous `out` [rows, hidden]."""
     rows, hidden = out.shape
     programs = rows * triton.cdiv(hidden, TILE)
     decode_sum_kernel[(programs,)](
@@ -23,7 +23,6 @@ def decode_sum(messages: torch.Tensor, at: tuple, out: torch.Tensor, fmt: Kernel
         messages.stride(0),
         at,
         out,
-        out.stride(0),
         rows,
         hidden,
         fmt,
@@ -41,7 +40,6 @@ def decode_sum_kernel(
     message_stride,
     at,
     out_ptr,
-    out_stride,
     rows,
     hidden,
     F: tl.constexpr,
@@ -56,7 +54,7 @@ def decode_sum_kernel(
     HALF: tl.constexpr = out_ptr.dtype.element_ty == tl.float16
     total_NB, left = sum_tile(messages, message_stride, at, rows, hidden, row, tile, F, RANKS, TILE, ALIGN, HALF)
     place = tl.arange(0, TILE)
-    out = out_ptr + row * out_stride + tile * TILE + place
+    out = out_ptr + row * hidden + tile * TILE + place
     store_rounded(out, total_NB.reshape(TILE), place < left)
 
 
@@ -82,7 +80,9 @@ def sum_tile(
     for rank in tl.static_range(1, RANKS):
         message = messages + rank * message_stride.to(tl.int64)
         total_NB += decode_tile(message, at, rows, hidden, row, first, left, F, TILE, ALIGN, HALF)
-    return total_NB, left
+    B: tl.constexpr = F.block
+    place_NB = tl.arange(0, TILE // B)[:, None] * B + tl.arange(0, B)[None, :]
+    return tl.where(place_NB < left, total_NB, 0.0), left
 
 
 @triton.jit

@@ -186,8 +186,8 @@ def take_spikes(x_NB, place_NB, live_NB, bad):
 
     A block with NaN has NaN at place 0, twice.
     """
-    lowest = tl.argmin(tl.where(live_NB, x_NB, float("inf")), axis=1, tie_break_left=True)
-    highest = tl.argmax(tl.where(live_NB, x_NB, float("-inf")), axis=1, tie_break_left=True)
+    lowest = tl.argmin(tl.where(live_NB & ~bad[:, None], x_NB, float("inf")), axis=1, tie_break_left=True)
+    highest = tl.argmax(tl.where(live_NB & ~bad[:, None], x_NB, float("-inf")), axis=1, tie_break_left=True)
     lowest, highest = tl.where(bad, 0, lowest), tl.where(bad, 0, highest)
     low_bits, high_bits = spike_bits(x_NB, place_NB, lowest, bad), spike_bits(x_NB, place_NB, highest, bad)
     live_NB = live_NB & (place_NB != lowest[:, None]) & (place_NB != highest[:, None])

@@ -84,8 +84,8 @@ def _load_plane(place, FIELD: tl.constexpr, PLANE: tl.constexpr, COUNT: tl.const
 def _pointer(place, SECTION: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, ALIGN: tl.constexpr):
     """Of the unit of BITS that holds the place's first code in a section, and the section's bytes a row."""
     message, at, rows, row, columns, first, count = place
-    row_bytes = tl.multiple_of(tl.cdiv(columns * WIDTH, 8), ALIGN)
-    ptr = message + at[SECTION] + row * row_bytes + first * WIDTH // 8
+    row_bytes = tl.cdiv(columns * WIDTH, 8)
+    ptr = message + at[SECTION] + tl.multiple_of(row * row_bytes, ALIGN) + first * WIDTH // 8
     INTEGER: tl.constexpr = integer_of(BITS)
     return ptr.to(tl.pointer_type(INTEGER)), row_bytes
 

@@ -42,7 +42,7 @@ def scale_codes(need, bad, row, F: tl.constexpr, WHICH: tl.constexpr):
     codes = tl.where(bad, F.scale_nan_code, codes)
     if F.scale_kind == "power":
         # 2^-e has the exponent field 254 - (e's), exactly; a division takes twenty instructions.
-        reciprocals = to_float((127 + F.scale_bias - codes) << 23)
+        reciprocals = to_float(tl.maximum((127 + F.scale_bias - codes) << 23, 1 << 22))
         if F.scale_underflow_to_zero:
             reciprocals = tl.where(exponent + F.scale_bias >= 0, reciprocals, 0.0)
     else:

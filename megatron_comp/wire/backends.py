@@ -1,7 +1,7 @@
 """Which code encodes and decodes on a device. All backends write the same bytes and sum to the same bits.
 
 A backend is a module with the three functions of `reference.py`, which see tensors `[rows, hidden]` of at least one
-element and fill all of `out`:
+element and fill all of `out`, which is contiguous:
 
     encode(x, fmt, out)                                     decode_sum(messages, fmt, out)
     decode_sum_encode(messages, shape, fmt, second, out)

@@ -54,12 +54,14 @@ def _is_flat(fmt: Format, shape: tuple[int, int]) -> bool:
 def _sections(fmt: Format, shape: tuple[int, int]) -> tuple[tuple[int, ...], int]:
     """(byte offsets of all sections and of the message's end, bytes that every row of every section starts on)."""
     layout = message.layout(fmt, *shape)
-    sections = [section for field in layout.fields.values() for section in field]
-    offsets = (*(section.offset for section in sections), layout.nbytes)
+    offsets = tuple(section.offset for sections in layout.fields.values() for section in sections)
     if shape[0] == 1:
-        return offsets, message.ALIGNMENT
-    rows = [section.row_bytes for section in sections if section.columns > 1 or section.width < 32]
-    return offsets, next(align for align in (16, 4, 1) if all(row % align == 0 for row in rows))
+        align = message.ALIGNMENT  # the only row starts where its section does
+    else:
+        # Row scales are stored one by one, as what they are.
+        planes = [section for name, sections in layout.fields.items() if name != "row_scale" for section in sections]
+        align = next(align for align in (16, 4, 1) if all(plane.row_bytes % align == 0 for plane in planes))
+    return (*offsets, layout.nbytes), align
 
 
 @lru_cache

@@ -30,6 +30,9 @@ COMPILERS = ("cc", "gcc", "clang")
 # No fast math and no fused multiply-adds: results must be IEEE's. Traps and errno are what nobody reads here.
 FLAGS = ["-std=gnu11", "-O3", "-march=native", "-shared", "-fPIC"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+if platform.machine() == "x86_64":
+    # Where there are 512-bit vectors, compilers prefer 256: sums of 2 and 4 messages took 5 % longer so.
+    FLAGS += ["-mprefer-vector-width=512"]
 
 
 def encode(x: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
