@@ -1,10 +1,18 @@
-"""What tests of compressed models share: a policy's defaults for small models, and views of a model."""
+"""What tests of compressed models share: a policy's defaults, small models with experts, and views of a model."""
 
 import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 import megatron_comp as mc
+from megatron_comp.inference import cpu
+from megatron_comp.inference.attention import CausalAttention
 from megatron_comp.inference.generate import logits
+from megatron_comp.inference.model import RMSNorm
 
 # Of the fixture `llama`
 LAYERS, HIDDEN = 4, 96
@@ -36,3 +44,56 @@ def inside_view(model):
         "communication": [m.explicit_expert_comm for m in model.modules() if isinstance(m, RowParallelLinear)],
         "hooks": [len(module._forward_pre_hooks) for module in model.modules()],
     }
+
+
+def experts_model(layers=(1, 1), **options):
+    """A random mixture of experts without Transformer Engine, two of four experts to a token.
+
+    layers: 1 where a layer has experts, 0 where it has an MLP. options: of TransformerConfig.
+    """
+    cpu.prepare_streams()
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    defaults = {
+        "moe_token_dispatcher_type": "allgather",
+        "moe_router_load_balancing_type": "none",
+        "sequence_parallel": False,
+    }
+    config = TransformerConfig(
+        num_layers=len(layers),
+        hidden_size=64,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        num_moe_experts=4,
+        moe_layer_freq=list(layers),
+        moe_router_topk=2,
+        normalization="RMSNorm",
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=ranks,
+        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        use_cpu_initialization=True,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        **(defaults | options),
+    )
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    for layer in spec.layer_specs:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer.submodules.self_attention.submodules.core_attention = CausalAttention
+    spec.layer_norm = RMSNorm
+    torch.manual_seed(0)
+    return GPTModel(config, spec, vocab_size=32, max_sequence_length=32, position_embedding_type="rope").eval()
+
+
+EXPERT_IDS = torch.arange(16).view(2, 8)
+
+
+def whole_logits(model, ids=EXPERT_IDS):
+    """Of an `experts_model`, on every rank."""
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    with torch.no_grad():
+        return model(ids, positions, None, runtime_gather_output=True)

@@ -13,7 +13,7 @@ REPO = Path(__file__).parents[1]
 # Rooms from top to bottom, each with the modules that belong to it (and everything inside them).
 ROOMS = {
     "examples": ["examples"],
-    "tools": ["megatron_comp.cli", "megatron_comp.tools", "megatron_comp.run", "megatron_comp.__main__"],
+    "tools": ["megatron_comp.cli", "megatron_comp.tools", "megatron_comp.run", "megatron_comp.auto"],
     "public face": ["megatron_comp"],  # the package's own __init__.py and the names it exports
     "inference": ["megatron_comp.inference"],
     "layers": ["megatron_comp.layers"],

@@ -1,6 +1,9 @@
 """Everything that Megatron-Core needs on a machine without CUDA. With CUDA nothing here does anything."""
 
+from contextlib import contextmanager
+
 import torch
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 
 def _cpu_device() -> torch.device:
@@ -15,6 +18,42 @@ def prepare() -> None:
     """
     if not torch.cuda.is_available():
         torch.cuda.current_device = _cpu_device
+        # Megatron-Core 0.16 names this function of Transformer Engine's in its router without having imported it.
+        moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
+
+
+class _Stream:
+    """A CPU does one thing after the other: a stream, or an event in it, that nothing has to wait for."""
+
+    def record_event(self) -> "_Stream":
+        return self
+
+    def wait_stream(self, _other: "_Stream") -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+@contextmanager
+def _on_stream(_stream: _Stream):
+    yield
+
+
+def prepare_streams() -> None:
+    """Lets the all-to-all token dispatcher and overlapped shared experts run without CUDA; a no-op with CUDA.
+
+    Apart from `prepare`, because other libraries ask whether there are streams when they are imported. Counts of tokens
+    become numpy arrays on their way from GPU to CPU, which the collectives then take; here they are to be made so.
+    """
+    if not torch.cuda.is_available():
+        torch.cuda.Stream, torch.cuda.stream = _Stream, _on_stream
+        torch.cuda.current_stream = _Stream
+        token_dispatcher.maybe_move_tensor_to_cpu = _as_if_moved
+
+
+def _as_if_moved(tensor, as_numpy: bool = False, record_stream: bool = False):
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def config_options() -> dict[str, object]:

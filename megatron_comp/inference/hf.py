@@ -1,4 +1,4 @@
-"""Hugging Face Llama folders: the config, and the weights of one tensor-parallel rank.
+"""Hugging Face Llama and Mixtral folders: the config, and the weights of one rank.
 
 `plan` says which rows and columns of which tensors make up each parameter of a rank; `load_weights` reads exactly
 those. No process ever holds more of a checkpoint than its own share.
@@ -13,13 +13,13 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM"}  # model_type -> architecture
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM"}  # model_type -> architecture
 ROPE_TYPES = ("default", "linear", "llama3")
 FLOAT_TYPES = ("F16", "BF16", "F32", "F64")
 
 
 def read_config(model_dir) -> PretrainedConfig:
-    """The config of a Llama checkpoint folder.
+    """The config of a checkpoint folder.
 
     Raises ValueError if there is none, if it is of another architecture, or if it asks for what is not built here.
     """
@@ -49,7 +49,7 @@ def read_config(model_dir) -> PretrainedConfig:
 def _check_config(config, path) -> None:
     for option in ("attention_bias", "mlp_bias"):
         if getattr(config, option, False):
-            raise ValueError(f"{path}: {option} is true; only Llama models without biases are supported")
+            raise ValueError(f"{path}: {option} is true; only models without biases are supported")
     if config.hidden_act != "silu":
         raise ValueError(f"{path}: hidden_act is {config.hidden_act!r}; allowed: 'silu'")
     rope = config.rope_parameters
@@ -61,15 +61,40 @@ def _check_config(config, path) -> None:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
         raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+    if getattr(config, "sliding_window", None) is not None:
+        raise ValueError(f"{path}: sliding_window is {config.sliding_window}; only null is supported")
 
 
 class Piece(NamedTuple):
-    """A block of a checkpoint tensor: `tensor[rows[0]:rows[1], columns[0]:columns[1]]`; vectors have no columns."""
+    """A block of a checkpoint tensor: `tensor[rows[0]:rows[1], columns[0]:columns[1]]`; vectors have no columns.
+
+    index: which of the matrices in a tensor of three dimensions.
+    """
 
     tensor: str
     shape: tuple[int, ...]
     rows: tuple[int, int]
     columns: tuple[int, int] | None = None
+    index: int | None = None
+
+
+class Share(NamedTuple):
+    """Which part of every split tensor a rank owns, and which of the experts."""
+
+    rank: int
+    tp: int
+    expert_rank: int = 0
+    ep: int = 1
+
+    def of(self, size: int) -> tuple[int, int]:
+        """Its rows or columns of `size`, first and last (exclusive)."""
+        return size * self.rank // self.tp, size * (self.rank + 1) // self.tp
+
+    def experts(self, count: int) -> range:
+        return range(count * self.expert_rank // self.ep, count * (self.expert_rank + 1) // self.ep)
+
+
+WHOLE = Share(0, 1)
 
 
 def head_dim(config) -> int:
@@ -81,56 +106,92 @@ def padded_vocab_size(config, tp: int) -> int:
     return -(-config.vocab_size // tp) * tp
 
 
-def plan(config, rank: int, tp: int) -> dict[str, list[Piece]]:
+def plan(config, share: Share, fused_experts: bool = False) -> dict[str, list[Piece]]:
     """The parameters of Megatron's GPTModel on one rank, each as pieces to stack along dim 0.
 
     A parameter with fewer rows in its pieces than it has itself ends in zeros (the padded vocabulary).
+    fused_experts: the checkpoint has all experts of a layer in one tensor.
     """
-    hidden, ffn = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
     query_size = config.num_attention_heads * head_dim(config)
-
-    def share(size: int) -> tuple[int, int]:
-        return size * rank // tp, size * (rank + 1) // tp
 
     def vector(name: str) -> list[Piece]:
         return [Piece(name, (hidden,), (0, hidden))]
 
     def vocabulary(name: str) -> list[Piece]:
-        start, stop = share(padded_vocab_size(config, tp))
+        start, stop = share.of(padded_vocab_size(config, share.tp))
         rows = min(start, config.vocab_size), min(stop, config.vocab_size)
         return [Piece(name, (config.vocab_size, hidden), rows, (0, hidden))] if rows[0] < rows[1] else []
-
-    def split_columns(name: str, columns: int) -> list[Piece]:
-        return [Piece(name, (hidden, columns), (0, hidden), share(columns))]
 
     parameters = {"embedding.word_embeddings.weight": vocabulary("model.embed_tokens.weight")}
     for layer in range(config.num_hidden_layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        gate_and_up = [
-            Piece(f"{theirs}mlp.{part}_proj.weight", (ffn, hidden), share(ffn), (0, hidden)) for part in ("gate", "up")
-        ]
         parameters |= {
             ours + "input_layernorm.weight": vector(theirs + "input_layernorm.weight"),
             ours + "self_attention.linear_qkv.weight": _fused_qkv(config, theirs + "self_attn.", share),
-            ours + "self_attention.linear_proj.weight": split_columns(theirs + "self_attn.o_proj.weight", query_size),
+            ours + "self_attention.linear_proj.weight": [
+                Piece(theirs + "self_attn.o_proj.weight", (hidden, query_size), (0, hidden), share.of(query_size))
+            ],
             ours + "pre_mlp_layernorm.weight": vector(theirs + "post_attention_layernorm.weight"),
-            ours + "mlp.linear_fc1.weight": gate_and_up,
-            ours + "mlp.linear_fc2.weight": split_columns(theirs + "mlp.down_proj.weight", ffn),
         }
+        mlp = _mixture if is_mixture(config) else _mlp
+        parameters |= mlp(config, ours + "mlp.", theirs, share, fused_experts)
     parameters["decoder.final_layernorm.weight"] = vector("model.norm.weight")
     if not config.tie_word_embeddings:
         parameters["output_layer.weight"] = vocabulary("lm_head.weight")
     return parameters
 
 
-def _fused_qkv(config, prefix: str, share) -> list[Piece]:
+def is_mixture(config) -> bool:
+    return config.model_type == "mixtral"
+
+
+def _mlp(config, ours: str, theirs: str, share: Share, _fused: bool) -> dict[str, list[Piece]]:
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    names = [f"{theirs}mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+    return _gated(ours, share.of(ffn), [(name, (ffn, hidden)) for name in names[:2]], (names[2], (hidden, ffn)))
+
+
+def _mixture(config, ours: str, theirs: str, share: Share, fused: bool) -> dict[str, list[Piece]]:
+    """Router and this rank's experts: `block_sparse_moe.experts.E.w1 w2 w3`, or all experts in `mlp.experts.*`."""
+    hidden, ffn, count = config.hidden_size, config.intermediate_size, config.num_local_experts
+    block = theirs + ("mlp." if fused else "block_sparse_moe.")
+    parameters = {ours + "router.weight": [Piece(block + "gate.weight", (count, hidden), (0, count), (0, hidden))]}
+    for place, expert in enumerate(share.experts(count)):
+        name = f"{ours}experts.local_experts.{place}."
+        if fused:
+            both, down = (count, 2 * ffn, hidden), (count, hidden, ffn)
+            gate_up = [(block + "experts.gate_up_proj", both)] * 2
+            parameters |= _gated(name, share.of(ffn), gate_up, (block + "experts.down_proj", down), expert)
+        else:
+            w1, w2, w3 = (f"{block}experts.{expert}.w{n}.weight" for n in (1, 2, 3))
+            gate_up = [(w1, (ffn, hidden)), (w3, (ffn, hidden))]
+            parameters |= _gated(name, share.of(ffn), gate_up, (w2, (hidden, ffn)))
+    return parameters
+
+
+def _gated(ours: str, part: tuple[int, int], gate_up: list, down: tuple, index: int | None = None) -> dict:
+    """fc1 as gate rows over up rows, fc2 as columns. With `index`, gate and up stand in one tensor, up second."""
+    (gate, shape), (up, _) = gate_up
+    hidden, ffn = shape[-1], down[1][-1]
+    second = 0 if index is None else ffn
+    return {
+        ours + "linear_fc1.weight": [
+            Piece(gate, shape, part, (0, hidden), index),
+            Piece(up, shape, (second + part[0], second + part[1]), (0, hidden), index),
+        ],
+        ours + "linear_fc2.weight": [Piece(*down, (0, hidden), part, index)],
+    }
+
+
+def _fused_qkv(config, prefix: str, share: Share) -> list[Piece]:
     """This rank's rows of Megatron's fused projection: for each group its query heads, its key head, its value head.
 
     With more ranks than groups a share may begin and end inside a group, and even inside a head.
     """
     dim, groups, hidden = head_dim(config), config.num_key_value_heads, config.hidden_size
     per_group = {"q": config.num_attention_heads // groups * dim, "k": dim, "v": dim}
-    start, stop = share(groups * sum(per_group.values()))
+    start, stop = share.of(groups * sum(per_group.values()))
     pieces, position = [], 0
     for group in range(groups):
         for part, rows in per_group.items():
@@ -188,8 +249,8 @@ class Checkpoint:
             if dtype not in FLOAT_TYPES:
                 allowed = ", ".join(FLOAT_TYPES)
                 raise ValueError(f"{self.folder / file}: tensor {name} is of type {dtype}, expected one of {allowed}")
-            rows = slice(*piece.rows)
-            return block[rows] if piece.columns is None else block[rows, slice(*piece.columns)]
+            where = [slice(*part) for part in (piece.rows, piece.columns) if part is not None]
+            return block[tuple(where)] if piece.index is None else block[(piece.index, *where)]
         except SafetensorError as error:
             raise ValueError(f"{self.folder / file}: cannot read tensor {name} of shape {expected}: {error}") from None
 
@@ -206,18 +267,18 @@ class Checkpoint:
 
 
 @torch.no_grad()
-def load_weights(model, model_dir, config) -> None:
-    """Fills this rank's parameters of a built GPTModel from a checkpoint folder, cast to the parameters' dtype.
+def load_weights(model, model_dir, config, share: Share) -> None:
+    """Fills a rank's parameters of a built GPTModel from a checkpoint folder, cast to the parameters' dtype.
 
     Raises FileNotFoundError or ValueError, naming file and tensor, if the checkpoint is incomplete, damaged, of other
     shapes than the config says, or holds weights that the model has no place for.
     """
-    rank, tp = model.pg_collection.tp.rank(), model.pg_collection.tp.size()
-    pieces_of = plan(config, rank, tp)
     parameters = dict(model.named_parameters())
-    assert parameters.keys() == pieces_of.keys(), sorted(parameters.keys() ^ pieces_of.keys())
     with Checkpoint(model_dir) as checkpoint:
-        _check_names(checkpoint, config)
+        fused = any(name.endswith("mlp.experts.gate_up_proj") for name in checkpoint.names)
+        _check_names(checkpoint, config, fused)
+        pieces_of = plan(config, share, fused)
+        assert parameters.keys() == pieces_of.keys(), sorted(parameters.keys() ^ pieces_of.keys())
         for name, parameter in parameters.items():
             row = 0
             for piece in pieces_of[name]:
@@ -227,9 +288,9 @@ def load_weights(model, model_dir, config) -> None:
             parameter[row:].zero_()
 
 
-def _check_names(checkpoint: Checkpoint, config) -> None:
+def _check_names(checkpoint: Checkpoint, config, fused_experts: bool) -> None:
     """A weight without a place, a bias for example, would be left out in silence and the output would be wrong."""
-    known = {piece.tensor for pieces in plan(config, 0, 1).values() for piece in pieces}
+    known = {piece.tensor for pieces in plan(config, WHOLE, fused_experts).values() for piece in pieces}
     # Some files repeat the tied embeddings, and old ones carry the rotary frequencies that follow from the config.
     harmless = {name for name in checkpoint.names if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")}
     unknown = sorted(checkpoint.names - known - harmless)

@@ -1,4 +1,4 @@
-"""Builds a Llama checkpoint as a tensor-parallel Megatron-Core GPTModel, and starts the ranks it runs on."""
+"""Builds a Llama or Mixtral checkpoint as a tensor-parallel Megatron-Core GPTModel, and starts the ranks it runs on."""
 
 import os
 from datetime import timedelta
@@ -27,8 +27,10 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
 
 
-def init_parallel(tensor_parallel: int, timeout_seconds: float = 600) -> None:
+def init_parallel(tensor_parallel: int, timeout_seconds: float = 600, expert_parallel: int = 1) -> None:
     """Joins this process to its tensor-parallel group: torch.distributed (`env://`), Megatron's groups, the device.
+
+    With `expert_parallel` groups, each holds a share of the experts of a mixture and a copy of all else.
 
     Uses a process group that stands already; does nothing if Megatron's groups of that size stand too.
     A single rank needs no launcher. A dead peer or link ends a collective in an error after `timeout_seconds`.
@@ -37,10 +39,12 @@ def init_parallel(tensor_parallel: int, timeout_seconds: float = 600) -> None:
     """
     cpu.prepare()
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
-    if world_size != tensor_parallel:
+    ranks = tensor_parallel * expert_parallel
+    if world_size != ranks:
+        asked = f"tensor_parallel is {tensor_parallel}"
+        asked += f" and expert_parallel {expert_parallel}" if expert_parallel > 1 else ""
         raise ValueError(
-            f"tensor_parallel is {tensor_parallel}, but {world_size} rank(s) were started: "
-            f"start them with torchrun --nproc-per-node {tensor_parallel}"
+            f"{asked}, but {world_size} rank(s) were started: start them with torchrun --nproc-per-node {ranks}"
         )
     if torch.cuda.is_available():
         local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -59,7 +63,12 @@ def init_parallel(tensor_parallel: int, timeout_seconds: float = 600) -> None:
         if standing != tensor_parallel:
             raise ValueError(f"tensor_parallel is {tensor_parallel}, but Megatron's groups stand with {standing}")
     else:
-        parallel_state.initialize_model_parallel(tensor_parallel, distributed_timeout_minutes=timeout_seconds / 60)
+        parallel_state.initialize_model_parallel(
+            tensor_parallel,
+            expert_model_parallel_size=expert_parallel,
+            expert_tensor_parallel_size=tensor_parallel,
+            distributed_timeout_minutes=timeout_seconds / 60,
+        )
         # The tracker for inference is the one that does not ask for a CUDA generator.
         model_parallel_cuda_manual_seed(RNG_SEED, inference_rng_tracker=True, force_reset_rng=True)
 
@@ -77,16 +86,20 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     sequence_parallel: bool = False,
     max_sequence_length: int | None = None,
+    token_dispatcher: str = "allgather",
 ) -> GPTModel:
     """The checkpoint in `model_dir` as this rank's part of a GPTModel: weights loaded, in eval mode, without gradients.
 
     Call `init_parallel` first. dtype: of weights and activations. max_sequence_length: the most tokens of prompt and
-    answer together, by default what the checkpoint was made for. `model.hf_config` is the checkpoint's own config.
+    answer together, by default what the checkpoint was made for. token_dispatcher: Megatron's word for how the tokens
+    of a mixture reach their experts, allgather or alltoall. `model.hf_config` is the checkpoint's own config.
 
     Raises ValueError if the checkpoint is not one that can be built, or not at this tensor-parallel size;
     FileNotFoundError or ValueError if its weights are incomplete or damaged.
     """
     cpu.prepare()
+    if token_dispatcher == "alltoall":
+        cpu.prepare_streams()
     config = hf.read_config(model_dir)
     tp = parallel_state.get_tensor_model_parallel_world_size()
     check_tensor_parallel(config, tp)
@@ -94,7 +107,7 @@ def build_model(
     if not 1 <= (max_sequence_length or longest) <= longest:
         raise ValueError(f"max_sequence_length is {max_sequence_length}, this model allows 1 to {longest}")
     model = GPTModel(
-        config=_transformer_config(config, tp, dtype, sequence_parallel),
+        config=_transformer_config(config, tp, dtype, sequence_parallel, token_dispatcher),
         transformer_layer_spec=_block_spec(config),
         vocab_size=hf.padded_vocab_size(config, tp),
         max_sequence_length=max_sequence_length or longest,
@@ -109,7 +122,7 @@ def build_model(
         # rope_scaling knows one rule and fixes all its parameters but one.
         inv_freq, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, device)
         model.rotary_pos_emb.inv_freq = inv_freq
-    hf.load_weights(model, model_dir, config)
+    hf.load_weights(model, model_dir, config, _share())
     model.hf_config = config
     return model
 
@@ -138,7 +151,19 @@ def _split_problem(config, tp: int) -> str | None:
     return None
 
 
-def _transformer_config(config, tp: int, dtype: torch.dtype, sequence_parallel: bool) -> TransformerConfig:
+def _share() -> hf.Share:
+    """This rank's part of every weight."""
+    return hf.Share(
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_rank(),
+        parallel_state.get_expert_model_parallel_world_size(),
+    )
+
+
+def _transformer_config(
+    config, tp: int, dtype: torch.dtype, sequence_parallel: bool, token_dispatcher: str
+) -> TransformerConfig:
     return TransformerConfig(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -160,6 +185,7 @@ def _transformer_config(config, tp: int, dtype: torch.dtype, sequence_parallel: 
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         perform_initialization=False,  # every parameter is read from the checkpoint
+        **(_mixture_options(config, token_dispatcher) if hf.is_mixture(config) else {}),
         # Fusions that need CUDA, and gain nothing without biases and dropout.
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -168,8 +194,23 @@ def _transformer_config(config, tp: int, dtype: torch.dtype, sequence_parallel: 
     )
 
 
+def _mixture_options(config, token_dispatcher: str) -> dict[str, object]:
+    return {
+        "num_moe_experts": config.num_local_experts,
+        "moe_router_topk": config.num_experts_per_tok,
+        "moe_ffn_hidden_size": config.intermediate_size,
+        "moe_token_dispatcher_type": token_dispatcher,
+        "moe_router_load_balancing_type": "none",
+        # Weights are a softmax over the chosen logits, which equals Mixtral's softmax over all of them, renormalized.
+        "moe_router_pre_softmax": False,
+        # In 16 bits, near ties would be decided by rounding.
+        "moe_router_dtype": "fp32",
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+    }
+
+
 def _block_spec(config) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(getattr(config, "num_local_experts", None), normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = CausalAttention

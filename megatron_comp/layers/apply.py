@@ -2,24 +2,20 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.tensor_parallel import RowParallelLinear
-from megatron.core.transformer.moe.moe_layer import BaseMoELayer
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from ..policy import CompressionPolicy
 from ..version import __version__
-from .row_parallel import CompressedRowParallelLinear, check_reducible
+from .places import find_places, reductions, restore
 from .site import Phase, ReductionSite, SiteStats, Traffic
 
 logger = logging.getLogger(__name__)
-
-EXPERT_SITES = ("experts", "shared_experts")
 
 
 @dataclass(slots=True)
@@ -75,16 +71,13 @@ def apply_compression(
         raise TypeError(f"apply_compression takes one module, not {type(model).__name__}; call it for each model chunk")
     if not isinstance(policy, CompressionPolicy):
         raise TypeError(f"apply_compression takes a CompressionPolicy, such as CompressionPolicy(codec={policy!r})")
-    places = list(_row_parallel_linears(model))
+    places = list(find_places(model))
     _compare_ranks(places, policy, _problem(model, places, policy))
     remove_compression(model)
 
     phase = Phase()
-    for linear, layer, site in places:
-        if type(linear) is RowParallelLinear:
-            linear.__class__ = CompressedRowParallelLinear
-            linear.was_stock = True
-        linear.attach(ReductionSite(policy, layer, site, phase, timing, allow_training))
+    for place in places:
+        place.attach(ReductionSite(policy, place.layer, place.site, phase, timing, allow_training))
     model.compression_hook = model.register_forward_pre_hook(_phase_hook(phase), with_kwargs=True)
     logger.info("megatron_comp: %d reductions of %s under policy %s", len(places), type(model).__name__, policy)
     return model
@@ -96,11 +89,7 @@ def remove_compression(model: torch.nn.Module) -> torch.nn.Module:
     A model that is not compressed stays as it is. Returns the model.
     """
     for module in model.modules():
-        if isinstance(module, CompressedRowParallelLinear) and module.reduction is not None:
-            module.detach()
-            if module.__dict__.pop("was_stock", False):
-                del module.reduction
-                module.__class__ = RowParallelLinear
+        restore(module)
         if hook := module.__dict__.pop("compression_hook", None):
             hook.remove()
     return model
@@ -108,34 +97,14 @@ def remove_compression(model: torch.nn.Module) -> torch.nn.Module:
 
 def stats(model: torch.nn.Module) -> ModelStats:
     """Calls and bytes of every site, compressed and kept, since `apply_compression`."""
-    return ModelStats([linear.reduction.stats for linear in _compressed(model)])
-
-
-def _compressed(model: torch.nn.Module) -> Iterator[CompressedRowParallelLinear]:
-    for module in model.modules():
-        if isinstance(module, CompressedRowParallelLinear) and module.reduction is not None:
-            yield module
-
-
-def _row_parallel_linears(model: torch.nn.Module) -> Iterator[tuple[RowParallelLinear, int, str]]:
-    """(linear, layer from 0, site) of every row-parallel linear that reduces its own output, in model order."""
-    for layer in model.modules():
-        if not isinstance(layer, TransformerLayer):
-            continue
-        for name, module in layer.named_modules():
-            if isinstance(module, RowParallelLinear) and not _of_experts(name, module):
-                yield module, layer.layer_number - 1, "mlp" if name.startswith("mlp.") else "attention"
-
-
-def _of_experts(name: str, linear: RowParallelLinear) -> bool:
-    return linear.is_expert or "shared_experts" in name
+    return ModelStats([reduction.stats for reduction in reductions(model)])
 
 
 def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> str | None:
     """Why this model cannot do what the policy asks; None if it can."""
     try:
         _check_model(model, places)
-        _check_policy(policy, model, places)
+        _check_policy(policy, places)
     except ValueError as error:
         return str(error)
     return None
@@ -143,60 +112,49 @@ def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) ->
 
 def _check_model(model: torch.nn.Module, places: list) -> None:
     kinds = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
-    if "TERowParallelLinear" in kinds:
-        raise ValueError(
-            "the model has Transformer Engine linears, which this version cannot compress; build it with the local spec"
-        )
+    if "TEFusedMLP" in kinds:
+        raise ValueError("use_te_op_fuser=True fuses the reduction into the MLP: set it to False to compress")
     if not places:
         raise ValueError(
             f"{type(model).__name__} has no row-parallel linear inside a transformer layer: nothing to compress"
         )
-    inside = {id(linear) for linear, _, _ in places}
+    inside = {id(module) for place in places for module in place.module.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, RowParallelLinear) and id(module) not in inside and not _of_experts(name, module):
+        if isinstance(module, RowParallelLinear) and id(module) not in inside and not module.is_expert:
             raise ValueError(f"{name} is a row-parallel linear outside of transformer layers, which no policy names")
-    for linear, _, _ in places:
-        if type(linear) not in (RowParallelLinear, CompressedRowParallelLinear):
-            raise ValueError(
-                f"{type(linear).__name__} is a row-parallel linear of a kind that this version cannot compress"
-            )
 
 
-def _check_policy(policy: CompressionPolicy, model: torch.nn.Module, places: list) -> None:
-    policy.check_layers(places[0][0].config.num_layers)
-    with_experts = [m.layer_number - 1 for m in model.modules() if isinstance(m, BaseMoELayer)]
-    sites = {site for _, _, site in places} | set(EXPERT_SITES if with_experts else ())
+def _check_policy(policy: CompressionPolicy, places: list) -> None:
+    policy.check_layers(places[0].module.config.num_layers)
+    sites = {place.site for place in places}
     said = {f"layers: {key}": of for key, of in policy.layers.items() if isinstance(of, Mapping)}
     for where, codecs in {"sites": policy.sites, **said}.items():
         if absent := [site for site, name in codecs.items() if name != "none" and site not in sites]:
             raise ValueError(f"policy: {where}: the model has no {absent[0]}")
-    for layer in with_experts:
-        if any(ReductionSite(policy, layer, site).codec_names() for site in EXPERT_SITES):
-            raise ValueError(
-                f"policy: this version does not compress experts, as layer {layer} has: say "
-                "sites: {experts: none, shared_experts: none}, and name sites where layers has codecs"
-            )
-    for linear, layer, site in places:
-        check_reducible(linear, ReductionSite(policy, layer, site).codec_names())
+    for place in places:
+        place.check(ReductionSite(policy, place.layer, place.site).codec_names())
 
 
 def _compare_ranks(places: list, policy: CompressionPolicy, problem: str | None) -> None:
     """Raises on every rank if one of them found a problem, or if they do not all have one policy and version."""
-    said = (__version__, policy.digest(), str(policy), problem)
-    everyone = [said]
-    group = places[0][0].tp_group if places else None
-    if group is not None and group.size() > 1:
-        everyone = [None] * group.size()
-        dist.all_gather_object(everyone, said, group=group)
-    for rank, (_, _, _, its_problem) in enumerate(everyone):
-        if its_problem:
-            raise ValueError(its_problem if its_problem == problem else f"rank {rank}: {its_problem}")
-    for rank, other in enumerate(everyone):
-        if other[:2] != everyone[0][:2]:
-            raise ValueError(
-                "compression differs between tensor-parallel ranks: "
-                + "; ".join(f"rank {r}: version {everyone[r][0]}, policy {everyone[r][2]}" for r in (0, rank))
-            )
+    said, heard = (__version__, policy.digest(), str(policy), problem), []
+    # Every gather comes before any error, or other groups would wait for the ranks that left.
+    for group in dict.fromkeys(place.group for place in places):
+        everyone = [said] * group.size()
+        if group.size() > 1:
+            dist.all_gather_object(everyone, said, group=group)
+        heard.append(everyone)
+    if problem:
+        raise ValueError(problem)
+    for everyone in heard:
+        for rank, (*what, its_problem) in enumerate(everyone):
+            if its_problem:
+                raise ValueError(f"rank {rank}: {its_problem}")
+            if what[:2] != list(everyone[0][:2]):
+                raise ValueError(
+                    "compression differs between tensor-parallel ranks: "
+                    + "; ".join(f"rank {r}: version {everyone[r][0]}, policy {everyone[r][2]}" for r in (0, rank))
+                )
 
 
 def _phase_hook(phase: Phase):

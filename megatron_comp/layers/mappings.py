@@ -1,5 +1,7 @@
 """Compressed counterparts of two mappings in `megatron.core.tensor_parallel.mappings`, with the same backward."""
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
@@ -30,14 +32,16 @@ class _CompressedReduceScatterToSequenceParallelRegion(torch.autograd.Function):
     """Forward: this rank's slice, along dim 0, of that sum. Backward: all-gather along dim 0."""
 
     @staticmethod
-    def forward(ctx, input_, codec, group):
-        ctx.group = group
-        return reduce_scatter(input_, codec, group)
+    def forward(ctx, input_, codec, group, splits):
+        ctx.group, ctx.splits = group, splits
+        return reduce_scatter(input_, codec, group, splits)
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad = gather_from_sequence_parallel_region(grad_output, tensor_parallel_output_grad=False, group=ctx.group)
-        return grad, None, None
+        grad = gather_from_sequence_parallel_region(
+            grad_output, tensor_parallel_output_grad=False, group=ctx.group, output_split_sizes=ctx.splits
+        )
+        return grad, None, None, None
 
 
 def compressed_reduce_from_tensor_model_parallel_region(
@@ -48,7 +52,7 @@ def compressed_reduce_from_tensor_model_parallel_region(
 
 
 def compressed_reduce_scatter_to_sequence_parallel_region(
-    input_: torch.Tensor, codec: Codec, group: Group
+    input_: torch.Tensor, codec: Codec, group: Group, input_split_sizes: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """`[sequence, ..., hidden]` partial sums to this rank's `[sequence / N, ..., hidden]` of their sum."""
-    return _CompressedReduceScatterToSequenceParallelRegion.apply(input_, codec, group)
+    """`[rows, ..., hidden]` partial sums to this rank's slice, along dim 0, of their sum: an equal one, or by sizes."""
+    return _CompressedReduceScatterToSequenceParallelRegion.apply(input_, codec, group, input_split_sizes)

@@ -64,11 +64,16 @@ class CompressedRowParallelLinear(RowParallelLinear):
 
 def check_reducible(linear: RowParallelLinear, codecs: set[str]) -> None:
     """Raises ValueError for a linear whose partial sums cannot be reduced after its forward, or not in these codecs."""
-    if linear.sequence_parallel and (pairs := [name for name in codecs if isinstance(parse_codec(name), CodecPair)]):
-        raise ValueError(f"policy: {pairs[0]!r}: sequence parallelism reduces in one phase and takes one codec")
+    check_one_codec(codecs, linear.sequence_parallel)
     if not linear.skip_bias_add:
         raise ValueError(
             f"{linear} adds its bias itself; compression needs skip_bias_add=True, as Megatron's layers have"
         )
     if linear.is_expert:
         raise ValueError(f"{linear} belongs to an expert, whose partial sums the token dispatcher reduces")
+
+
+def check_one_codec(codecs: set[str], sequence_parallel: bool) -> None:
+    """Raises ValueError for two codecs where there is one phase."""
+    if sequence_parallel and (pairs := [name for name in codecs if isinstance(parse_codec(name), CodecPair)]):
+        raise ValueError(f"policy: {pairs[0]!r}: sequence parallelism reduces in one phase and takes one codec")

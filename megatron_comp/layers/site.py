@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,7 +83,8 @@ class ReductionSite:
         if decision.codec is None:
             return self._timed(
                 self._keep(partial, group.size(), 2, decision),
-                lambda: reduce_from_tensor_model_parallel_region(partial, group=group),
+                # Megatron 0.16 reduces a contiguous copy of other tensors, and returns what it was given.
+                lambda: reduce_from_tensor_model_parallel_region(partial.contiguous(), group=group),
             )
         self._refuse_training(partial, training)
         ranks, shape = group.size(), partial.shape
@@ -97,24 +99,31 @@ class ReductionSite:
         )
 
     def reduce_scatter(
-        self, partial: torch.Tensor, group: torch.distributed.ProcessGroup, training: bool
+        self,
+        partial: torch.Tensor,
+        group: torch.distributed.ProcessGroup,
+        training: bool,
+        splits: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """`[sequence, ..., hidden]` partial sum to this rank's slice, along dim 0, of the sum over `group`."""
+        """`[rows, ..., hidden]` partial sum to this rank's slice, along dim 0, of the sum over `group`.
+
+        splits: rows of each rank's slice; without it all are equal.
+        """
         decision = self._decide(partial, group)
         if decision.codec is None:
             return self._timed(
                 self._keep(partial, group.size(), 1, decision),
-                lambda: reduce_scatter_to_sequence_parallel_region(partial, group=group),
+                lambda: reduce_scatter_to_sequence_parallel_region(partial, group=group, input_split_sizes=splits),
             )
         self._refuse_training(partial, training)
         codec: Codec = decision.codec
         self.stats.algorithms["reduce_scatter"] += 1
         traffic = self.stats.compressed
         traffic.message_bytes += codec.message_bytes(partial.shape)
-        traffic.received_bytes += received_bytes_scatter(partial.shape, codec, group.size())
+        traffic.received_bytes += received_bytes_scatter(partial.shape, codec, group.size(), group.rank(), splits)
         return self._timed(
             _count(traffic, partial),
-            lambda: compressed_reduce_scatter_to_sequence_parallel_region(partial, codec, group),
+            lambda: compressed_reduce_scatter_to_sequence_parallel_region(partial, codec, group, splits),
         )
 
     def codec_names(self) -> set[str]:

@@ -21,16 +21,15 @@ def fill(folder, rank, tp):
     """This rank's parameters, loaded into a stand-in of the model's shapes."""
     config = hf.read_config(folder)
     parameters = {}
-    for name, pieces in hf.plan(config, rank, tp).items():
+    for name, pieces in hf.plan(config, hf.Share(rank, tp)).items():
         shape = [sum(p.rows[1] - p.rows[0] for p in pieces)]
         if "norm" not in name:
             shape.append(pieces[0].columns[1] - pieces[0].columns[0])
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             shape[0] = hf.padded_vocab_size(config, tp) // tp
         parameters[name] = torch.full(shape, float("nan"))
-    group = SimpleNamespace(rank=lambda: rank, size=lambda: tp)
-    model = SimpleNamespace(pg_collection=SimpleNamespace(tp=group), named_parameters=parameters.items)
-    hf.load_weights(model, folder, config)
+    model = SimpleNamespace(named_parameters=parameters.items)
+    hf.load_weights(model, folder, config, hf.Share(rank, tp))
     return parameters
 
 

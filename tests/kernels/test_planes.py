@@ -53,7 +53,7 @@ def test_units_hold_codes_as_messages_do(width, bits):
     assert torch.equal(spread(units, bits // width, width) & ((1 << width) - 1), codes[0].int())
 
 
-@pytest.mark.parametrize("codec", cases.MIXED)
+@pytest.mark.parametrize("codec", [*cases.MIXED, "int8:256:fp32"])
 def test_rows_stand_on_what_is_promised(codec):
     """Kernels tell the compiler that rows of a field start on so many bytes, which it takes for a fact."""
     fmt = Format.parse(codec)

@@ -5,18 +5,13 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import RowParallelLinear
-from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.transformer_config import TransformerConfig
-from models import LAYERS, all_logits, inside_view, message_of, policy
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from models import LAYERS, all_logits, experts_model, inside_view, message_of, policy
 from ranks import run_ranks
 
 import megatron_comp as mc
-from megatron_comp.inference.attention import CausalAttention
 from megatron_comp.inference.model import build_model, init_parallel
 from megatron_comp.layers import apply
 
@@ -24,12 +19,20 @@ RANKS = 3
 KEPT_EXPERTS = {"experts": "none", "shared_experts": "none"}
 
 
-class TERowParallelLinear(torch.nn.Module):
-    """Stands for Transformer Engine's, which needs a GPU."""
+class TEFusedMLP(torch.nn.Module):
+    """Stands for Megatron's, which needs Transformer Engine."""
 
 
 class OwnRowParallelLinear(RowParallelLinear):
     """Somebody else's subclass, whose forward nobody here knows."""
+
+
+class OwnSharedExperts(SharedExpertMLP):
+    """Somebody else's subclass."""
+
+
+class MoEFlexTokenDispatcher(MoETokenDispatcher):
+    """Stands for Megatron's, which needs libraries for GPUs."""
 
 
 class Elsewhere(torch.nn.Module):
@@ -75,8 +78,8 @@ def refused(rank, world_size, folder):
     attempt("own class", {})
     last.linear_fc2.__class__ = RowParallelLinear
     attempt("elsewhere", {}, Elsewhere(build_model(folder)))
-    last.linear_fc2 = TERowParallelLinear()
-    attempt("transformer engine", {})
+    model.decoder.layers[-1].mlp = TEFusedMLP()
+    attempt("fused", {})
     return made
 
 
@@ -101,7 +104,7 @@ def refusals(llama):
         ("bias", ["RowParallelLinear(in_features", "skip_bias_add=True"]),
         ("own class", ["OwnRowParallelLinear", "cannot compress"]),
         ("elsewhere", ["head is a row-parallel linear outside"]),
-        ("transformer engine", ["Transformer Engine", "local spec"]),
+        ("fused", ["use_te_op_fuser=True", "set it to False"]),
     ],
 )
 def test_every_rank_says_what_cannot_be_done_and_nothing_changes(refusals, name, told):
@@ -119,110 +122,143 @@ def test_a_refused_policy_leaves_the_old_one(refusals):
     assert all(made["stays compressed"] == 2 * LAYERS for made in refusals)
 
 
-def experts_model(layers, shared):
-    """A random mixture of experts without Transformer Engine; layers: 1 where a layer has experts."""
-    moe_utils.te_general_gemm = None  # Megatron-Core 0.16 names it without importing it
-    config = TransformerConfig(
-        num_layers=len(layers),
-        hidden_size=64,
-        ffn_hidden_size=64,
-        num_attention_heads=4,
-        num_moe_experts=4,
-        moe_layer_freq=layers,
-        moe_router_topk=2,
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="allgather",
-        moe_shared_expert_intermediate_size=32 if shared else None,
-        normalization="RMSNorm",
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        use_cpu_initialization=True,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-    )
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
-    for layer in spec.layer_specs:
-        layer.submodules.self_attention.submodules.core_attention = CausalAttention
-    torch.manual_seed(0)
-    return GPTModel(config, spec, vocab_size=32, max_sequence_length=32, position_embedding_type="rope").eval()
-
-
-@torch.no_grad()
-def experts(rank, world_size, shared):
+def not_of_this_model(rank, world_size):
+    """Words for sites that a mixture of experts has not, or not in every layer."""
     init_parallel(world_size)
-    model = experts_model([1, 1], shared)
-    ids = torch.arange(14).view(2, 7)
-    positions = torch.arange(7).expand(2, 7)
-    stock = model(ids, positions, None)
-    made = {
-        name: message_of(mc.apply_compression, model, policy(**words))
-        for name, words in {
-            "codec": {},
-            "experts_only": {"sites": {"experts": "none"}},
-            "shared_only": {"sites": {"shared_experts": "none"}},
-            "decode_only": {"phases": {"prefill": "none"}},
-            "a_layer": {"sites": KEPT_EXPERTS, "layers": {1: "mxfp8"}},
-            "experts_of_a_layer": {"sites": KEPT_EXPERTS, "layers": {0: {"experts": "mxfp8"}}},
-            "no_mlp": {"sites": KEPT_EXPERTS | {"mlp": "mxfp8"}},
-            "none": {"codec": "none"},
-        }.items()
-    }
-    none = model(ids, positions, None)
-    mc.apply_compression(model, policy(sites=KEPT_EXPERTS, layers={1: {"attention": "mxfp8"}}))
-    compressed = model(ids, positions, None)
-    stats = mc.stats(model)
-    mc.remove_compression(model)
-    mixed = experts_model([0, 1], shared)
-    for name, words in {
-        "mixed, dense layer": {"sites": KEPT_EXPERTS | {"mlp": "mxfp6"}, "layers": {0: "mxfp8"}},
-        "mixed, expert layer": {"sites": KEPT_EXPERTS, "layers": {1: "mxfp8"}},
-    }.items():
-        made[name] = message_of(mc.apply_compression, mixed, policy(**words))
-    mixed(ids, positions, None)
-    return made, (stock, none, compressed, model(ids, positions, None)), stats, mc.stats(mixed)
+    made = {}
+    for name, layers, options, words in (
+        ("mlp", [1, 1], {}, {"sites": {"mlp": "mxfp8"}}),
+        ("mlp of a layer", [1, 1], {}, {"layers": {1: {"mlp": "mxfp8"}}}),
+        ("mlp of another layer", [0, 1], {}, {"sites": {"mlp": "mxfp8"}}),
+        ("shared", [1, 1], {}, {"sites": {"shared_experts": "mxfp8"}}),
+        ("shared here", [1, 1], {"moe_shared_expert_intermediate_size": 32}, {"sites": {"shared_experts": "mxfp8"}}),
+        ("nothing", [1, 1], {}, {"sites": {"mlp": "none", "shared_experts": "none"}}),
+    ):
+        made[name] = message_of(mc.apply_compression, experts_model(layers, **options), policy(**words))
+    return made
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["experts", "shared"])
-def with_experts(request):
-    return run_ranks(experts, 2, request.param)
+@pytest.fixture(scope="module")
+def sites_said():
+    return run_ranks(not_of_this_model, 2)
 
 
 @pytest.mark.parametrize(
-    "name, layer",
+    "name, told",
     [
-        ("codec", 0),
-        ("experts_only", 0),
-        ("shared_only", 0),
-        ("decode_only", 0),
-        ("a_layer", 1),
-        ("experts_of_a_layer", 0),
-        ("mixed, expert layer", 1),
+        ("mlp", "policy: sites: the model has no mlp"),
+        ("mlp of a layer", "policy: layers: 1: the model has no mlp"),
+        ("mlp of another layer", "no error"),
+        ("shared", "policy: sites: the model has no shared_experts"),
+        ("shared here", "no error"),
+        ("nothing", "no error"),
     ],
 )
-def test_experts_are_refused_unless_the_policy_keeps_them(with_experts, name, layer):
-    for made, *_ in with_experts:
-        assert f"does not compress experts, as layer {layer} has" in made[name]
-        assert "sites: {experts: none, shared_experts: none}" in made[name]
+def test_a_mixture_of_experts_has_the_sites_of_its_layers(sites_said, name, told):
+    assert all(made[name] == told for made in sites_said)
 
 
-def test_what_a_model_with_experts_can_do(with_experts):
-    for made, (stock, none, compressed, removed), stats, mixed in with_experts:
-        assert made["no_mlp"] == "policy: sites: the model has no mlp"
-        assert made["none"] == made["mixed, dense layer"] == "no error"
-        assert torch.equal(none, stock) and torch.equal(removed, stock)
-        assert not torch.equal(compressed, stock)
-        assert [(site.layer, site.site, site.compressed.calls) for site in stats.sites] == [
-            (0, "attention", 1),
-            (1, "attention", 1),
-        ]
-        assert [(site.layer, site.site, site.compressed.calls) for site in mixed.sites] == [
-            (0, "attention", 1),
-            (0, "mlp", 1),
-            (1, "attention", 1),
-        ]
+def unable(rank, world_size):
+    """name -> what was said to a model whose experts' sums cannot be compressed, which is as it was afterwards."""
+    init_parallel(world_size)
+    pair, overlap = {"codec": "mxfp4>mxfp8"}, {"moe_shared_expert_overlap": True}
+    overlap |= {"moe_shared_expert_intermediate_size": 32, "moe_token_dispatcher_type": "alltoall"}
+    padded = {"moe_token_dispatcher_type": "alltoall", "moe_expert_capacity_factor": 1.0}
+    padded |= {"moe_pad_expert_input_to_capacity": True}
+    scattered = {"sequence_parallel": True}
+    made = {}
+
+    def attempt(name, words, change=lambda layer: None, **options):
+        model = experts_model(**options)
+        change(model.decoder.layers[-1].mlp)
+        before = inside_view(model)
+        made[name] = message_of(mc.apply_compression, model, policy(**words))
+        if made[name] != "no error":
+            assert inside_view(model) == before, name
+
+    def flex(layer):
+        layer.token_dispatcher.__class__ = MoEFlexTokenDispatcher
+
+    def optimized(layer):
+        layer._inference_token_dispatcher = object()
+
+    def own_shared(layer):
+        layer.shared_experts.__class__ = OwnSharedExperts
+
+    for name, change, options in (
+        ("flex", flex, {}),
+        ("optimized", optimized, {}),
+        ("padded", lambda layer: None, padded | scattered),
+    ):
+        attempt(name, {}, change, **options)
+        attempt(f"{name}, one layer", {"codec": "none", "layers": {1: {"experts": "mxfp8"}}}, change, **options)
+        attempt(f"{name}, other layer", {"codec": "none", "layers": {0: {"experts": "mxfp8"}}}, change, **options)
+        attempt(f"{name}, experts kept", {"sites": {"experts": "none"}}, change, **options)
+        attempt(f"{name}, in decode", {"phases": {"prefill": "none"}}, change, **options)
+    attempt("padded, whole tokens", {}, **padded)
+    attempt("pair", pair, **scattered)
+    attempt("pair for experts", {"sites": {"experts": pair["codec"]}}, **scattered)
+    attempt("pair for experts, alltoall", {"sites": {"experts": pair["codec"]}}, **scattered, **overlap)
+    attempt("pair, whole tokens", pair)
+    attempt("own shared", {}, own_shared, **overlap)
+    attempt("own shared, kept", {"sites": {"shared_experts": "none"}}, own_shared, **overlap)
+    attempt("pair for shared", {"sites": {"shared_experts": pair["codec"]}}, **scattered, **overlap)
+    return made
+
+
+def unable_with_expert_parallelism(rank, world_size):
+    """Of two ranks, each with half of the experts."""
+    init_parallel(1, expert_parallel=world_size)
+    words = {"codec": "none", "sites": {"experts": "mxfp4>mxfp8"}}
+    made = [message_of(mc.apply_compression, experts_model(), policy(**words))]
+    made.append(message_of(mc.apply_compression, experts_model(moe_token_dispatcher_type="alltoall"), policy(**words)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def experts_said():
+    return run_ranks(unable, 2)
+
+
+OPTIMIZED = ["transformer_impl='inference_optimized'", "sites: {experts: none}"]
+FLEX = ["MoEFlexTokenDispatcher cannot be compressed", "allgather or alltoall", "sites: {experts: none}"]
+PADDED = ["moe_pad_expert_input_to_capacity", "sites: {experts: none}"]
+PAIR = ["policy: experts: 'mxfp4>mxfp8': with sequence or expert parallelism", "one codec"]
+PLAIN_PAIR = ["policy: 'mxfp4>mxfp8': sequence parallelism reduces in one phase and takes one codec"]
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        *(
+            (name + where, told)
+            for name, told in (("flex", FLEX), ("optimized", OPTIMIZED))
+            for where in ("", ", one layer", ", in decode")
+        ),
+        *(("padded" + where, PADDED) for where in ("", ", one layer", ", in decode")),
+        *((f"{name}, experts kept", ["no error"]) for name in ("flex", "optimized", "padded")),
+        *((f"{name}, other layer", ["no error"]) for name in ("flex", "optimized")),
+        ("padded, other layer", PADDED),
+        ("padded, whole tokens", ["no error"]),
+        ("pair", PLAIN_PAIR),
+        ("pair for experts", PAIR),
+        ("pair for experts, alltoall", PAIR),
+        ("pair, whole tokens", ["no error"]),
+        ("own shared", ["OwnSharedExperts are shared experts of a kind that cannot be compressed"]),
+        ("own shared, kept", ["no error"]),
+        ("pair for shared", PLAIN_PAIR),
+    ],
+)
+def test_experts_that_cannot_be_compressed(experts_said, name, told):
+    for made in experts_said:
+        for part in told:
+            assert part in made[name]
+
+
+def test_expert_parallelism_takes_one_codec_where_it_sums():
+    for gathers, sends in run_ranks(unable_with_expert_parallelism, 2):
+        assert all(part in gathers for part in PAIR)
+        assert sends == "no error"  # one rank for each expert: there is nothing to sum
 
 
 def test_a_process_without_ranks():

@@ -1,0 +1,168 @@
+"""Compressed sums of mixture-of-experts layers.
+
+The second linears of experts leave partial sums that Megatron's token dispatcher adds up while it brings the tokens
+back. The dispatchers here are the stock ones with that sum compressed. Shared experts are a row-parallel linear like
+any other, unless they overlap with the dispatcher, which then calls for their sum.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from megatron.core.transformer.moe import shared_experts
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
+
+from ..wire.codec import CodecPair, parse_codec
+from .site import ReductionSite
+
+
+class _CompressedDispatcher:
+    """What both dispatchers share. `summing`: the group whose ranks hold partial sums of the same tokens.
+
+    tokens_stay: without sequence and expert parallelism every rank holds all tokens. The stock dispatchers nevertheless
+    gather them from all ranks, compute on every copy, and scatter the sums; these leave the tokens where they are and
+    all-reduce once.
+    """
+
+    def prepare(self, layer: BaseMoELayer, summing: torch.distributed.ProcessGroup, tokens_stay: bool) -> None:
+        self.layer, self.summing, self.tokens_stay = layer, summing, tokens_stay
+        self.reduction: ReductionSite | None = None
+
+    def add_up(self, partial: torch.Tensor, dtype: torch.dtype, splits: list[int] | None = None) -> torch.Tensor:
+        """The sum over ranks: of all rows, or of this rank's. `dtype` is what the stock dispatcher sums in."""
+        wide, training = partial.to(dtype), self.layer.training
+        if self.tokens_stay:
+            total = self.reduction.reduce(wide, self.summing, training)
+        else:
+            total = self.reduction.reduce_scatter(wide, self.summing, training, splits)
+        return total.to(partial.dtype)
+
+
+class CompressedAllGatherDispatcher(_CompressedDispatcher, MoEAllGatherTokenDispatcher):
+    def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Tokens in their own order `[tokens of all ranks, hidden]` to those of this rank."""
+        return self.add_up(hidden_states, self.local_probs.dtype)
+
+
+class CompressedAlltoAllDispatcher(_CompressedDispatcher, MoEAlltoAllTokenDispatcher):
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.tokens_stay:
+            return super().combine_preprocess(hidden_states)
+        # With one rank the stock method only sorts.
+        ranks, self.tp_size = self.tp_size, 1
+        try:
+            partial = super().combine_preprocess(hidden_states)
+        finally:
+            self.tp_size = ranks
+        return self.add_up(partial, self.probs.dtype, self.output_splits_tp.tolist())
+
+    def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
+        if not self.tokens_stay:
+            return super().combine_postprocess(permutated_local_input_tokens)
+        # Here, and not on the permuted tokens: of those there are as many copies as experts to a token. What the
+        # shared experts add is a sum already.
+        shared, self.shared_experts = self.shared_experts, None
+        try:
+            total = self.add_up(super().combine_postprocess(permutated_local_input_tokens), self.probs.dtype)
+        finally:
+            self.shared_experts = shared
+        if shared is None:
+            return total
+        if shared.cached_fc2_input is not None:  # Megatron 0.19 has come so far already, in token_combine
+            shared.linear_fc2_forward(permutated_local_input_tokens)
+            shared.post_forward_comm()
+        return total + shared.get_output()
+
+
+def _as_last_step(method):
+    """Marks the shared experts' sum as done where Megatron (0.19) keeps a record of their steps."""
+    if not hasattr(shared_experts, "overlap_state_check"):
+        return method
+    states = shared_experts.SharedExpertState
+    return shared_experts.overlap_state_check(states.FC2_FORWARD_DONE, states.POST_FORWARD_COMM_DONE)(method)
+
+
+class CompressedSharedExpertMLP(SharedExpertMLP):
+    """Shared experts that overlap with the dispatcher: their linears leave the sum to this method."""
+
+    @_as_last_step
+    def post_forward_comm(self) -> None:
+        """On the shared experts' stream, `[sequence, batch, hidden]` partial sums to `cached_output`."""
+        reduce = self.reduction.reduce_scatter if self.config.sequence_parallel else self.reduction.reduce
+        with torch.cuda.stream(self.stream):
+            self.cached_output = reduce(self.cached_fc2_output, self.tp_group, self.training)
+        self.cached_fc2_output = None
+
+
+DISPATCHERS = {
+    MoEAllGatherTokenDispatcher: CompressedAllGatherDispatcher,
+    MoEAlltoAllTokenDispatcher: CompressedAlltoAllDispatcher,
+}
+
+
+def summing_group(layer: BaseMoELayer) -> torch.distributed.ProcessGroup | None:
+    """The group over which the stock dispatcher adds up partial sums; None for one that adds up nothing."""
+    stock = stock_dispatcher(layer)
+    gathers = isinstance(stock, MoEAllGatherTokenDispatcher)
+    group = stock.tp_ep_group if gathers else stock.tp_group
+    return group if group is not None and group.size() > 1 else None
+
+
+def stock_dispatcher(layer: BaseMoELayer):
+    return layer.__dict__.get("stock_dispatcher", layer.token_dispatcher)
+
+
+def check_experts(layer: BaseMoELayer, codecs: set[str]) -> None:
+    """Raises ValueError for a layer whose experts' sums cannot be compressed, or not in these codecs."""
+    stock = stock_dispatcher(layer)
+    if type(stock) not in DISPATCHERS:
+        raise ValueError(
+            f"the token dispatcher {type(stock).__name__} cannot be compressed; set moe_token_dispatcher_type to "
+            "allgather or alltoall, or say sites: {experts: none}"
+        )
+    if hasattr(layer, "_inference_token_dispatcher"):
+        raise ValueError(
+            "transformer_impl='inference_optimized' has dispatchers of its own that cannot be compressed; use another "
+            "transformer_impl, or say sites: {experts: none}"
+        )
+    if _tokens_stay(layer):
+        return
+    if pairs := [name for name in codecs if isinstance(parse_codec(name), CodecPair)]:
+        raise ValueError(
+            f"policy: experts: {pairs[0]!r}: with sequence or expert parallelism experts' sums are scattered in one "
+            "phase and take one codec"
+        )
+    if isinstance(stock, MoEAlltoAllTokenDispatcher) and stock.drop_and_pad:
+        raise ValueError(
+            "moe_pad_expert_input_to_capacity with sequence or expert parallelism cannot be compressed; unset it, or "
+            "say sites: {experts: none}"
+        )
+
+
+def compress_experts(layer: BaseMoELayer, reduction: ReductionSite) -> None:
+    """Gives the layer a dispatcher that sums through `reduction`; `restore_experts` undoes it."""
+    stock, stay = stock_dispatcher(layer), _tokens_stay(layer)
+    # To a dispatcher that believes itself alone (a group of None counts as one rank) all tokens are at home.
+    groups = SimpleNamespace(
+        ep=stock.ep_group, expt_tp=None if stay else stock.tp_group, tp_ep=None if stay else stock.tp_ep_group
+    )
+    dispatcher = DISPATCHERS[type(stock)](
+        stock.num_local_experts, stock.local_expert_indices, config=stock.config, pg_collection=groups
+    )
+    if stock.shared_experts is not None:
+        dispatcher.set_shared_experts(stock.shared_experts)
+    dispatcher.prepare(layer, summing_group(layer), stay)
+    dispatcher.reduction = reduction
+    layer.stock_dispatcher, layer.token_dispatcher = stock, dispatcher
+
+
+def restore_experts(layer: BaseMoELayer) -> None:
+    """The stock dispatcher again; does nothing where it never left."""
+    if "stock_dispatcher" in layer.__dict__:
+        layer.token_dispatcher = layer.__dict__.pop("stock_dispatcher")
+
+
+def _tokens_stay(layer: BaseMoELayer) -> bool:
+    """Whether every rank that sums holds all tokens: no sequence parallelism, no expert parallelism."""
+    return not layer.config.sequence_parallel and stock_dispatcher(layer).ep_size == 1

@@ -1,0 +1,148 @@
+"""Megatron scripts as they are, compressed by `python -m megatron_comp.run` or `import megatron_comp.auto`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[1]
+SCRIPT = REPO / "examples" / "stock_gpt.py"
+RANKS = 2
+POLICY = "codec: int8:32:fp16\nmin_bytes: 0\nlayers: {1: {mlp: none}}\n"
+
+
+def started(*command, ranks=None, **environment):
+    """The finished process: plain Python, or torchrun of so many ranks."""
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", **environment}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [*launcher, *map(str, command)], env=environment, capture_output=True, text=True, cwd=REPO, timeout=120
+    )
+
+
+def tokens(result):
+    assert result.returncode == 0, result.stderr[-3000:]
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("2 3 4")]
+    return line
+
+
+def said(result):
+    return [line for line in result.stderr.splitlines() if line.startswith("megatron_comp")]
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return tokens(started(SCRIPT, ranks=RANKS))
+
+
+@pytest.fixture
+def policy(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text(POLICY)
+    return path
+
+
+def test_a_script_is_compressed_as_it_is(stock, policy):
+    result = started("-m", "megatron_comp.run", "--policy", policy, SCRIPT, "--new-tokens", "8", ranks=RANKS)
+    assert tokens(result) == stock  # int8 leaves the greedy tokens of this model alone
+    built, sent = said(result)
+    assert built.startswith("megatron_comp: GPTModel: 3 of 4 sums compressed, policy {")
+    assert "int8:32:fp16" in built
+    # One prefill and seven steps of decoding; hidden 96 as 3 blocks: 96 + 3 * 2 bytes a token and sum, 16-byte padding.
+    assert sent.startswith("megatron_comp: GPTModel: 24 sums compressed, 8 kept ({'policy': 8}), ")
+
+
+def test_another_codec_gives_another_text(stock):
+    """So the sums of the script are the compressed ones."""
+    result = started(*["-m", "megatron_comp.run", "--codec", "int2:32:fp16", "--min-bytes", "0"], SCRIPT, ranks=RANKS)
+    assert tokens(result) != stock
+
+
+def test_a_module_is_run_as_one(stock, policy, tmp_path):
+    package = tmp_path / "somebody"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "serve.py").write_text(SCRIPT.read_text())
+    command = ["-m", "megatron_comp.run", "--policy", policy, "-m", "somebody.serve", "--new-tokens", "8"]
+    path = os.pathsep.join([str(REPO), str(tmp_path)])
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, command)],
+        env={**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert tokens(result) == stock
+    assert len(said(result)) == 2
+
+
+def test_an_import_does_the_same(stock, policy, tmp_path):
+    script = tmp_path / "own.py"
+    script.write_text("import megatron_comp.auto\n" + SCRIPT.read_text())
+    result = started(script, ranks=RANKS, MEGATRON_COMP_POLICY=str(policy))
+    assert tokens(result) == stock
+    assert said(result)[0].startswith("megatron_comp: GPTModel: 3 of 4 sums compressed")
+
+
+def test_a_policy_that_the_model_cannot_follow_ends_every_rank(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("codec: mxfp4\nlayers: {7: none}\n")
+    result = started("-m", "megatron_comp.run", "--policy", path, SCRIPT, ranks=RANKS)
+    assert result.returncode != 0
+    assert "policy: layers: 7 is out of range; the model has layers 0 to 1" in result.stderr
+
+
+NOTHING = "no Megatron language model was built in this process: nothing was compressed"
+
+
+def test_a_script_without_a_model_is_an_error(tmp_path):
+    script = tmp_path / "idle.py"
+    script.write_text("import sys\nprint(sys.argv)\nsys.exit(0)\n")
+    result = started("-m", "megatron_comp.run", "--codec", "mxfp4", script, "--codec", "its own")
+    assert result.returncode == 1
+    assert result.stdout.strip() == str([str(script), "--codec", "its own"])
+    assert said(result) == [f"megatron_comp.run: {script}: {NOTHING}"]
+
+
+def test_an_import_without_a_model_is_an_error(tmp_path, policy):
+    script = tmp_path / "idle.py"
+    script.write_text("import megatron_comp.auto\nprint('done')\n")
+    result = started(script, MEGATRON_COMP_POLICY=str(policy))
+    assert result.returncode == 1
+    assert result.stdout.strip() == "done"
+    assert said(result) == [f"megatron_comp.auto: {NOTHING}"]
+
+
+def test_a_script_keeps_its_own_exit_status(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text("import sys\nsys.exit(7)\n")
+    assert started("-m", "megatron_comp.run", "--codec", "mxfp4", script).returncode == 7
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--codec", "fp9", SCRIPT], "codec 'fp9' is neither a preset"),
+        (["--codec", "mxfp4", "absent.py"], "absent.py: no such script"),
+        (["--codec", "mxfp4"], "give a script, or -m and a module"),
+        (["--policy", "absent.yaml", SCRIPT], "absent.yaml"),
+        (["--policy", "p.yaml", "--min-bytes", "0", SCRIPT], "--min-bytes goes with --codec"),
+        ([SCRIPT], "one of the arguments --policy --codec is required"),
+    ],
+    ids=["codec", "script", "no script", "policy", "min-bytes", "neither"],
+)
+def test_bad_input_is_one_line(arguments, complaint):
+    result = started("-m", "megatron_comp.run", *arguments)
+    assert result.returncode == 2
+    assert complaint in result.stderr.splitlines()[-1]
+
+
+def test_the_import_needs_a_policy():
+    result = started("-c", "import megatron_comp.auto", MEGATRON_COMP_POLICY="")
+    assert result.returncode == 1
+    assert "megatron_comp.auto needs MEGATRON_COMP_POLICY, the path of a policy file" in result.stderr
