@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 
 from ..wire.codec import Codec, CodecPair
 from ..wire.collectives import all_reduce, reduce_scatter
@@ -42,6 +45,24 @@ class _CompressedReduceScatterToSequenceParallelRegion(torch.autograd.Function):
             grad_output, tensor_parallel_output_grad=False, group=ctx.group, output_split_sizes=ctx.splits
         )
         return grad, None, None, None
+
+
+class _CopyToModelParallelRegion(torch.autograd.Function):
+    """Forward: x. Backward: the sum over ranks. Megatron's own (0.16) leaves a strided gradient as it is."""
+
+    @staticmethod
+    def forward(ctx, input_, group):
+        ctx.group = group
+        return input_.view_as(input_)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return reduce_from_tensor_model_parallel_region(grad_output.contiguous(), group=ctx.group), None
+
+
+def copy_to_tensor_model_parallel_region(input_: torch.Tensor, group: Group) -> torch.Tensor:
+    """What every rank holds, for ranks that each compute a part of what it leads to."""
+    return _CopyToModelParallelRegion.apply(input_, group)
 
 
 def compressed_reduce_from_tensor_model_parallel_region(

@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 
 from ..wire.codec import CodecPair, parse_codec
+from .mappings import copy_to_tensor_model_parallel_region
 from .site import ReductionSite
 
 
@@ -28,6 +29,13 @@ class _CompressedDispatcher:
     def prepare(self, layer: BaseMoELayer, summing: torch.distributed.ProcessGroup, tokens_stay: bool) -> None:
         self.layer, self.summing, self.tokens_stay = layer, summing, tokens_stay
         self.reduction: ReductionSite | None = None
+
+    def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.tokens_stay:
+            # As they are; in a backward, the ranks' parts of their gradients are summed, as gathering them would do.
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, self.summing)
+            probs = copy_to_tensor_model_parallel_region(probs, self.summing)
+        return super().token_dispatch(hidden_states, probs)
 
     def add_up(self, partial: torch.Tensor, dtype: torch.dtype, splits: list[int] | None = None) -> torch.Tensor:
         """The sum over ranks: of all rows, or of this rank's. `dtype` is what the stock dispatcher sums in."""
@@ -91,8 +99,13 @@ class CompressedSharedExpertMLP(SharedExpertMLP):
         """On the shared experts' stream, `[sequence, batch, hidden]` partial sums to `cached_output`."""
         reduce = self.reduction.reduce_scatter if self.config.sequence_parallel else self.reduction.reduce
         with torch.cuda.stream(self.stream):
-            self.cached_output = reduce(self.cached_fc2_output, self.tp_group, self.training)
+            self.cached_output = reduce(self.cached_fc2_output, shared_group(self), self.training)
         self.cached_fc2_output = None
+
+
+def shared_group(shared: SharedExpertMLP) -> torch.distributed.ProcessGroup:
+    """The group over which shared experts are split; Megatron 0.15 keeps it in their linears only."""
+    return shared.tp_group if hasattr(shared, "tp_group") else shared.linear_fc2.tp_group
 
 
 DISPATCHERS = {
@@ -164,5 +177,7 @@ def restore_experts(layer: BaseMoELayer) -> None:
 
 
 def _tokens_stay(layer: BaseMoELayer) -> bool:
-    """Whether every rank that sums holds all tokens: no sequence parallelism, no expert parallelism."""
-    return not layer.config.sequence_parallel and stock_dispatcher(layer).ep_size == 1
+    """Whether every rank that sums holds all tokens: no sequence parallelism, no expert parallelism, and experts split
+    over no more ranks than attention, or some of them would hold another data-parallel rank's tokens."""
+    stock = stock_dispatcher(layer)
+    return not layer.config.sequence_parallel and stock.ep_size == 1 and stock.tp_size <= layer.attn_tp_group.size()

@@ -86,7 +86,7 @@ class ExpertsPlace(Place):
 
     @property
     def group(self) -> Group:
-        return moe.summing_group(self.module) or self.module.tp_group
+        return moe.summing_group(self.module) or self.module.attn_tp_group
 
     def check(self, codecs: set[str]) -> None:
         if codecs and moe.summing_group(self.module):
@@ -103,7 +103,7 @@ class OverlappedSharedExpertsPlace(Place):
 
     @property
     def group(self) -> Group:
-        return self.module.tp_group
+        return moe.shared_group(self.module)
 
     def check(self, codecs: set[str]) -> None:
         if codecs and type(self.module) not in (SharedExpertMLP, moe.CompressedSharedExpertMLP):

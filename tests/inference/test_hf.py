@@ -116,7 +116,7 @@ def test_shards_are_opened_only_when_needed(tiny, monkeypatch):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM .*LlamaForCausalLM"),
+        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM .*LlamaForCausalLM"),
         ({"model_type": "bert", "architectures": None}, "no architecture .model_type bert. is not supported; allowed"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"attention_bias": True}, "attention_bias is true"),

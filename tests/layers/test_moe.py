@@ -4,6 +4,7 @@ Tokens stay: without sequence and expert parallelism every rank holds all tokens
 Otherwise every rank gets the sums of its own tokens: a reduce-scatter.
 """
 
+import copy
 import math
 import warnings
 from contextlib import contextmanager
@@ -119,7 +120,7 @@ def there_and_back(model, ref):
         "int8 again": {"codec": INT8, "algorithm": "gather_sum"},
     }.items():
         mc.apply_compression(model, policy(**words))
-        made[name], made[f"{name} stats"] = forward(), mc.stats(model)
+        made[name], made[f"{name} stats"] = forward(), copy.deepcopy(mc.stats(model))
         made[f"{name} stock"] = with_stock_dispatchers()
         assert torch.equal(forward(), made[name])  # nothing is left over from a forward
     for _ in range(2):
