@@ -48,5 +48,5 @@ echo "[5/5] quality by codec, on $TOKENS tokens of prose"
 run megatron-comp evaluate --model "$MODEL" --tp "$TP" --text "$TEXT" --tokens "$TOKENS" --context "$CONTEXT" \
     --algorithm gather_sum "${CODECS[@]/#/--codec=}" --json "$RESULTS/evaluate.json"
 
-echo "Times are of this machine's loopback, where sending costs next to nothing and encoding in plain torch does not."
+echo "Times are of this machine's loopback, where sending costs next to nothing, and encoding a little."
 echo "The same figures as JSON: $RESULTS"
