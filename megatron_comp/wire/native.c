@@ -707,21 +707,25 @@ INLINE void add_integers(const Codec *c, const Tile *t, int n, const int first, 
 }
 
 #ifdef __AVX512F__
-/* Elements of up to 4 bits: their 16 values fit into a register (summing 4 mxfp4 messages takes a third less time than
- * by the loops above). Works on whole registers, for which the arrays have room. */
-INLINE void add_from_table(const Codec *c, const Tile *t, int n, const int first, float *out)
+/* Elements of up to 4 bits, whose 16 values fit into a register, and int8, whose codes are its values. Blocks of 16 and
+ * more give each register one scale. (Against the loops above, with scales spread out to values, summing 4 messages takes
+ * about half the time with mxfp4, three quarters with int8.) Works on whole registers, for which the arrays have room. */
+INLINE void add_registers(const Codec *c, const Tile *t, int n, const int is_int8, const int first, float *out)
 {
     float values[16];
     const uint32_t sign = 1u << (c->bits - 1);
-    for (uint32_t code = 0; code < 2 * sign; code++)
+    for (uint32_t code = 0; !is_int8 && code < 2 * sign; code++)
         if (c->integer)
             values[code] = (float)code - (code < sign ? 0 : 2 * sign);
         else
             values[code] = float_of((code & sign) << (32 - c->bits) | minifloat_value(code & (sign - 1), c->element));
-    const __m512 table = _mm512_loadu_ps(values);
+    const __m512 table = is_int8 ? _mm512_setzero_ps() : _mm512_loadu_ps(values);
+    const int shift = __builtin_ctz(c->block);
     for (int i = 0; i < n; i += 16) {
-        const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(t->codes + i)));
-        const __m512 scaled = _mm512_mul_ps(_mm512_permutexvar_ps(codes, table), _mm512_loadu_ps(t->spread + i));
+        const __m128i codes = _mm_loadu_si128((const __m128i *)(t->codes + i));
+        const __m512 value = is_int8 ? _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes))
+                                     : _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), table);
+        const __m512 scaled = _mm512_mul_ps(value, _mm512_set1_ps(t->scale[i >> shift]));
         _mm512_storeu_ps(out + i, first ? scaled : _mm512_add_ps(_mm512_loadu_ps(out + i), scaled));
     }
 }
@@ -730,11 +734,16 @@ INLINE void add_from_table(const Codec *c, const Tile *t, int n, const int first
 INLINE void dequantize_to(const Codec *c, const Tile *t, int n, const int first, float *out)
 {
 #ifdef __AVX512F__
-    if (c->bits <= 4) {
-        add_from_table(c, t, n, first, out);
+    if (c->block >= 16 && c->bits <= 4) {
+        add_registers(c, t, n, 0, first, out);
+        return;
+    }
+    if (c->block >= 16 && c->integer && c->bits == 8) {
+        add_registers(c, t, n, 1, first, out);
         return;
     }
 #endif
+    spread(t->scale, t->blocks, c->block, t->spread);
     switch (c->integer ? 0 : c->bits < 8 ? c->element.mantissa_bits : -c->element.mantissa_bits) {
     case 0: add_integers(c, t, n, first, out); break;
     case 1: add_short_minifloats(c, t, n, 1, first, out); break;
@@ -749,7 +758,6 @@ INLINE void dequantize_to(const Codec *c, const Tile *t, int n, const int first,
 static void dequantize(const Codec *c, const Tile *t, int first, float *out)
 {
     const int n = t->blocks * c->block;
-    spread(t->scale, t->blocks, c->block, t->spread);
     if (first)
         dequantize_to(c, t, n, 1, out);
     else
