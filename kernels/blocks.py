@@ -8,8 +8,8 @@ import triton.language as tl
 
 
 @triton.jit
-def hadamard(x_NB, B: tl.constexpr):
-    """Orthonormal Walsh-Hadamard transform of every block, its own inverse.
+def hadamard(x_NB, left, B: tl.constexpr):
+    """Orthonormal Walsh-Hadamard transform, its own inverse; a block that is not whole in `left` values stays.
 
     Butterflies over neighbours first, then at distances 2, 4, ..., and one final multiplication: for B = 4,
     (1, 2, 3, 4) -> (3, -1, 7, -1) -> (10, -2, -4, 0) -> (5, -1, -2, 0).
@@ -17,7 +17,8 @@ def hadamard(x_NB, B: tl.constexpr):
     y_NB = x_NB
     for stage in tl.static_range(B.bit_length() - 1):
         y_NB = _butterflies(y_NB, 1 << stage)
-    return y_NB * (B**-0.5)
+    whole = (tl.arange(0, x_NB.shape[0]) + 1) * B <= left
+    return tl.where(whole[:, None], y_NB * (B**-0.5), x_NB)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 from .blocks import hadamard
 from .format import TILE, WARPS, KernelFormat
 from .numbers import FP16_MAX, element_values, store_rounded, to_float
-from .planes import load_field
+from .planes import load_field, places
 from .scales import scale_values
 
 
@@ -73,16 +73,17 @@ def sum_tile(
     ALIGN: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """(fp32 [N, B], how many of its values belong to the row): the sum of one tile over the ranks' messages."""
+    """(fp32 [N, B], how many of its values belong to the row): the sum of one tile over the ranks' messages.
+
+    The values past the row's end are zeros, but with zero points and in blocks of NaN.
+    """
     first = tl.cast(tile, tl.int64) * TILE
     left = tl.minimum(hidden - first, TILE).to(tl.int32)
     total_NB = decode_tile(messages, at, rows, hidden, row, first, left, F, TILE, ALIGN, HALF)
     for rank in tl.static_range(1, RANKS):
         message = messages + rank * message_stride.to(tl.int64)
         total_NB += decode_tile(message, at, rows, hidden, row, first, left, F, TILE, ALIGN, HALF)
-    B: tl.constexpr = F.block
-    place_NB = tl.arange(0, TILE // B)[:, None] * B + tl.arange(0, B)[None, :]
-    return tl.where(place_NB < left, total_NB, 0.0), left
+    return total_NB, left
 
 
 @triton.jit
@@ -102,10 +103,7 @@ def decode_tile(
     """fp32 [N, B]: one rank's values of a tile; finite in half precision (HALF) unless their block is NaN."""
     B: tl.constexpr = F.block
     N: tl.constexpr = TILE // B
-    blocks_left = tl.cdiv(left, B)
-    values = (message, at, rows, row, hidden.to(tl.int64), first, left)
-    blocks = (message, at, rows, row, tl.cdiv(hidden, B).to(tl.int64), first // B, blocks_left)
-
+    values, blocks, spikes = places(message, at, rows, hidden, row, first, left, B)
     PAYLOAD: tl.constexpr = F.payload
     SCALE: tl.constexpr = F.scale
     ZERO_POINT: tl.constexpr = F.zero_point
@@ -122,16 +120,14 @@ def decode_tile(
         zeros = load_field(blocks, ZERO_POINT, N, ALIGN)
         y_NB += to_float(zeros << 16)[:, None]
     if F.spike:
-        pairs = (message, at, rows, row, blocks[4] * 2, blocks[5] * 2, blocks_left * 2)
-        bits = load_field(pairs, SPIKE_VALUE, 2 * N, ALIGN)
+        bits = load_field(spikes, SPIKE_VALUE, 2 * N, ALIGN)
         low, high = tl.split(to_float(bits << 16).reshape(N, 2))
-        lowest, highest = tl.split(load_field(pairs, SPIKE_INDEX, 2 * N, ALIGN).reshape(N, 2))
+        lowest, highest = tl.split(load_field(spikes, SPIKE_INDEX, 2 * N, ALIGN).reshape(N, 2))
         place = tl.arange(0, B)[None, :]
         y_NB = tl.where(place == lowest[:, None], low[:, None], y_NB)
         y_NB = tl.where(place == highest[:, None], high[:, None], y_NB)
     if F.hadamard:
-        whole = (tl.arange(0, N) + 1) * B <= left
-        y_NB = tl.where(whole[:, None], hadamard(y_NB, B), y_NB)
+        y_NB = hadamard(y_NB, left, B)
     if HALF:
         # Half precision cannot hold what a power-of-two scale may round 65504 up to.
         y_NB = tl.where(y_NB > FP16_MAX, FP16_MAX, tl.where(y_NB < -FP16_MAX, -FP16_MAX, y_NB))

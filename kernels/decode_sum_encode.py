@@ -58,20 +58,42 @@ def decode_sum_encode_kernel(
     # 32-bit: a 64-bit division takes a hundred instructions.
     program = tl.program_id(0)
     tiles = tl.cdiv(hidden, TILE).to(tl.int32)
-    N: tl.constexpr = TILE // OUT.block
     if OUT.row_scaled:
         row = program.to(tl.int64)
         largest = 0.0
         for tile in range(tiles):
-            x, left = sum_tile(messages, message_stride, at, rows, hidden, row, tile, F, RANKS, TILE, ALIGN, False)
-            largest = tl.maximum(largest, largest_need(clean(x.reshape(N, OUT.block), OUT), left, OUT))
+            x_NB, left = load_sum(messages, message_stride, at, rows, hidden, row, tile, F, OUT, RANKS, TILE, ALIGN)
+            largest = tl.maximum(largest, largest_need(x_NB, left, OUT))
         scale = store_row_scale(largest, out, out_at, rows, row, OUT)
         for tile in range(tiles):
-            x, left = sum_tile(messages, message_stride, at, rows, hidden, row, tile, F, RANKS, TILE, ALIGN, False)
-            x_NB = clean(x.reshape(N, OUT.block), OUT)
+            x_NB, left = load_sum(messages, message_stride, at, rows, hidden, row, tile, F, OUT, RANKS, TILE, ALIGN)
             encode_tile(x_NB, left, scale, out, out_at, rows, hidden, row, tile, OUT, TILE, ALIGN)
     else:
         row, tile = (program // tiles).to(tl.int64), program % tiles
-        x, left = sum_tile(messages, message_stride, at, rows, hidden, row, tile, F, RANKS, TILE, ALIGN, False)
-        x_NB = clean(x.reshape(N, OUT.block), OUT)
+        x_NB, left = load_sum(messages, message_stride, at, rows, hidden, row, tile, F, OUT, RANKS, TILE, ALIGN)
         encode_tile(x_NB, left, 1.0, out, out_at, rows, hidden, row, tile, OUT, TILE, ALIGN)
+
+
+@triton.jit
+def load_sum(
+    messages,
+    message_stride,
+    at,
+    rows,
+    hidden,
+    row,
+    tile,
+    F: tl.constexpr,
+    OUT: tl.constexpr,
+    RANKS: tl.constexpr,
+    TILE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """(fp32 [N, B] in the blocks of OUT, how many of its values belong to the row): what `encode.load_tile` returns."""
+    total, left = sum_tile(messages, message_stride, at, rows, hidden, row, tile, F, RANKS, TILE, ALIGN, False)
+    B: tl.constexpr = OUT.block
+    x_NB = total.reshape(TILE // B, B)
+    if F.asym:  # past the row's end are zero points
+        place_NB = tl.arange(0, TILE // B)[:, None] * B + tl.arange(0, B)[None, :]
+        x_NB = tl.where(place_NB < left, x_NB, 0.0)
+    return clean(x_NB, OUT), left

@@ -20,7 +20,7 @@ from .numbers import (
     to_bits,
     to_float,
 )
-from .planes import store_field, store_padding
+from .planes import places, store_field, store_padding
 from .scales import reciprocal_of_power_below, row_scale, scale_codes, scale_values
 
 
@@ -107,10 +107,8 @@ def encode_tile(
     """Writes all that a tile, fp32 [N, B] with `left` values of the row, brings to the message."""
     N: tl.constexpr = TILE // F.block
     first = tl.cast(tile, tl.int64) * TILE
-    blocks_left = tl.cdiv(left, F.block)
-    values = (message, at, rows, row, hidden.to(tl.int64), first, left)
-    blocks = (message, at, rows, row, tl.cdiv(hidden, F.block).to(tl.int64), first // F.block, blocks_left)
-    inside = tl.arange(0, N) < blocks_left
+    values, blocks, spikes = places(message, at, rows, hidden, row, first, left, F.block)
+    inside = tl.arange(0, N) * F.block < left
     PAYLOAD: tl.constexpr = F.payload
     SCALE: tl.constexpr = F.scale
     ZERO_POINT: tl.constexpr = F.zero_point
@@ -127,9 +125,8 @@ def encode_tile(
         bits = tl.where(inside & (keep != 0), bf16_bits(zeros), 0)
         store_field(bits, blocks, ZERO_POINT, ALIGN)
     if F.spike:
-        pairs = (message, at, rows, row, blocks[4] * 2, blocks[5] * 2, blocks_left * 2)
-        store_field(tl.where(inside[:, None], spike_values, 0).reshape(2 * N), pairs, SPIKE_VALUE, ALIGN)
-        store_field(tl.where(inside[:, None], spike_places, 0).reshape(2 * N), pairs, SPIKE_INDEX, ALIGN)
+        store_field(tl.where(inside[:, None], spike_values, 0).reshape(2 * N), spikes, SPIKE_VALUE, ALIGN)
+        store_field(tl.where(inside[:, None], spike_places, 0).reshape(2 * N), spikes, SPIKE_INDEX, ALIGN)
 
 
 @triton.jit
@@ -158,9 +155,7 @@ def prepare(x_NB, left, F: tl.constexpr):
     N: tl.constexpr = x_NB.shape[0]
     B: tl.constexpr = F.block
     if F.hadamard:
-        # A short last block stays as it is.
-        whole = (tl.arange(0, N) + 1) * B <= left
-        x_NB = tl.where(whole[:, None], hadamard(x_NB, B), x_NB)
+        x_NB = hadamard(x_NB, left, B)
     # Without their sign, the bits of floats have the floats' order, infinity and NaN above all numbers.
     peak = tl.max(to_bits(x_NB) & MAGNITUDE, axis=1)
     bad = peak >= EXPONENT

@@ -60,12 +60,12 @@ def small_float_codes(magnitude, FLOAT: tl.constexpr):
     stays the smallest normal's. NaN gives no useful code.
     """
     DROP: tl.constexpr = 23 - FLOAT.mantissa_bits
-    SMALLEST_NORMAL: tl.constexpr = (128 - FLOAT.bias) << 23
+    FIRST_NORMAL: tl.constexpr = (128 - FLOAT.bias) << 23
     magnitude = tl.minimum(magnitude, FLOAT.max_value)
-    power = tl.maximum(to_bits(magnitude) & EXPONENT, SMALLEST_NORMAL)
+    power = tl.maximum(to_bits(magnitude) & EXPONENT, FIRST_NORMAL)
     # The product is exact, so fused or not is the same; on a GPU this is one instruction.
     steps = to_bits(tl.fma(to_float(power), 2.0**DROP, magnitude))
-    return steps + ((power >> DROP) - (SMALLEST_NORMAL >> DROP))
+    return steps + ((power >> DROP) - (FIRST_NORMAL >> DROP))
 
 
 @triton.jit

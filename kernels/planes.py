@@ -8,17 +8,31 @@ unpack words, otherwise bytes; codes wider than 8 bits travel as they are.
 
 import triton
 import triton.language as tl
+from triton import constexpr_function
 
 
-@triton.constexpr_function
+@constexpr_function
 def unit_bits(count, width, align):
     """Bits of the unit that `count` codes of `width` bits travel in."""
     return width if width >= 16 else min(32 if align >= 4 else 8, count * width)
 
 
-@triton.constexpr_function
+@constexpr_function
 def integer_of(bits):
     return {8: tl.uint8, 16: tl.int16, 32: tl.int32}[bits]
+
+
+@triton.jit
+def places(message, at, rows, hidden, row, first, left, B: tl.constexpr):
+    """The places of a tile's values, of its blocks and of their spikes, two a block.
+
+    The tile has the values `first` to `first + left` of a row of `hidden`, in blocks of B.
+    """
+    columns, first_block, blocks_left = tl.cdiv(hidden, B).to(tl.int64), first // B, tl.cdiv(left, B)
+    values = (message, at, rows, row, hidden.to(tl.int64), first, left)
+    blocks = (message, at, rows, row, columns, first_block, blocks_left)
+    spikes = (message, at, rows, row, columns * 2, first_block * 2, blocks_left * 2)
+    return values, blocks, spikes
 
 
 @triton.jit

@@ -63,3 +63,22 @@ fetch_data() {
     run python "$REPO/examples/fetch.py" model "$MODEL"
     run python "$REPO/examples/fetch.py" text "$TEXT"
 }
+
+# fetch_megatron VERSION: another Megatron-Core than the pinned one, into the cache; sets MEGATRON_PATH, for PYTHONPATH.
+# Unpacked, not installed: wheels of 0.19 declare Python 3.12, while what is used of them runs on 3.11 too.
+fetch_megatron() {
+    MEGATRON_PATH=$MEGATRON_COMP_CACHE/megatron-core-$1
+    if [[ ! -d $MEGATRON_PATH ]]; then
+        local partial=$MEGATRON_PATH.partial
+        run rm -rf "$partial"
+        run mkdir -p "$partial"
+        run python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+            --python-version 3.12 --dest "$partial/wheel" "megatron-core==$1" || {
+            echo "megatron-core==$1 could not be downloaded; pip says why above" >&2
+            return 1
+        }
+        run python -m zipfile -e "$partial"/wheel/megatron_core-*.whl "$partial/unpacked"
+        run mv "$partial/unpacked" "$MEGATRON_PATH" # so that half of one is never taken for it
+        run rm -rf "$partial"
+    fi
+}

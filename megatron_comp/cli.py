@@ -4,19 +4,24 @@ import argparse
 import os
 import sys
 
-from .tools import bench, evaluate, generate, ranks
+from .tools import bench, calibrate, convert, drop, evaluate, generate, plan, ranks, search
 from .version import __version__
 
 SUBCOMMANDS = {
     "generate": (generate, "text, time to first token, decode rate and bytes of one prompt"),
     "evaluate": (evaluate, "perplexity, KL divergence and bytes on a text, one row a codec"),
+    "search": (search, "the policy of fewest bits that keeps a bound on KL or perplexity"),
+    "drop": (drop, "blocks without the sum after attention: which ones, and how to make up for it"),
     "bench": (bench, "figures of speed, beside what they are compared to in the same run"),
+    "plan": (plan, "predicted time to first token of a model, GPU and link, and whether to compress; no GPU needed"),
+    "calibrate": (calibrate, "this group's link and codecs, and the message size from which compression pays"),
+    "convert": (convert, "a Hugging Face checkpoint as Megatron's distributed checkpoint"),
 }
 
 EPILOG = """\
 A codec is a preset (mxfp4, mxfp6, mxfp8, nvfp4, ...) or element:block:scale[:option...], for instance
 int4:32:fp16:hadamard; two of them joined by '>' serve the two phases of two_step; none is the stock collective.
-Without WORLD_SIZE in the environment the ranks are started on this machine; under torchrun they are joined.
+Without WORLD_SIZE in the environment the ranks are started on this machine; under torchrun or srun they are joined.
 """
 
 
@@ -26,11 +31,14 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     module, _ = SUBCOMMANDS[args.subcommand]
     try:
-        if ranks.joined() or not hasattr(args, "tp"):  # one of the ranks, or a subcommand that needs none
+        own_ranks = hasattr(args, "link")  # a bench that starts its ranks once a link
+        if ranks.joined() or not (hasattr(args, "tp") or own_ranks):  # one of the ranks, or a subcommand of one process
             _quiet_libraries()
             module.run(args)
             return 0
         module.check(args)
+        if own_ranks:
+            return module.start(args, argv)
         return ranks.start(args.tp, [sys.executable, "-m", "megatron_comp.cli", *argv])
     except KeyboardInterrupt:
         return 130

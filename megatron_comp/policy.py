@@ -11,10 +11,14 @@ from pathlib import Path
 import yaml
 
 from .wire.codec import Codec, CodecPair, parse_codec
-from .wire.cost import ALGORITHMS
+from .wire.cost import ALGORITHMS, pays
+from .wire.figures import ASSUMED, Figures
 
 SITES = ("attention", "mlp", "experts", "shared_experts")
 PHASES = ("prefill", "decode")
+
+# Word for the attention site of a layer: its sum is left out and joins that of the layer's MLP.
+DROP = "drop"
 
 # What `min_bytes: auto` stands for where nothing was measured. At 25 Gbit/s a message of this size takes 84 us; a
 # 4-bit codec saves 60 us of them, about what the launches of encode and decode cost a GPU.
@@ -46,13 +50,15 @@ class CompressionPolicy:
     algorithm: str = "auto"
     """`gather_sum`, `two_step`, or `auto`: whichever is predicted faster."""
     min_bytes: int | str = "auto"
-    """Messages of fewer bytes, uncompressed, stay uncompressed; `auto`: 262144."""
+    """Messages of fewer bytes, uncompressed, stay uncompressed. `auto`: those that the figures of `megatron-comp
+    calibrate` predict to be slower compressed; where nothing was measured, those of fewer than 262144 bytes."""
     phases: Mapping[str, str] = field(default_factory=dict)
     """Codecs of `prefill` and `decode`."""
     sites: Mapping[str, str] = field(default_factory=dict)
     """Codecs of `attention`, `mlp`, `experts`, `shared_experts`."""
     layers: Mapping[int | str, str | Mapping[str, str]] = field(default_factory=dict)
-    """Codecs of layers `3` or `0-2` (numbered from 0 over the whole model), or of their sites."""
+    """Codecs of layers `3` or `0-2` (numbered from 0 over the whole model), or of their sites. `{attention: drop}`:
+    those layers do without attention's sum, see `layers/sync_drop.py`."""
 
     def __post_init__(self) -> None:
         self._check_codec("codec", self.codec)
@@ -85,23 +91,55 @@ class CompressionPolicy:
         return cls(**content)
 
     def decide(
-        self, *, layer: int, site: str, phase: str, shape: Sequence[int], itemsize: int, world_size: int
+        self,
+        *,
+        layer: int,
+        site: str,
+        phase: str,
+        shape: Sequence[int],
+        itemsize: int,
+        world_size: int,
+        figures: Figures = ASSUMED,
+        scatter: bool = False,
     ) -> Decision:
-        """What a reduction of a `shape` tensor, `itemsize` bytes a value, over `world_size` ranks does."""
+        """What a reduction of a `shape` tensor, `itemsize` bytes a value, over `world_size` ranks does.
+
+        figures: of the group, the same on all its ranks. scatter: a reduce-scatter instead of an all-reduce.
+        """
+        if site == "attention" and self.drops(layer):
+            return Decision(None, reason=DROP if world_size > 1 else "one rank")
         name = self.codec_name(layer, site, phase)
         if name == "none":
             return Decision(None, reason="policy")
         if world_size == 1:
             return Decision(None, reason="one rank")
-        if math.prod(shape) * itemsize < (DEFAULT_MIN_BYTES if self.min_bytes == "auto" else self.min_bytes):
+        codec = _parsed(name)
+        if self.min_bytes == "auto" and figures.measured:
+            if not pays(shape, itemsize, codec, world_size, self.algorithm, figures, scatter):
+                return Decision(None, reason="predicted slower")
+        elif math.prod(shape) * itemsize < (DEFAULT_MIN_BYTES if self.min_bytes == "auto" else self.min_bytes):
             return Decision(None, reason="min_bytes")
-        return Decision(_parsed(name), self.algorithm)
+        return Decision(codec, self.algorithm)
 
     def codec_name(self, layer: int, site: str, phase: str) -> str:
-        """The codec's name for this place, before any look at the message's size."""
+        """The codec's name for this place, before any look at the message's size; `none` for a dropped sum."""
         of_layer = self._codecs_of_layers.get(layer, {})
         name = of_layer.get(site, of_layer.get("", self.sites.get(site, self.codec)))
-        return name if name == "none" else self.phases.get(phase, name)
+        return "none" if name in ("none", DROP) else self.phases.get(phase, name)
+
+    def drops(self, layer: int) -> bool:
+        """Whether a layer does without attention's sum, in every phase."""
+        return self._codecs_of_layers.get(layer, {}).get("attention") == DROP
+
+    def named_codecs(self) -> set[str]:
+        """Every codec's name in the policy, whether a model has its place or not."""
+        of_layers = (name for of_layer in self._codecs_of_layers.values() for name in of_layer.values())
+        return {self.codec, *self.phases.values(), *self.sites.values(), *of_layers} - {"none", DROP}
+
+    @property
+    def predicts(self) -> bool:
+        """Whether decisions rest on predicted times."""
+        return "auto" in (self.min_bytes, self.algorithm) and bool(self.named_codecs())
 
     def check_layers(self, count: int) -> None:
         """Raises ValueError that names a key under `layers` that a model of `count` layers does not have."""
@@ -128,7 +166,7 @@ class CompressionPolicy:
         by_layer: dict[int, dict[str, str]] = {}
         for key, value in self.layers.items():
             if isinstance(value, Mapping):
-                self._check_codecs(f"layers: {key}", value, SITES)
+                self._check_codecs(f"layers: {key}", value, SITES, drop="attention")
             else:
                 self._check_codec(f"layers: {key}", value)
                 value = {"": value}
@@ -138,16 +176,22 @@ class CompressionPolicy:
                 by_layer[layer] = dict(value)
         return by_layer
 
-    def _check_codecs(self, where: str, codecs: Mapping[str, str], allowed: Sequence[str]) -> None:
+    def _check_codecs(
+        self, where: str, codecs: Mapping[str, str], allowed: Sequence[str], drop: str | None = None
+    ) -> None:
+        """drop: the one key that may say so."""
         if not isinstance(codecs, Mapping):
             raise ValueError(f"policy: {where}: expected codecs by {', '.join(allowed)}, got {codecs!r}")
         for key, name in codecs.items():
             _check_choice(where, key, allowed)
-            self._check_codec(f"{where}: {key}", name)
+            if name != DROP or key != drop:
+                self._check_codec(f"{where}: {key}", name)
 
     def _check_codec(self, where: str, name: str) -> None:
         if name == "none":
             return
+        if name == DROP:
+            raise ValueError(f"policy: {where}: only attention under layers drops: layers: {{5: {{attention: drop}}}}")
         try:
             codec = parse_codec(name)
         except ValueError as error:

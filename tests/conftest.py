@@ -2,6 +2,8 @@
 MEGATRON_COMP_CACHE, or `.cache` in the repository."""
 
 import fcntl
+import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -17,8 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# What somebody measured here must not decide what tests send.
+os.environ["MEGATRON_COMP_CALIBRATION"] = "assumed"
+
 # Tensors in tests are small: threads that wait for each other cost more than they bring, the more so beside xdist.
 torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Which Megatron-Core it was: launch/test.sh can be given another one."""
+    folder = importlib.util.find_spec("megatron.core").submodule_search_locations[0]
+    terminalreporter.write_line(f"Megatron-Core {importlib.metadata.version('megatron-core')} in {folder}")
 
 
 def cached(name, make):

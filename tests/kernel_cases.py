@@ -7,6 +7,7 @@ alone, as a bare GPU machine has them.
 
 import itertools
 import math
+import random
 
 import torch
 
@@ -70,6 +71,12 @@ def _options_with_scales() -> list[str]:
 
 PLAIN = _elements_with_scales()
 OPTIONS = _options_with_scales()
+
+
+# Two random halves of them, always the same, one for each of two kernels. The stages are tested by themselves over all
+# that there is, in test_numbers, test_scales, test_blocks and test_planes.
+_SHUFFLED = random.Random(0).sample(PLAIN + OPTIONS, len(PLAIN + OPTIONS))
+TO_ENCODE, TO_DECODE = _SHUFFLED[::2], _SHUFFLED[1::2]
 # Some of everything, for what is tested in every way.
 MIXED = [
     *PRESETS,
@@ -99,6 +106,12 @@ def shapes(fmt: Format) -> dict[str, tuple[int, int]]:
         "short": (5, 7),
         "single values": (3, 1),
     }
+
+
+def turns(codec: str, kernel: int) -> list[tuple[int, tuple[int, int]]]:
+    """Every second shape with its number: what kernel 0 leaves kernel 1 takes, and the codecs of MIXED take turns."""
+    numbered = [*enumerate(shapes(Format.parse(codec)).values())]
+    return numbered[(MIXED.index(codec) + kernel) % 2 :: 2]
 
 
 def path(fmt: Format, shape: tuple[int, int]) -> tuple[bool, int]:

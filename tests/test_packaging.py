@@ -44,9 +44,10 @@ def members(wheel):
 def test_wheel_holds_every_module(members):
     expected = {file.relative_to(REPO).as_posix() for file in REPO.glob("megatron_comp/**/*.py")}
     expected |= {"megatron_comp/" + file.relative_to(REPO).as_posix() for file in REPO.glob("kernels/**/*.py")}
-    expected |= {"megatron_comp/kernels/README.md", "megatron_comp/wire/native.c"}
+    expected |= {file.relative_to(REPO).as_posix() for file in REPO.glob("megatron_comp/wire/c/*.[ch]")}
+    expected |= {"megatron_comp/kernels/README.md"}
     assert expected == {name for name in members if ".dist-info/" not in name}
-    assert members["megatron_comp/wire/native.c"] == (REPO / "megatron_comp/wire/native.c").read_text()
+    assert members["megatron_comp/wire/c/native.c"] == (REPO / "megatron_comp/wire/c/native.c").read_text()
 
 
 def test_wheel_metadata(members):

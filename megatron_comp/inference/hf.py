@@ -5,6 +5,7 @@ those. No process ever holds more of a checkpoint than its own share.
 """
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,10 +204,17 @@ def _fused_qkv(config, prefix: str, share: Share) -> list[Piece]:
     return pieces
 
 
-class Checkpoint:
-    """The safetensors file, or the shards with their index, of a checkpoint folder. A context manager."""
+# Key of a safetensors file's metadata: the number of ranks that its weights are for.
+TENSOR_PARALLEL = "tensor_parallel"
 
-    def __init__(self, model_dir):
+
+class Checkpoint:
+    """The safetensors file, or the shards with their index, of a checkpoint folder. A context manager.
+
+    extra: a safetensors file whose tensors, whole and under the checkpoint's names, take the place of its own.
+    """
+
+    def __init__(self, model_dir, extra=None):
         self.folder = Path(model_dir)
         self._open = {}
         index = self.folder / "model.safetensors.index.json"
@@ -220,6 +228,12 @@ class Checkpoint:
                 raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from None
         else:
             raise FileNotFoundError(f"{self.folder} holds neither {single.name} nor {index.name}")
+        if extra is not None:
+            path = str(Path(extra).resolve())  # which stays itself inside of any folder
+            replaced = self._file(path).keys()
+            if unknown := sorted(set(replaced) - set(self._file_of)):
+                raise ValueError(f"{extra}: tensor {unknown[0]} is not one of the model in {self.folder}")
+            self._file_of.update(dict.fromkeys(replaced, path))
 
     def __enter__(self):
         return self
@@ -267,25 +281,53 @@ class Checkpoint:
 
 
 @torch.no_grad()
-def load_weights(model, model_dir, config, share: Share) -> None:
+def load_weights(model, model_dir, config, share: Share, extra=None, layers: Container[int] | None = None) -> None:
     """Fills a rank's parameters of a built GPTModel from a checkpoint folder, cast to the parameters' dtype.
+
+    extra: a safetensors file with weights that take the place of the folder's, such as `megatron-comp drop` writes.
+    layers: fill only these, numbered from 0.
 
     Raises FileNotFoundError or ValueError, naming file and tensor, if the checkpoint is incomplete, damaged, of other
     shapes than the config says, or holds weights that the model has no place for.
     """
     parameters = dict(model.named_parameters())
-    with Checkpoint(model_dir) as checkpoint:
+    if extra is not None:
+        check_extra(extra, share.tp)
+    with Checkpoint(model_dir, extra) as checkpoint:
         fused = any(name.endswith("mlp.experts.gate_up_proj") for name in checkpoint.names)
         _check_names(checkpoint, config, fused)
         pieces_of = plan(config, share, fused)
         assert parameters.keys() == pieces_of.keys(), sorted(parameters.keys() ^ pieces_of.keys())
         for name, parameter in parameters.items():
+            if layers is not None and _layer_of(name) not in layers:
+                continue
             row = 0
             for piece in pieces_of[name]:
                 block = checkpoint.read(piece)
                 parameter[row : row + len(block)].copy_(block)
                 row += len(block)
             parameter[row:].zero_()
+
+
+def check_extra(path, tensor_parallel: int) -> dict[str, str]:
+    """The metadata of a file of replaced weights. Raises ValueError if there is none, or for other numbers of ranks."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights {path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"weights {path} are no safetensors file: {error}") from None
+    made_for = metadata.get(TENSOR_PARALLEL)
+    if made_for is not None and made_for != str(tensor_parallel):
+        raise ValueError(f"weights {path} are for {made_for} tensor-parallel ranks, not for {tensor_parallel}")
+    return metadata
+
+
+def _layer_of(parameter: str) -> int | None:
+    """`decoder.layers.7.mlp...` is of layer 7, the embedding of none."""
+    parts = parameter.split(".")
+    return int(parts[2]) if parts[:2] == ["decoder", "layers"] else None
 
 
 def _check_names(checkpoint: Checkpoint, config, fused_experts: bool) -> None:

@@ -1,6 +1,7 @@
 """Builds a Llama or Mixtral checkpoint as a tensor-parallel Megatron-Core GPTModel, and starts the ranks it runs on."""
 
 import os
+from collections.abc import Container
 from datetime import timedelta
 
 import torch
@@ -14,7 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from . import cpu, hf
+from . import checkpoint, cpu, hf
 from .attention import CausalAttention
 
 RNG_SEED = 1  # Megatron wants its generators seeded, though inference draws no numbers
@@ -87,12 +88,14 @@ def build_model(
     sequence_parallel: bool = False,
     max_sequence_length: int | None = None,
     token_dispatcher: str = "allgather",
+    extra_weights=None,
 ) -> GPTModel:
     """The checkpoint in `model_dir` as this rank's part of a GPTModel: weights loaded, in eval mode, without gradients.
 
     Call `init_parallel` first. dtype: of weights and activations. max_sequence_length: the most tokens of prompt and
     answer together, by default what the checkpoint was made for. token_dispatcher: Megatron's word for how the tokens
-    of a mixture reach their experts, allgather or alltoall. `model.hf_config` is the checkpoint's own config.
+    of a mixture reach their experts, allgather or alltoall. extra_weights: a safetensors file of weights that take the
+    place of the checkpoint's, made for this number of ranks. `model.hf_config` is the checkpoint's own config.
 
     Raises ValueError if the checkpoint is not one that can be built, or not at this tensor-parallel size;
     FileNotFoundError or ValueError if its weights are incomplete or damaged.
@@ -122,9 +125,19 @@ def build_model(
         # rope_scaling knows one rule and fixes all its parameters but one.
         inv_freq, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, device)
         model.rotary_pos_emb.inv_freq = inv_freq
-    hf.load_weights(model, model_dir, config, _share())
+    if megatron_checkpoint := checkpoint.find(model_dir):
+        if extra_weights is not None:
+            raise ValueError(f"{model_dir} is a checkpoint of Megatron's: extra weights go with one of Hugging Face's")
+        checkpoint.load(model, megatron_checkpoint)
+    else:
+        hf.load_weights(model, model_dir, config, _share(), extra_weights)
     model.hf_config = config
     return model
+
+
+def reload_layers(model: GPTModel, model_dir, layers: Container[int], extra_weights=None) -> None:
+    """Reads the weights of some layers of a built model again, with or without those that take their place."""
+    hf.load_weights(model, model_dir, model.hf_config, _share(), extra_weights, layers)
 
 
 def check_tensor_parallel(config, tensor_parallel: int) -> None:
@@ -214,4 +227,7 @@ def _block_spec(config) -> TransformerBlockSubmodules:
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = CausalAttention
+    if hf.is_mixture(config):
+        # Saved under its own name, as with Transformer Engine: only a dense MLP has this norm in its first linear.
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     return TransformerBlockSubmodules(layer_specs=[layer] * config.num_hidden_layers, layer_norm=RMSNorm)

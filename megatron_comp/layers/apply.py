@@ -1,8 +1,10 @@
 """Turning compression on and off in a built Megatron model, and reading what it did."""
 
 import logging
+import socket
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +14,12 @@ from megatron.core.tensor_parallel import RowParallelLinear
 
 from ..policy import CompressionPolicy
 from ..version import __version__
+from ..wire.codec import parse_codec
+from ..wire.cost import step_codecs
+from ..wire.figures import ASSUMED, Figures, find_figures
 from .places import find_places, reductions, restore
 from .site import Phase, ReductionSite, SiteStats, Traffic
+from .sync_drop import SyncDropLayer, check_block, drop_sync, dropped_blocks, restore_sync
 
 logger = logging.getLogger(__name__)
 
@@ -61,23 +67,32 @@ def apply_compression(
 
     Prefill and decode are told apart by the inference context that this very module is called with.
 
+    `min_bytes: auto` and `algorithm: auto` go by what rank 0 of each group finds and all its ranks take: the file that
+    MEGATRON_COMP_CALIBRATION names (`assumed`: none), else the one that `megatron-comp calibrate` left for such a
+    group, else an assumed link. Which it was is logged.
+
     timing: `stats` tells seconds too; every reduction then waits for the device.
     allow_training: let gradients pass compressed reductions in training mode.
 
     Raises ValueError, before anything is changed, where the policy asks for what this model does not have or cannot do,
-    and on every rank if policies or package versions differ between ranks.
+    if a calibration file is none or of another number of ranks, and on every rank if policies or package versions
+    differ between ranks.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"apply_compression takes one module, not {type(model).__name__}; call it for each model chunk")
     if not isinstance(policy, CompressionPolicy):
         raise TypeError(f"apply_compression takes a CompressionPolicy, such as CompressionPolicy(codec={policy!r})")
     places = list(find_places(model))
-    _compare_ranks(places, policy, _problem(model, places, policy))
+    hosts = _compare_ranks(places, policy, _problem(model, places, policy))
+    figures = _agree_on_figures(hosts, policy)
     remove_compression(model)
 
     phase = Phase()
     for place in places:
-        place.attach(ReductionSite(policy, place.layer, place.site, phase, timing, allow_training))
+        of_group = figures[place.group]
+        place.attach(ReductionSite(policy, place.layer, place.site, phase, timing, allow_training, of_group))
+    for layer in dropped_blocks(model, policy):
+        drop_sync(layer)
     model.compression_hook = model.register_forward_pre_hook(_phase_hook(phase), with_kwargs=True)
     logger.info("megatron_comp: %d reductions of %s under policy %s", len(places), type(model).__name__, policy)
     return model
@@ -89,6 +104,8 @@ def remove_compression(model: torch.nn.Module) -> torch.nn.Module:
     A model that is not compressed stays as it is. Returns the model.
     """
     for module in model.modules():
+        if isinstance(module, SyncDropLayer):
+            restore_sync(module)
         restore(module)
         if hook := module.__dict__.pop("compression_hook", None):
             hook.remove()
@@ -96,8 +113,8 @@ def remove_compression(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def stats(model: torch.nn.Module) -> ModelStats:
-    """Calls and bytes of every site, compressed and kept, since `apply_compression`."""
-    return ModelStats([reduction.stats for reduction in reductions(model)])
+    """Calls and bytes of every site, compressed and kept, from `apply_compression` to this moment."""
+    return ModelStats([deepcopy(reduction.stats) for reduction in reductions(model)])
 
 
 def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> str | None:
@@ -105,6 +122,8 @@ def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) ->
     try:
         _check_model(model, places)
         _check_policy(policy, places)
+        for layer in dropped_blocks(model, policy):
+            check_block(layer)
     except ValueError as error:
         return str(error)
     return None
@@ -125,8 +144,8 @@ def _check_model(model: torch.nn.Module, places: list) -> None:
 
 
 def _check_policy(policy: CompressionPolicy, places: list) -> None:
-    policy.check_layers(places[0].module.config.num_layers)
-    sites = {place.site for place in places}
+    policy.check_layers(max(place.module.config.num_layers for place in places))
+    sites = {place.site for place in places} | _sites_of_other_stages(places[0].module.config)
     said = {f"layers: {key}": of for key, of in policy.layers.items() if isinstance(of, Mapping)}
     for where, codecs in {"sites": policy.sites, **said}.items():
         if absent := [site for site, name in codecs.items() if name != "none" and site not in sites]:
@@ -135,19 +154,31 @@ def _check_policy(policy: CompressionPolicy, places: list) -> None:
         place.check(ReductionSite(policy, place.layer, place.site).codec_names())
 
 
-def _compare_ranks(places: list, policy: CompressionPolicy, problem: str | None) -> None:
-    """Raises on every rank if one of them found a problem, or if they do not all have one policy and version."""
-    said, heard = (__version__, policy.digest(), str(policy), problem), []
+def _sites_of_other_stages(config) -> set[str]:
+    """What layers in other pipeline stages may have: a policy is one for all of them."""
+    if config.pipeline_model_parallel_size == 1:
+        return set()
+    experts = {"experts"} if config.num_moe_experts else set()
+    shared = {"shared_experts"} if config.moe_shared_expert_intermediate_size else set()
+    return {"attention", "mlp"} | experts | shared
+
+
+def _compare_ranks(places: list, policy: CompressionPolicy, problem: str | None) -> dict:
+    """By group, how many machines its ranks are on.
+
+    Raises on every rank if one of them found a problem, or if they do not all have one policy and version.
+    """
+    said, heard = (__version__, policy.digest(), str(policy), problem, socket.gethostname()), {}
     # Every gather comes before any error, or other groups would wait for the ranks that left.
     for group in dict.fromkeys(place.group for place in places):
         everyone = [said] * group.size()
         if group.size() > 1:
             dist.all_gather_object(everyone, said, group=group)
-        heard.append(everyone)
+        heard[group] = everyone
     if problem:
         raise ValueError(problem)
-    for everyone in heard:
-        for rank, (*what, its_problem) in enumerate(everyone):
+    for everyone in heard.values():
+        for rank, (*what, its_problem, _) in enumerate(everyone):
             if its_problem:
                 raise ValueError(f"rank {rank}: {its_problem}")
             if what[:2] != list(everyone[0][:2]):
@@ -155,6 +186,42 @@ def _compare_ranks(places: list, policy: CompressionPolicy, problem: str | None)
                     "compression differs between tensor-parallel ranks: "
                     + "; ".join(f"rank {r}: version {everyone[r][0]}, policy {everyone[r][2]}" for r in (0, rank))
                 )
+    return {group: len({host for *_, host in everyone}) for group, everyone in heard.items()}
+
+
+def _agree_on_figures(hosts: dict, policy: CompressionPolicy) -> dict:
+    """By group, rank 0's figures; what it failed with is raised on every rank of the group."""
+    agreed = {}
+    for group, machines in hosts.items():
+        found: list[Figures | str] = [ASSUMED]
+        if group.size() > 1 and policy.predicts:
+            if group.rank() == 0:
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+                try:
+                    found[0] = find_figures(group.size(), machines, dist.get_backend(group), device)
+                except (ValueError, OSError) as error:
+                    found[0] = str(error)
+            dist.broadcast_object_list(found, dist.get_global_rank(group, 0), group=group)
+        agreed[group] = found[0]
+    # After the last broadcast, or other groups would wait for the ranks that left.
+    for group, figures in agreed.items():
+        if isinstance(figures, str):
+            raise ValueError(figures)
+        if group.size() > 1 and policy.predicts and group.rank() == 0:
+            _say_figures(figures, policy, group.size())
+    return agreed
+
+
+def _say_figures(figures: Figures, policy: CompressionPolicy, ranks: int) -> None:
+    logger.info("megatron_comp: sums over %d ranks are predicted from figures %s", ranks, figures.source)
+    codecs = {codec for name in policy.named_codecs() for codec in step_codecs(parse_codec(name))}
+    for codec in sorted(map(str, (codec for codec in codecs if not figures.knows(codec)))):
+        logger.warning(
+            "megatron_comp: %s has no time of %s, which is taken to be as slow as the slowest there; "
+            "`megatron-comp calibrate --codec` measures it",
+            figures.source,
+            codec,
+        )
 
 
 def _phase_hook(phase: Phase):

@@ -9,6 +9,7 @@ import functools
 import os
 import sys
 
+from megatron.core import parallel_state
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from ..policy import CompressionPolicy
@@ -24,6 +25,8 @@ class Hook:
     def __init__(self, policy: CompressionPolicy) -> None:
         self.policy = policy
         self.models: list[LanguageModule] = []
+        self._only_an_end = False  # a pipeline stage without layers was built
+        self._speaks = os.environ.get("RANK", "0") == "0"
 
     def install(self) -> None:
         """From now on, for all classes that there are and those still to come. Once a process."""
@@ -53,9 +56,11 @@ class Hook:
         cls.__init__ = watched
 
     def _built(self, model: LanguageModule) -> None:
+        self._speaks = _speaks_for_its_stage()  # a script may take Megatron's groups down before the report
         places = list(find_places(model))
         if not places:
-            return  # a pipeline stage without layers
+            self._only_an_end |= model.config.pipeline_model_parallel_size > 1
+            return
         apply_compression(model, self.policy)
         self.models.append(model)
         compressed = sum(bool(reduction.codec_names()) for reduction in reductions(model))
@@ -63,7 +68,7 @@ class Hook:
 
     def report(self) -> str | None:
         """Says what was sent; what is wrong, if no model was built that sums anything."""
-        if not self.models:
+        if not self.models and not self._only_an_end:
             return "no Megatron language model was built in this process: nothing was compressed"
         for model in self.models:
             done = stats(model)
@@ -74,8 +79,16 @@ class Hook:
         return None
 
     def _say(self, text: str) -> None:
-        if os.environ.get("RANK", "0") == "0":
+        if self._speaks:
             print(f"megatron_comp: {text}", file=sys.stderr, flush=True)
+
+
+def _speaks_for_its_stage() -> bool:
+    """One rank of each pipeline stage says what was done there; of a program without Megatron's groups, rank 0."""
+    if not parallel_state.model_parallel_is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return parallel_state.get_tensor_model_parallel_rank() == replica == 0
 
 
 def _with_subclasses(cls: type):

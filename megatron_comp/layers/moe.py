@@ -128,34 +128,25 @@ def stock_dispatcher(layer: BaseMoELayer):
 
 def check_experts(layer: BaseMoELayer, codecs: set[str]) -> None:
     """Raises ValueError for a layer whose experts' sums cannot be compressed, or not in these codecs."""
-    stock = stock_dispatcher(layer)
-    if type(stock) not in DISPATCHERS:
-        raise ValueError(
-            f"the token dispatcher {type(stock).__name__} cannot be compressed; set moe_token_dispatcher_type to "
-            "allgather or alltoall, or say sites: {experts: none}"
-        )
-    if hasattr(layer, "_inference_token_dispatcher"):
-        raise ValueError(
-            "transformer_impl='inference_optimized' has dispatchers of its own that cannot be compressed; use another "
-            "transformer_impl, or say sites: {experts: none}"
-        )
-    if _tokens_stay(layer):
-        return
-    if pairs := [name for name in codecs if isinstance(parse_codec(name), CodecPair)]:
+    stay = _tokens_stay(layer)
+    if problem := _out_of_reach(layer, stay):
+        raise ValueError(f"{problem}, or say sites: {{experts: none}}")
+    if not stay and (pairs := [name for name in codecs if isinstance(parse_codec(name), CodecPair)]):
         raise ValueError(
             f"policy: experts: {pairs[0]!r}: with sequence or expert parallelism experts' sums are scattered in one "
             "phase and take one codec"
         )
-    if isinstance(stock, MoEAlltoAllTokenDispatcher) and stock.drop_and_pad:
-        raise ValueError(
-            "moe_pad_expert_input_to_capacity with sequence or expert parallelism cannot be compressed; unset it, or "
-            "say sites: {experts: none}"
-        )
 
 
-def compress_experts(layer: BaseMoELayer, reduction: ReductionSite) -> None:
-    """Gives the layer a dispatcher that sums through `reduction`; `restore_experts` undoes it."""
-    stock, stay = stock_dispatcher(layer), _tokens_stay(layer)
+def sum_experts(layer: BaseMoELayer, reduction: ReductionSite) -> None:
+    """Gives the layer a dispatcher that sums through `reduction`; `restore_experts` undoes it.
+
+    One that keeps every sum makes the stock dispatcher's own calls, and counts them; a dispatcher that nothing here can
+    stand in for then stays as it is, uncounted.
+    """
+    stock, stay = stock_dispatcher(layer), bool(reduction.codec_names()) and _tokens_stay(layer)
+    if _out_of_reach(layer, stay):
+        return
     # To a dispatcher that believes itself alone (a group of None counts as one rank) all tokens are at home.
     groups = SimpleNamespace(
         ep=stock.ep_group, expt_tp=None if stay else stock.tp_group, tp_ep=None if stay else stock.tp_ep_group
@@ -174,6 +165,24 @@ def restore_experts(layer: BaseMoELayer) -> None:
     """The stock dispatcher again; does nothing where it never left."""
     if "stock_dispatcher" in layer.__dict__:
         layer.token_dispatcher = layer.__dict__.pop("stock_dispatcher")
+
+
+def _out_of_reach(layer: BaseMoELayer, stay: bool) -> str | None:
+    """Why experts' sums cannot be done here, and what would help; None if they can."""
+    stock = stock_dispatcher(layer)
+    if type(stock) not in DISPATCHERS:
+        return (
+            f"the token dispatcher {type(stock).__name__} cannot be compressed; set moe_token_dispatcher_type to "
+            "allgather or alltoall"
+        )
+    if hasattr(layer, "_inference_token_dispatcher"):
+        return (
+            "transformer_impl='inference_optimized' has dispatchers of its own that cannot be compressed; use another "
+            "transformer_impl"
+        )
+    if not stay and isinstance(stock, MoEAlltoAllTokenDispatcher) and stock.drop_and_pad:
+        return "moe_pad_expert_input_to_capacity with sequence or expert parallelism cannot be compressed; unset it"
+    return None
 
 
 def _tokens_stay(layer: BaseMoELayer) -> bool:

@@ -1,6 +1,6 @@
 """Where a Megatron model sums partial results: one `Place` for each sum, whatever class does it.
 
-A place can say what it cannot do (`check`), take a reduction (`attach`), and go back to the stock one (`detach`).
+A place can say what it cannot do (`check`) and take a reduction (`attach`); `restore` gives back the stock one.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ class Place:
         raise NotImplementedError
 
     def attach(self, reduction: ReductionSite) -> None:
-        """Sum through `reduction` from now on."""
+        """Sum through `reduction` from now on, also where it keeps the stock collective, so that this is counted."""
         raise NotImplementedError
 
 
@@ -77,7 +77,7 @@ class TELinearPlace(Place):
             transformer_engine.check_te_linear(self.module)
 
     def attach(self, reduction: ReductionSite) -> None:
-        if reduction.codec_names():
+        if reduction.codec_names() or reduction.policy.drops(reduction.layer):
             transformer_engine.attach(self.module, reduction)
 
 
@@ -93,9 +93,8 @@ class ExpertsPlace(Place):
             moe.check_experts(self.module, codecs)
 
     def attach(self, reduction: ReductionSite) -> None:
-        # Where there is nothing to sum, or the policy keeps every sum, the stock dispatcher stays.
-        if reduction.codec_names() and moe.summing_group(self.module):
-            moe.compress_experts(self.module, reduction)
+        if moe.summing_group(self.module):
+            moe.sum_experts(self.module, reduction)
 
 
 class OverlappedSharedExpertsPlace(Place):
@@ -106,13 +105,17 @@ class OverlappedSharedExpertsPlace(Place):
         return moe.shared_group(self.module)
 
     def check(self, codecs: set[str]) -> None:
-        if codecs and type(self.module) not in (SharedExpertMLP, moe.CompressedSharedExpertMLP):
+        if codecs and not self._is_known:
             raise ValueError(f"{type(self.module).__name__} are shared experts of a kind that cannot be compressed")
         check_one_codec(codecs, self.module.config.sequence_parallel)
 
     def attach(self, reduction: ReductionSite) -> None:
-        if reduction.codec_names():
+        if self._is_known:
             self.module.__class__, self.module.reduction = moe.CompressedSharedExpertMLP, reduction
+
+    @property
+    def _is_known(self) -> bool:
+        return type(self.module) in (SharedExpertMLP, moe.CompressedSharedExpertMLP)
 
 
 def find_places(model: torch.nn.Module) -> Iterator[Place]:

@@ -4,6 +4,7 @@ import torch
 from megatron.core.tensor_parallel import RowParallelLinear
 
 from ..policy import CompressionPolicy
+from ..wire import exchange
 from ..wire.codec import CodecPair, parse_codec
 from .site import ReductionSite
 
@@ -55,11 +56,29 @@ class CompressedRowParallelLinear(RowParallelLinear):
         self.reduction = None
 
     def forward(self, input_: torch.Tensor):
-        output, bias = super().forward(input_)
         if self.reduction is None:
-            return output, bias
+            return super().forward(input_)
+        if self._can_overlap(input_):
+            out = input_.new_empty(*input_.shape[:-1], self.output_size)
+            rows = self.reduction.part_rows(out, self.tp_group)
+            if len(rows) > 1:
+                inputs = input_.reshape(-1, 1, input_.shape[-1]).split(rows)
+                partials = (super(CompressedRowParallelLinear, self).forward(each)[0] for each in inputs)
+                return self.reduction.reduce_parts(partials, rows, out, self.tp_group), self.bias
+        output, bias = super().forward(input_)
         reduce = self.reduction.reduce_scatter if self.sequence_parallel else self.reduction.reduce
         return reduce(output, self.tp_group, self.training), bias
+
+    def _can_overlap(self, input_: torch.Tensor) -> bool:
+        """Whether rows may be multiplied in parts, so that one part is sent while the next is computed.
+
+        Not decoded tokens, which are too few; not where a backward would have to know of the parts, where autocast
+        makes a type that only the result tells, or under sequence parallelism, where every part would have rows of all
+        ranks' slices.
+        """
+        if torch.is_grad_enabled() or self.sequence_parallel or torch.is_autocast_enabled(input_.device.type):
+            return False
+        return input_.shape[:-1].numel() >= 2 * exchange.ALIGNMENT
 
 
 def check_reducible(linear: RowParallelLinear, codecs: set[str]) -> None:

@@ -2,8 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -12,12 +12,18 @@ from megatron.core.tensor_parallel import (
 )
 
 from ..policy import PHASES, CompressionPolicy, Decision
+from ..wire import exchange
 from ..wire.codec import Codec
+from ..wire.collectives import PendingAllReduce, part_rows
 from ..wire.cost import choose_algorithm, received_bytes, received_bytes_scatter, ring_bytes, step_codecs
+from ..wire.figures import ASSUMED, Figures
 from .mappings import (
     compressed_reduce_from_tensor_model_parallel_region,
     compressed_reduce_scatter_to_sequence_parallel_region,
 )
+
+# Shapes whose decisions a site keeps: a prompt's length makes one, and every decoded token of a batch has another's.
+KNOWN_SHAPES = 256
 
 
 @dataclass(slots=True)
@@ -64,6 +70,7 @@ class ReductionSite:
     layer: number over the whole model, from 0; None where nobody has said it.
     timing: fill in seconds, which makes every call wait for the device.
     allow_training: let gradients through compressed reductions in training mode (backward as Megatron's).
+    figures: what predictions rest on, the same on all ranks of the group.
     """
 
     policy: CompressionPolicy
@@ -72,7 +79,9 @@ class ReductionSite:
     phase: Phase = field(default_factory=Phase)
     timing: bool = False
     allow_training: bool = False
+    figures: Figures = ASSUMED
     stats: SiteStats = field(init=False)
+    _decisions: dict[tuple, Decision] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.stats = SiteStats(self.layer, self.site)
@@ -87,16 +96,41 @@ class ReductionSite:
                 lambda: reduce_from_tensor_model_parallel_region(partial.contiguous(), group=group),
             )
         self._refuse_training(partial, training)
-        ranks, shape = group.size(), partial.shape
-        algorithm = choose_algorithm(shape, decision.codec, ranks, decision.algorithm)
-        self.stats.algorithms[algorithm] += 1
-        traffic = self.stats.compressed
-        traffic.message_bytes += sum(codec.message_bytes(shape) for codec in step_codecs(decision.codec)) // 2
-        traffic.received_bytes += received_bytes(shape, decision.codec, ranks, algorithm, group.rank())
+        codec, algorithm = decision.codec, decision.algorithm
         return self._timed(
-            _count(traffic, partial),
-            lambda: compressed_reduce_from_tensor_model_parallel_region(partial, decision.codec, group, algorithm),
+            self._compress(partial, group, decision),
+            lambda: compressed_reduce_from_tensor_model_parallel_region(partial, codec, group, algorithm),
         )
+
+    def part_rows(self, partial: torch.Tensor, group: torch.distributed.ProcessGroup) -> list[int]:
+        """Rows of the parts to give to `reduce_parts`; a single part where `reduce` is to have the whole.
+
+        partial: of the partial sum's shape, type and device; its values are not read.
+        """
+        of_bytes = exchange.overlap_bytes(partial.device)
+        if of_bytes and type(self) is ReductionSite:  # others reduce something else than what they are given
+            decision = self._decide(partial, group)
+            if decision.codec is not None:
+                return part_rows(partial.shape, decision.codec, group.size(), of_bytes)
+        return [partial.shape[:-1].numel()]
+
+    def reduce_parts(
+        self,
+        parts: Iterable[torch.Tensor],
+        rows: Sequence[int],
+        out: torch.Tensor,
+        group: torch.distributed.ProcessGroup,
+    ) -> torch.Tensor:
+        """What `reduce` gives of all parts, in `out` `[..., hidden]`. Each is on its way while the next is computed.
+
+        rows: of each part, from `part_rows`. Counted as one call; seconds are those that nothing was computed in.
+        """
+        decision = self._decide(out, group)
+        traffic = self._compress(out, group, decision)
+        pending = PendingAllReduce(out, rows, decision.codec, group, decision.algorithm)
+        for part in parts:
+            self._timed(traffic, lambda part=part: pending.push(part))
+        return self._timed(traffic, pending.wait)
 
     def reduce_scatter(
         self,
@@ -109,7 +143,7 @@ class ReductionSite:
 
         splits: rows of each rank's slice; without it all are equal.
         """
-        decision = self._decide(partial, group)
+        decision = self._decide(partial, group, scatter=True)
         if decision.codec is None:
             return self._timed(
                 self._keep(partial, group.size(), 1, decision),
@@ -130,15 +164,30 @@ class ReductionSite:
         """Names of the codecs that this place compresses in, in one phase or another."""
         return {self.policy.codec_name(self.layer, self.site, phase) for phase in PHASES} - {"none"}
 
-    def _decide(self, partial: torch.Tensor, group: torch.distributed.ProcessGroup) -> Decision:
-        return self.policy.decide(
+    def _decide(self, partial: torch.Tensor, group: torch.distributed.ProcessGroup, scatter: bool = False) -> Decision:
+        """The policy's answer, `auto` resolved; kept, since a decoded token asks it for every reduction."""
+        key = (self.phase.name, partial.shape, partial.dtype, group.size(), scatter)
+        if key not in self._decisions:
+            if len(self._decisions) >= KNOWN_SHAPES:
+                self._decisions.clear()
+            self._decisions[key] = self._ask(partial, group.size(), scatter)
+        return self._decisions[key]
+
+    def _ask(self, partial: torch.Tensor, ranks: int, scatter: bool) -> Decision:
+        decision = self.policy.decide(
             layer=self.layer,
             site=self.site,
             phase=self.phase.name,
             shape=partial.shape,
             itemsize=partial.element_size(),
-            world_size=group.size(),
+            world_size=ranks,
+            figures=self.figures,
+            scatter=scatter,
         )
+        if decision.codec is None or scatter:
+            return decision
+        algorithm = choose_algorithm(partial.shape, decision.codec, ranks, decision.algorithm, self.figures)
+        return replace(decision, algorithm=algorithm)
 
     def _keep(self, partial: torch.Tensor, ranks: int, passes: int, decision: Decision) -> Traffic:
         nbytes = partial.numel() * partial.element_size()
@@ -146,6 +195,14 @@ class ReductionSite:
         self.stats.kept.message_bytes += nbytes
         self.stats.kept.received_bytes += ring_bytes(nbytes, ranks, passes)
         return _count(self.stats.kept, partial)
+
+    def _compress(self, partial: torch.Tensor, group: torch.distributed.ProcessGroup, decision: Decision) -> Traffic:
+        """Counts a compressed all-reduce of a tensor of this shape."""
+        self.stats.algorithms[decision.algorithm] += 1
+        traffic, shape, codec = self.stats.compressed, partial.shape, decision.codec
+        traffic.message_bytes += sum(each.message_bytes(shape) for each in step_codecs(codec)) // 2
+        traffic.received_bytes += received_bytes(shape, codec, group.size(), decision.algorithm, group.rank())
+        return _count(traffic, partial)
 
     def _refuse_training(self, partial: torch.Tensor, training: bool) -> None:
         if training and partial.requires_grad and torch.is_grad_enabled() and not self.allow_training:

@@ -39,14 +39,13 @@ def check(args: argparse.Namespace) -> list[session.Setting]:
         raise ValueError(f"--context {args.context}: allowed are 2 to --tokens {args.tokens}")
     if not Path(args.text).is_file():
         raise ValueError(f"--text {args.text}: no such file")
-    others = [setting for setting in session.settings(args, args.codec) if setting.name != "none"]
-    return [session.NONE, *others]
+    return session.with_baseline(session.settings(args, args.codec))
 
 
 def run(args: argparse.Namespace) -> None:
     settings = check(args)
     with session.opened(args) as (model, tokenizer):
-        windows = _windows(args, tokenizer)
+        windows = read_windows(args, tokenizer)
         rows = evaluate(model, windows, settings)
     if output.is_first_rank():
         scored = f"{len(windows)} windows of {args.context} tokens, TP={args.tp}"
@@ -118,8 +117,8 @@ class _Run:
         }
 
 
-def _windows(args: argparse.Namespace, tokenizer):
-    """int64 `[windows, context]` from the start of the text."""
+def read_windows(args: argparse.Namespace, tokenizer):
+    """int64 `[windows, context]` from the start of `args.text`. Raises ValueError if it is too short or no text."""
     # The start of the file holds what is needed: no token is longer than a few dozen characters, few as long as 8.
     try:
         text = Path(args.text).read_text(encoding="utf-8")

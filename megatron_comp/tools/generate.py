@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> list[session.Setting]:
-    if args.codec and args.policy:
-        raise ValueError("give --codec or --policy, not both")
+    if bool(args.codec) + len(args.policy) > 1:
+        raise ValueError("give one --codec or --policy, not both")
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: at least one is needed")
     session.check_files(args)

@@ -20,12 +20,15 @@ def is_first_rank() -> bool:
 
 
 def show(title: str, columns: dict[str, tuple[str, str]], rows: list[dict]) -> None:
-    """Prints a table, a line a row; `columns` maps a row's keys to headings and format specs such as `.3f`."""
+    """Prints a table, a line a row; `columns` maps a row's keys to headings and format specs such as `.3f`.
+
+    None is an empty field.
+    """
     table = Table(title=title, title_justify="left")
     for heading, spec in columns.values():
         table.add_column(heading, justify="right" if spec else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(format(row[key], spec) for key, (_, spec) in columns.items()))
+        table.add_row(*("" if row[key] is None else format(row[key], spec) for key, (_, spec) in columns.items()))
     _print(table)
 
 

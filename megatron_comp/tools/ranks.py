@@ -9,10 +9,14 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 from torch.distributed import TCPStore
+
+from .network import Network
 
 # How long the other ranks have, once one has failed, to notice and to say what they saw.
 GRACE_SECONDS = 15.0
@@ -48,30 +52,35 @@ def joined() -> bool:
     return True
 
 
-def start(ranks: int, command: list[str]) -> int:
+def start(ranks: int, command: list[str], link: str | None = None, **more: str) -> int:
     """Runs `command` once a rank, with the environment that torchrun would give; 0, or the first failing rank's status.
 
-    Rank 0's output is the command's. What ranks reported with `report` is printed once for all that said the same.
+    link: the rate of each rank's link, such as `100mbit`, in a network of its own that goes when this returns; None:
+    ranks meet on this machine as it is. more: further variables of their environment. Rank 0's output is the command's.
+    What ranks reported with `report` is printed once for all that said the same.
+
+    Raises ValueError for a link that is none, or that cannot be made here.
     """
-    # This process holds the store, on a port that the kernel chose: no other process can take it in between.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
-    with tempfile.TemporaryDirectory(prefix="megatron-comp-") as errors:
-        processes: list[subprocess.Popen] = []
-        previous = {s: signal.signal(s, lambda s, _: sys.exit(128 + s)) for s in (signal.SIGTERM, signal.SIGHUP)}
-        try:
-            for rank in range(ranks):
-                processes.append(subprocess.Popen(command, env=_environment(rank, ranks, store.port, errors)))
-            status = _wait(processes)
-        finally:
-            for process in processes:
-                process.kill()
-            for process in processes:
-                process.wait()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        if status:
-            _print_errors(processes, Path(errors))
-        return status
+    processes: list[subprocess.Popen] = []
+    previous = {s: signal.signal(s, lambda s, _: sys.exit(128 + s)) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with tempfile.TemporaryDirectory(prefix="megatron-comp-") as errors, _meeting(ranks, link) as (place, enter):
+            try:
+                for rank in range(ranks):
+                    environment = _environment(rank, ranks, errors) | place | more
+                    processes.append(subprocess.Popen([*enter(rank), *command], env=environment))
+                status = _wait(processes)
+            finally:
+                for process in processes:
+                    process.kill()
+                for process in processes:
+                    process.wait()
+            if status:
+                _print_errors(processes, Path(errors))
+            return status
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def report(message: str) -> None:
@@ -92,22 +101,36 @@ def _die_with(starter: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _environment(rank: int, ranks: int, port: int, errors: str) -> dict[str, str]:
+@contextmanager
+def _meeting(ranks: int, link: str | None) -> Iterator[tuple[dict[str, str], Callable[[int], list[str]]]]:
+    """Where the ranks meet: variables of their environment, and what goes before the command of each."""
+    if link is not None:
+        with Network(ranks, link) as network:
+            yield network.environment, network.enter
+        return
+    # This process holds the store, on a port that the kernel chose: no other process can take it in between.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
+    place = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # env:// joins the store that stands instead of opening one
+    }
+    if "GLOO_SOCKET_IFNAME" not in os.environ and "lo" in dict(socket.if_nameindex()).values():
+        place["GLOO_SOCKET_IFNAME"] = "lo"  # a host name that does not resolve is no reason to fail
+    yield place, lambda _rank: []
+
+
+def _environment(rank: int, ranks: int, errors: str) -> dict[str, str]:
     environment = {
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # env:// joins the store that stands instead of opening one
         _STARTER: str(os.getpid()),
         _ERRORS: errors,
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    if "lo" in dict(socket.if_nameindex()).values():
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that does not resolve is no reason to fail
     return environment
 
 

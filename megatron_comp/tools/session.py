@@ -9,7 +9,9 @@ import torch
 
 from ..policy import CompressionPolicy
 from ..wire.cost import ALGORITHMS
+from . import output
 
+TOKEN_DISPATCHERS = ("allgather", "alltoall")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -25,9 +27,17 @@ NONE = Setting("none", CompressionPolicy())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a Hugging Face Llama checkpoint")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="folder of a Hugging Face Llama or Mixtral, or of `convert`"
+    )
     parser.add_argument("--tp", type=int, required=True, metavar="N", help="tensor-parallel ranks")
-    parser.add_argument("--policy", metavar="FILE", help="YAML policy: codecs by site, layer and phase, min_bytes")
+    parser.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML policy: codecs by site, layer and phase, min_bytes; where there are rows, give it again for more",
+    )
     parser.add_argument(
         "--algorithm",
         choices=ALGORITHMS,
@@ -41,7 +51,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the codecs given by --codec: smaller messages stay uncompressed (default 0: all are compressed; "
         "a policy file has its own)",
     )
+    parser.add_argument(
+        "--token-dispatcher",
+        choices=TOKEN_DISPATCHERS,
+        default="allgather",
+        help="of a Mixtral: how Megatron brings tokens to their experts (default allgather)",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="safetensors whose weights take the place of the model's own, such as `megatron-comp drop distill` writes "
+        "for a number of ranks; the uncompressed model that others are compared to has them too",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
+    add_run_arguments(parser)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         type=float,
@@ -53,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(args: argparse.Namespace, codecs: list[str]) -> list[Setting]:
-    """One for each codec, then the policy file's. Raises ValueError or OSError for what is not a codec or policy."""
+    """One for each codec, then one for each policy file. Raises ValueError or OSError for what is neither."""
     made = []
     for option in ("algorithm", "min_bytes"):
         if getattr(args, option) is not None and not codecs:
@@ -65,9 +91,12 @@ def settings(args: argparse.Namespace, codecs: list[str]) -> list[Setting]:
         except ValueError as error:
             raise ValueError(str(error).removeprefix("policy: codec: ")) from None
         made.append(Setting(name, policy))
-    if args.policy:
-        made.append(Setting(args.policy, CompressionPolicy.from_file(args.policy)))
-    return made
+    return made + [Setting(file, CompressionPolicy.from_file(file)) for file in args.policy]
+
+
+def with_baseline(settings: list[Setting]) -> list[Setting]:
+    """The settings behind the uncompressed one."""
+    return [NONE, *(setting for setting in settings if setting.name != "none")]
 
 
 def check_files(args: argparse.Namespace) -> None:
@@ -78,8 +107,9 @@ def check_files(args: argparse.Namespace) -> None:
         raise ValueError(f"--model {args.model}: no such folder")
     if not 0 < args.timeout < 1e7:
         raise ValueError(f"--timeout {args.timeout}: allowed are seconds above 0 and below 10 million")
-    if args.json and (not Path(args.json).resolve().parent.is_dir() or Path(args.json).is_dir()):
-        raise ValueError(f"--json {args.json}: not a file, or its folder does not exist")
+    if getattr(args, "weights", None) and not Path(args.weights).is_file():
+        raise ValueError(f"--weights {args.weights}: no such file")
+    output.check_file("--json", args.json)
 
 
 @contextmanager
@@ -92,11 +122,17 @@ def opened(args: argparse.Namespace):
     dtype = args.dtype
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    yield build_model(args.model, dtype=getattr(torch, dtype)), _tokenizer(args.model)
+    model = build_model(
+        args.model,
+        dtype=getattr(torch, dtype),
+        token_dispatcher=args.token_dispatcher,
+        extra_weights=getattr(args, "weights", None),
+    )
+    yield model, read_tokenizer(args.model)
     destroy_parallel()
 
 
-def _tokenizer(model_dir: str):
+def read_tokenizer(model_dir: str):
     from transformers import AutoTokenizer
 
     try:

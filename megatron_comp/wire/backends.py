@@ -63,7 +63,7 @@ def _warn_of_slow_codecs(device_type: str) -> None:
         tried = os.environ.get("CC") or ", ".join(native.COMPILERS)
         why = f"no C compiler was found (tried {tried}); install one or set CC"
     elif device_type == "cuda":
-        why = "Triton cannot be imported; install it"
+        why = "Triton 3.6 or newer cannot be imported; install it"
     else:
         why = f"there are no fast ones for {device_type}"
     warnings.warn(f"codecs run in plain torch, 7 to 24 times slower: {why}", stacklevel=2)

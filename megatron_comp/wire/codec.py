@@ -54,15 +54,23 @@ class Codec:
         """The reverse of `encode`: a tensor of `shape` and `dtype`."""
         return self.decode_sum(message.unsqueeze(0), shape, dtype)
 
-    def decode_sum(self, messages: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """uint8 `[ranks, bytes]` to the sum of all ranks' tensors of `shape`: fp32 in rank order, rounded once."""
+    def decode_sum(
+        self, messages: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """uint8 `[ranks, bytes]` to the sum of all ranks' tensors of `shape`: fp32 in rank order, rounded once.
+
+        out: where the sum goes, contiguous, of `shape` and `dtype`; without it a new tensor.
+        """
         if dtype not in DTYPES:
             raise TypeError(f"a codec decodes to {', '.join(map(str, DTYPES))}, not {dtype}")
         self._check(messages, shape)
-        out = torch.empty(_rows_and_hidden(shape), dtype=dtype, device=messages.device)
+        if out is None:
+            out = torch.empty(tuple(shape), dtype=dtype, device=messages.device)
+        assert out.dtype == dtype and out.shape == tuple(shape) and out.is_contiguous()
         if out.numel():
-            choose_backend(messages.device.type).decode_sum(messages, self.format, out)
-        return out.view(shape)
+            flat = out.view(_rows_and_hidden(shape))
+            choose_backend(messages.device.type).decode_sum(messages, self.format, flat)
+        return out
 
     def decode_sum_encode(self, messages: torch.Tensor, shape: Sequence[int], second: "Codec") -> torch.Tensor:
         """`second`'s message of the fp32 sum that `decode_sum` would give; the sum itself is kept nowhere."""

@@ -1,18 +1,34 @@
-"""What each algorithm moves and how long it is predicted to take, from things that are the same on all ranks."""
+"""What each algorithm moves and how long it is predicted to take, from things that are the same on all ranks.
+
+Predicted seconds of one sum of V values over N ranks (`Figures` holds the measured or assumed constants):
+
+    stock        latency + ring bytes / rate
+    gather_sum   wire: latency + received bytes / rate         codec: encode V, decode N V
+    two_step     wire: the same, of all-to-all and all-gather  codec: encode V, decode V, encode V / N, decode V
+    scatter      wire: of an all-to-all                        codec: encode V, decode V
+
+A codec's fixed cost counts once a call of encode or decode, in every chunk. Where a message goes in chunks, codec and
+wire overlap: the longer of the two, and of the shorter one chunk's share, which nothing hides. That is the best that a
+pipeline can do: where codec and link share a processor, as over loopback, they hide less of each other.
+"""
 
 import math
 from collections.abc import Sequence
 
+from . import exchange
 from .codec import Codec, CodecPair
+from .figures import ASSUMED, CodecCost, Figures
 
 ALGORITHMS = ("auto", "gather_sum", "two_step")
 
-# What `auto` assumes of a link that nobody has measured: 25 Gbit/s each way, 50 us for a phase to start.
-DEFAULT_LATENCY_S = 50e-6
-DEFAULT_BYTES_PER_S = 25e9 / 8
 
-
-def choose_algorithm(shape: Sequence[int], codec: Codec | CodecPair, ranks: int, algorithm: str = "auto") -> str:
+def choose_algorithm(
+    shape: Sequence[int],
+    codec: Codec | CodecPair,
+    ranks: int,
+    algorithm: str = "auto",
+    figures: Figures = ASSUMED,
+) -> str:
     """`algorithm`, or for `auto` the one that is predicted faster from things that are equal on all ranks."""
     if algorithm not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {algorithm!r}; known are {', '.join(ALGORITHMS)}")
@@ -22,12 +38,77 @@ def choose_algorithm(shape: Sequence[int], codec: Codec | CodecPair, ranks: int,
         return "two_step"
     if algorithm != "auto":
         return algorithm
+    return min(ALGORITHMS[1:], key=lambda name: sum_seconds(shape, codec, ranks, name, figures))
 
-    def seconds(name: str, phases: int) -> float:
-        received = max(received_bytes(shape, codec, ranks, name, rank) for rank in (0, ranks - 1))
-        return phases * DEFAULT_LATENCY_S + received / DEFAULT_BYTES_PER_S
 
-    return "two_step" if seconds("two_step", 2) < seconds("gather_sum", 1) else "gather_sum"
+def pays(
+    shape: Sequence[int],
+    itemsize: int,
+    codec: Codec | CodecPair,
+    ranks: int,
+    algorithm: str = "auto",
+    figures: Figures = ASSUMED,
+    scatter: bool = False,
+) -> bool:
+    """Whether a compressed sum is predicted faster than the stock one, by the figures' margin.
+
+    itemsize: bytes a value of the stock sum. scatter: a reduce-scatter instead of an all-reduce.
+    """
+    stock = stock_seconds(math.prod(shape) * itemsize, ranks, figures, scatter)
+    if scatter:
+        return scatter_seconds(shape, codec, ranks, figures) * (1 + figures.margin) < stock
+    algorithm = choose_algorithm(shape, codec, ranks, algorithm, figures)
+    return sum_seconds(shape, codec, ranks, algorithm, figures) * (1 + figures.margin) < stock
+
+
+def stock_seconds(nbytes: int, ranks: int, figures: Figures = ASSUMED, scatter: bool = False) -> float:
+    """Of the stock all-reduce of a tensor of `nbytes`, or of the stock reduce-scatter."""
+    if scatter:
+        return figures.links["reduce_scatter"].seconds(ring_bytes(nbytes, ranks, 1))
+    return figures.links["all_reduce"].seconds(ring_bytes(nbytes, ranks))
+
+
+def sum_seconds(
+    shape: Sequence[int], codec: Codec | CodecPair, ranks: int, algorithm: str, figures: Figures = ASSUMED
+) -> float:
+    """Of a compressed all-reduce by `gather_sum` or `two_step`, on the rank that it takes longest."""
+    values, gather = math.prod(shape), figures.links["all_gather"]
+    first, second = (figures.cost(each) for each in step_codecs(codec))
+    nbytes = max(each.message_bytes(shape) for each in step_codecs(codec))
+    chunks = len(exchange.chunk_rows(math.prod(shape[:-1]), ranks, nbytes, figures.chunk_bytes))
+    if algorithm == "gather_sum":
+        wire = gather.seconds(received_bytes(shape, codec, ranks, algorithm, 0))
+        work = _encode(first, values, chunks) + _decode(first, ranks * values, chunks)
+    else:
+        scattered, gathered = two_step_bytes(shape, codec, ranks)
+        wire = figures.links["all_to_all"].seconds(scattered) + gather.seconds(gathered)
+        work = _encode(first, values, chunks * ranks) + _decode(first, values, chunks)
+        work += _encode(second, values / ranks, chunks) + _decode(second, values, chunks * ranks)
+    return max(wire, work) + min(wire, work) / chunks
+
+
+def scatter_seconds(shape: Sequence[int], codec: Codec, ranks: int, figures: Figures = ASSUMED) -> float:
+    """Of a compressed reduce-scatter into equal shares."""
+    values, cost = math.prod(shape), figures.cost(codec)
+    nbytes = codec.message_bytes(shape)
+    wire = figures.links["all_to_all"].seconds((ranks - 1) / ranks * nbytes)
+    chunks = len(exchange.chunk_rows(math.prod(shape[:-1]) // ranks, 1, nbytes, figures.chunk_bytes))
+    work = _encode(cost, values, chunks * ranks) + _decode(cost, values, chunks)
+    return max(wire, work) + min(wire, work) / chunks
+
+
+def _encode(cost: CodecCost, values: float, calls: int = 1) -> float:
+    return calls * cost.encode_fixed_s + values * cost.encode_s_per_value
+
+
+def _decode(cost: CodecCost, values: float, calls: int = 1) -> float:
+    return calls * cost.decode_fixed_s + values * cost.decode_s_per_value
+
+
+def two_step_bytes(shape: Sequence[int], codec: Codec | CodecPair, ranks: int) -> tuple[int, int]:
+    """What the rank with the longest slice receives in each of the two phases."""
+    rows = (slice_rows(shape, ranks)[0], shape[-1])
+    return tuple((ranks - 1) * each.message_bytes(rows) for each in step_codecs(codec))
 
 
 def received_bytes(shape: Sequence[int], codec: Codec | CodecPair, ranks: int, algorithm: str, rank: int) -> int:

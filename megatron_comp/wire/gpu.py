@@ -12,8 +12,6 @@ from . import message, scales
 from .formats import Format, Minifloat, PowerOfTwo, SmallFloatScale
 from .reference import input_limit
 
-FIELDS = ("payload", "scale", "row_scale", "zero_point", "spike_value", "spike_index")
-
 
 def encode(x_RH: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
     """`[rows, hidden]` of fp32, bf16 or fp16 into `out`, a uint8 message."""
@@ -42,7 +40,7 @@ def decode_sum_encode(
     _decode_sum_encode(messages, at, shape, formats[0], out, out_at, formats[1], min(align, out_align))
 
 
-@lru_cache
+@lru_cache(maxsize=4096)
 def _is_flat(fmt: Format, shape: tuple[int, int]) -> bool:
     """Whether all rows make the same message as one long row: they share no block, byte or scale, and pad nothing."""
     sections = [s for field in message.layout(fmt, *shape).fields.values() for s in field]
@@ -96,7 +94,7 @@ def kernel_format(fmt: Format) -> KernelFormat:
         hadamard=fmt.hadamard,
         spike=fmt.spike,
         limit=input_limit(fmt),
-        **{name: fields.get(name) for name in FIELDS},
+        **{name: fields.get(name) for name in message.FIELDS},
         exact_products=not fmt.hadamard and not scale.row_scaled and scale.bits < 32,
     )
 

@@ -17,6 +17,8 @@ import torch
 from .formats import Format
 
 ALIGNMENT = 16
+# In the order in which they stand; a message has the first two, and of the others what its format needs.
+FIELDS = ("payload", "scale", "row_scale", "zero_point", "spike_value", "spike_index")
 
 _INTEGER_OF_BYTES = {2: torch.int16, 4: torch.int32}
 

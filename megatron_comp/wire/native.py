@@ -1,4 +1,4 @@
-"""The CPU backend: `native.c`, compiled with the machine's own C compiler at first use.
+"""The CPU backend: the C of the folder `c`, compiled with the machine's own C compiler at first use.
 
 The library serves all formats; a format and the layout of its message travel to it as one structure of numbers. It is
 kept on disk, in `native/` of the folder that MEGATRON_COMP_CACHE names (default: `~/.cache/megatron_comp`), by a name
@@ -25,7 +25,7 @@ from . import message, scales
 from .formats import Format, Integer, Minifloat, PowerOfTwo, SmallFloatScale
 from .reference import input_limit
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCE = Path(__file__).parent / "c" / "native.c"  # which includes all other files of its folder
 COMPILERS = ("cc", "gcc", "clang")
 # No fast math and no fused multiply-adds: results must be IEEE's. Traps and errno are what nobody reads here.
 FLAGS = ["-std=gnu11", "-O3", "-march=native", "-shared", "-fPIC"]
@@ -70,11 +70,10 @@ def _check(failed: int) -> None:
         raise MemoryError("no memory for a tile of values")
 
 
-# A format with the layout of its message: the structures of native.c, field by field.
+# A format with the layout of its message: the structures of codec.h, field by field.
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCALE_KINDS = {"fp16": 2, "bf16": 3, "fp32": 4}  # 0 and 1: powers of two, small floats
-_FIELDS = ("payload", "scale", "row_scale", "zero_point", "spike_value", "spike_index")
 
 
 class _Minifloat(ctypes.Structure):
@@ -129,7 +128,7 @@ class _Codec(ctypes.Structure):
         ("smallest_row_scale", ctypes.c_float),
         ("candidates", ctypes.c_int32),
         ("candidate", ctypes.c_float * 8),
-        *((name, _Field) for name in _FIELDS),
+        *((name, _Field) for name in message.FIELDS),
     ]
 
 
@@ -227,7 +226,8 @@ def _fingerprint() -> str:
     with suppress(OSError):
         cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         cpu = [line for line in cpu if line.startswith(("model name", "flags", "CPU part", "Features", "isa"))]
-    parts = [SOURCE.read_bytes(), version, repr((compiler(), FLAGS, platform.machine(), cpu)).encode()]
+    sources = [(file.name, file.read_bytes()) for file in sorted(SOURCE.parent.glob("*.[ch]"))]
+    parts = [version, repr((sources, compiler(), FLAGS, platform.machine(), cpu)).encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 

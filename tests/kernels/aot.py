@@ -1,21 +1,25 @@
-"""Compiles the kernels for GPUs that need not be there, and reads what the compiler made of them.
+"""Compiles the kernels for GPUs that need not be there, and holds what the compiler made of them to its budgets.
 
 The launches are those of `megatron_comp/wire/gpu.py` itself, with tensors of whole, aligned blocks: only the driver is
 replaced, so that each launch ends after compilation. A process compiles with the Triton that it finds, so this is a
 script. TRITON_INTERPRET must not be set.
 
-Usage: python tests/kernels/aot.py [--target sm_90]... [--codec mxfp4]... [--op encode]... [--csv FILE] [--json FILE]
+Usage: python tests/kernels/aot.py [--target sm_90]... [--codec mxfp4]... [--op encode]... [--csv FILE]
+
+Without options all there is, which takes some minutes; a folder with another Triton goes into PYTHONPATH. Prints what
+breaks a budget (budgets.py), a line each, and then fails.
 """
 
 import argparse
 import collections
 import csv
-import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+import budgets
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -149,18 +153,14 @@ def main() -> None:
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
     parser.add_argument("--codec", action="append", help=f"default: {', '.join(CODECS)}")
     parser.add_argument("--op", action="append", choices=RANKS, help="default: all")
-    out = parser.add_mutually_exclusive_group()
-    out.add_argument("--csv", type=Path, help="append the table to this file; a new one begins with its header")
-    out.add_argument("--json", type=Path, help="all that the tests ask for, as a list of rows")
+    parser.add_argument("--csv", type=Path, help="append the table to this file; a new one begins with its header")
     args = parser.parse_args()
     rows = [
-        measure(op, codec, target, disassemble=args.json is None)
+        measure(op, codec, target, disassemble=args.csv is not None)
         for target in args.target or TARGETS
         for codec in args.codec or CODECS
         for op in args.op or RANKS
     ]
-    if args.json:
-        args.json.write_text(json.dumps(rows))
     if args.csv:
         new = not args.csv.exists()
         with args.csv.open("a", newline="") as file:
@@ -168,8 +168,9 @@ def main() -> None:
             if new:
                 table.writeheader()
             table.writerows(rows)
-    if not args.json and not args.csv:
-        print(*rows, sep="\n")
+    wrong = [f"{row['op']} {row['codec']} {row['target']}: {what}" for row in rows for what in budgets.complaints(row)]
+    print(*wrong, f"Triton {triton.__version__}: {len(rows)} kernels, {len(wrong)} complaints", sep="\n")
+    sys.exit(len(wrong) > 0)
 
 
 if __name__ == "__main__":

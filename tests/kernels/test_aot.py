@@ -1,10 +1,10 @@
-"""What compilers make of the kernels for GPUs that need not be here: no spills, wide accesses, room for enough threads.
+"""The kernels compile for GPUs that need not be here, within the budgets of registers, spills and accesses.
 
-For each Triton and target a child process (aot.py) compiles what `wire/gpu.py` launches: this process runs Triton's
-interpreter, and a compiler that fails may end its process. Seconds once the cache folder holds the kernels.
+A child process (aot.py) compiles what `wire/gpu.py` launches: this process runs Triton's interpreter, and a compiler
+that fails may end its process. Seconds once the cache folder holds the kernels. Here are an oldest and a newer NVIDIA
+architecture, an AMD one, and the oldest Triton that serves; `python tests/kernels/aot.py` does all targets and codecs.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -12,36 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_comp.wire import message
-from megatron_comp.wire.formats import Format
-
 CHILD = Path(__file__).with_name("aot.py")
 REPO = CHILD.parents[2]
-
-FEW = ["mxfp4", "mxfp8", "nvfp4", "int4:32:fp16", "int4:32:fp16:hadamard"]
-ALL = None  # every codec that aot.py knows
-TARGETS = {"sm_80": FEW, "sm_89": FEW, "sm_90": ALL, "sm_100": FEW, "sm_120": FEW, "gfx942": ALL, "gfx950": FEW}
-# Beside the installed Triton: the one that torch 2.11 comes with, and the newest.
-OTHERS = [("3.6.0", target) for target in TARGETS] + [("3.9.0", target) for target in ("sm_90", "sm_100")]
-
-# What must fit at once: blocks on an NVIDIA SM, waves on an AMD SIMD, so that some wait for memory while others count.
-# These are what the compilers reach, less some slack; a change that costs a step of it should be a decision.
-ROOM = {
-    # op: {what the codec has: (blocks, waves)}
-    "encode": {"": (6, 8), "odd width": (6, 8), "asym": (5, 8), "row scales": (4, 6), "hadamard": (5, 8)},
-    "decode_sum": {"": (3, 4), "odd width": (2, 4), "asym": (3, 4), "row scales": (4, 6), "hadamard": (2, 1)},
-    "decode_sum_encode": {"": (4, 4), "odd width": (3, 4), "asym": (4, 4), "row scales": (3, 4), "hadamard": (2, 2)},
-}
-SM_REGISTERS, SIMD_REGISTERS = 65536, 512  # of 32 bits: an SM's in all, a SIMD's for each lane of a wave
-
-# (triton, target, op, codec): instructions that spill and reload, as all loads are begun before the first addition.
-SPILLS = {("3.7.1", "sm_90", "decode_sum", "paper-llama3-70b"): 6}
+CODECS = ["mxfp4", "nvfp4", "int4:32:fp16:hadamard"]
 
 
-def compile_all(target, codecs, folder, cache, triton=None):
-    """aot.py's rows. `triton`: a folder to take it from."""
-    command = [sys.executable, CHILD, "--target", target, "--json", folder / "rows.json"]
-    for codec in codecs or []:
+def compile_all(target, cache, triton=None):
+    """The last line that aot.py prints. `triton`: a folder to take it from."""
+    command = [sys.executable, CHILD, "--target", target]
+    for codec in CODECS:
         command += ["--codec", codec]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
     environment.pop("TRITON_INTERPRET", None)
@@ -50,61 +29,15 @@ def compile_all(target, codecs, folder, cache, triton=None):
     # A compiler in trouble prints whole programs; their end says why.
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
-    return json.loads((folder / "rows.json").read_text())
+    return result.stdout.splitlines()[-1]
 
 
-def complaints(row):
-    """Whatever is wrong with one compiled kernel."""
-    fmt, op, found = Format.parse(row["codec"]), row["op"], row["accesses"]
-    allowed = SPILLS.get((row["triton"], row["target"], op, row["codec"]), 0)
-    if row["spills"] > allowed:
-        yield f"{row['spills']} spills"
-
-    kinds = {"hadamard": fmt.hadamard, "row scales": fmt.scale.row_scaled, "asym": fmt.asym}
-    kinds |= {"odd width": fmt.element.bits.bit_count() > 1, "": True}
-    blocks, waves = ROOM[op][next(kind for kind, it_is in kinds.items() if it_is)]
-    registers = -(-row["registers"] // 8) * 8  # as they are given out
-    amd = row["target"].startswith("gfx")
-    most = SIMD_REGISTERS // waves if amd else SM_REGISTERS // (blocks * row["threads"])
-    if registers > most:
-        yield f"{row['registers']} registers of {most} for {f'{waves} waves' if amd else f'{blocks} blocks'}"
-
-    # The tensor's side in vectors; the message's side in words, or 16 bits for fields of that width. Single bytes are
-    # the zeros that fill up a section, stored by the first program.
-    tensor, message_side = {"encode": ("load", "store"), "decode_sum": ("store", "load")}.get(op, (None, None))
-    if tensor and any(f"{tensor} {size}" in found for size in (1, 2, 4, 8)):
-        yield f"the tensor is accessed by less than 16 bytes: {found}"
-    if tensor and f"{tensor} 16" not in found:
-        yield f"the tensor is not accessed by 16 bytes: {found}"
-    sections = [section for field in message.layout(fmt, 1, fmt.block).fields.values() for section in field]
-    if found.get("load 1", 0) or found.get("store 1", 0) > (op != "decode_sum") * len(sections):
-        yield f"codes are accessed byte by byte: {found}"
-    if ("load 2" in found or "store 2" in found) and not any(section.width == 16 for section in sections):
-        yield f"codes are accessed by 16 bits: {found}"
-    if not any(f"{way} {size}" in found for way in [message_side or "load"] for size in (4, 8, 16)):
-        yield f"codes are not accessed by words: {found}"
-
-    if row["long_divisions"]:
-        yield f"{row['long_divisions']} divisions of 64 bits, a hundred instructions each"
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_installed_triton(target, compiled_kernels):
+    assert f": {3 * len(CODECS)} kernels, 0 complaints" in compile_all(target, compiled_kernels)
 
 
-def check(rows, codecs):
-    assert len(rows) >= 3 * len(codecs or FEW)
-    wrong = [
-        f"{row['op']} {row['codec']} {row['target']} triton {row['triton']}: {what}"
-        for row in rows
-        for what in complaints(row)
-    ]
-    assert not wrong, "\n" + "\n".join(wrong)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_installed_triton(target, tmp_path, compiled_kernels):
-    check(compile_all(target, TARGETS[target], tmp_path, compiled_kernels), TARGETS[target])
-
-
-@pytest.mark.parametrize("version, target", OTHERS)
-def test_other_tritons(version, target, tmp_path, compiled_kernels, triton_release):
-    rows = compile_all(target, FEW, tmp_path, compiled_kernels, triton_release(version))
-    assert {row["triton"] for row in rows} == {version}
-    check(rows, FEW)
+def test_oldest_triton(compiled_kernels, triton_release):
+    """The one that torch 2.11 comes with."""
+    said = compile_all("sm_90", compiled_kernels, triton_release("3.6.0"))
+    assert said == f"Triton 3.6.0: {3 * len(CODECS)} kernels, 0 complaints"

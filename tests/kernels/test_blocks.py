@@ -18,9 +18,10 @@ def run_butterflies(x, y, N: tl.constexpr, B: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def run_hadamard(x, y, N: tl.constexpr, B: tl.constexpr):
+def run_hadamard(x, y, left, N: tl.constexpr, B: tl.constexpr):
+    """`left`: the values of each program that count, of its N * B."""
     place = tl.program_id(0) * N * B + tl.arange(0, N * B)
-    tl.store(y + place, hadamard(tl.load(x + place).reshape(N, B), B).reshape(N * B))
+    tl.store(y + place, hadamard(tl.load(x + place).reshape(N, B), left, B).reshape(N * B))
 
 
 @triton.jit
@@ -39,8 +40,15 @@ def test_hadamard_example():
         run_butterflies[(1,)](y, y, 1, 4, distance)
         assert y[0].tolist() == list(expected)
     y = blocks(1, 2, 3, 4, n=2)
-    run_hadamard[(1,)](y, y, 2, 4)
+    run_hadamard[(1,)](y, y, 8, 2, 4)
     assert y.tolist() == [[5, -1, -2, 0]] * 2
+
+
+def test_a_block_that_is_not_whole_stays_as_it_is():
+    for left, whole in [(4, 1), (7, 1), (3, 0)]:
+        y = blocks(1, 2, 3, 4, n=2)
+        run_hadamard[(1,)](y, y, left, 2, 4)
+        assert y.tolist() == [[5, -1, -2, 0]] * whole + [[1, 2, 3, 4]] * (2 - whole)
 
 
 @pytest.mark.parametrize("block", [8, 256])
@@ -48,7 +56,7 @@ def test_hadamard_of_one_value_is_a_row_of_signs(block):
     """The entry in row i, column j of the matrix has the sign of the parity of i & j."""
     x = torch.eye(block, device=cases.DEVICE)
     y = torch.empty_like(x)
-    run_hadamard[(block // 8,)](x, y, 8, block)
+    run_hadamard[(block // 8,)](x, y, 8 * block, 8, block)
     parity = torch.tensor([[(i & j).bit_count() % 2 for j in range(block)] for i in range(block)])
     assert torch.equal(y.cpu(), (1.0 - 2.0 * parity) * torch.tensor(block**-0.5))
 
@@ -58,7 +66,7 @@ def test_hadamard_rounds_as_the_reference_does(block):
     """Values of many magnitudes, so that another order of additions would show."""
     x = cases.tensor((1, 4096), torch.float32, 8).nan_to_num(0, 1, -1).clamp(-1e30, 1e30)
     y = torch.empty_like(x, device=cases.DEVICE)
-    run_hadamard[(1,)](x.to(cases.DEVICE), y, 4096 // block, block)
+    run_hadamard[(1,)](x.to(cases.DEVICE), y, 4096, 4096 // block, block)
     expected = reference._hadamard(x.view(1, -1, block), 4096).view(1, 4096)
     cases.assert_same_bits(y.cpu(), expected)
 

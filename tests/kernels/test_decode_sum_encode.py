@@ -18,8 +18,8 @@ def check(first, second, shape, ranks=2, seed=0):
 
 
 @pytest.mark.parametrize("codec", cases.PRESETS)
-def test_every_shape(codec):
-    for turn, shape in enumerate(cases.shapes(Format.parse(codec)).values()):
+def test_shapes(codec):
+    for turn, shape in cases.turns(codec, 0):
         check(codec, codec, shape, ranks=1 + turn % 2, seed=turn)
 
 

@@ -22,33 +22,13 @@ E2M1 = gpu.kernel_format(Format.parse("mxfp4")).element
 
 
 @triton.jit
-def run_element_codes(x, codes, N: tl.constexpr, F: tl.constexpr):
+def run(x, y, N: tl.constexpr, FUNCTION: tl.constexpr, FORMAT: tl.constexpr):
+    """y = FUNCTION(x, FORMAT), or of x alone if there is no FORMAT."""
     place = tl.program_id(0) * N + tl.arange(0, N)
-    tl.store(codes + place, element_codes(tl.load(x + place), F))
-
-
-@triton.jit
-def run_element_values(codes, y, N: tl.constexpr, F: tl.constexpr):
-    place = tl.program_id(0) * N + tl.arange(0, N)
-    tl.store(y + place, element_values(tl.load(codes + place), F))
-
-
-@triton.jit
-def run_small_float_codes(x, codes, N: tl.constexpr, FLOAT: tl.constexpr):
-    place = tl.program_id(0) * N + tl.arange(0, N)
-    tl.store(codes + place, small_float_codes(tl.load(x + place), FLOAT))
-
-
-@triton.jit
-def run_small_float_values(codes, y, N: tl.constexpr, FLOAT: tl.constexpr):
-    place = tl.program_id(0) * N + tl.arange(0, N)
-    tl.store(y + place, small_float_values(tl.load(codes + place), FLOAT))
-
-
-@triton.jit
-def run_bf16_bits(x, bits, N: tl.constexpr):
-    place = tl.program_id(0) * N + tl.arange(0, N)
-    tl.store(bits + place, bf16_bits(tl.load(x + place)))
+    if FORMAT is None:
+        tl.store(y + place, FUNCTION(tl.load(x + place)))
+    else:
+        tl.store(y + place, FUNCTION(tl.load(x + place), FORMAT))
 
 
 @triton.jit
@@ -61,12 +41,12 @@ def on_device(values, dtype=torch.float32):
     return torch.as_tensor(values).to(cases.DEVICE, dtype)
 
 
-def call(kernel, values, dtype_in, dtype_out, *constants):
-    """Of a kernel (in, out, values a program, *constants); how many there are must be a power of two."""
+def call(function, values, dtype_in, dtype_out, fmt=None):
+    """What a function of the kernels makes of values, whose number must be a power of two."""
     values = on_device(values, dtype_in)
     out = torch.empty(values.shape, dtype=dtype_out, device=cases.DEVICE)
     each = min(len(values), cases.PROGRAM)
-    kernel[(len(values) // each,)](values, out, each, *constants)
+    run[(len(values) // each,)](values, out, each, function, fmt)
     return out.cpu()
 
 
@@ -83,13 +63,13 @@ def finite_fp32():
 
 
 def test_bf16_example():
-    assert call(run_bf16_bits, [1.00390625, 1.00390625], torch.float32, torch.int32).tolist() == [0x3F80, 0x3F80]
+    assert call(bf16_bits, [1.00390625, 1.00390625], torch.float32, torch.int32).tolist() == [0x3F80, 0x3F80]
 
 
 def test_small_float_examples():
-    codes = call(run_small_float_codes, [2.5, 3.5], torch.float32, torch.int32, E2M1)
+    codes = call(small_float_codes, [2.5, 3.5], torch.float32, torch.int32, E2M1)
     assert (codes & 7).tolist() == [4, 6]
-    assert call(run_small_float_values, [5, 1, 4, 0], torch.int32, torch.float32, E2M1).tolist() == [3.0, 0.5, 2.0, 0.0]
+    assert call(small_float_values, [5, 1, 4, 0], torch.int32, torch.float32, E2M1).tolist() == [3.0, 0.5, 2.0, 0.0]
 
 
 # All there is.
@@ -100,7 +80,7 @@ def test_small_float_examples():
 )
 def test_element_codes(codec):
     fmt, x = Format.parse(codec), finite_fp32()
-    codes = call(run_element_codes, x, torch.float32, torch.int32, gpu.kernel_format(fmt))
+    codes = call(element_codes, x, torch.float32, torch.int32, gpu.kernel_format(fmt))
     cases.assert_same_bits(codes, reference._quantize(x, fmt).int())
 
 
@@ -109,7 +89,7 @@ def test_element_values(element):
     """Of all codes that encoding sends, the sign of zero included."""
     table = np.array(ELEMENTS[element].table, dtype=np.float32)
     fmt = gpu.kernel_format(Format.parse(f"{element}:32:fp32"))
-    values = call(run_element_values, range(len(table)), torch.int32, torch.float32, fmt).numpy()
+    values = call(element_values, range(len(table)), torch.int32, torch.float32, fmt).numpy()
     sent = np.isfinite(table)
     assert sent.sum() >= len(table) - 8
     np.testing.assert_array_equal(values[sent].view(np.int32), table[sent].view(np.int32))
@@ -119,13 +99,13 @@ def test_element_values(element):
 def test_small_float_values(scale):
     kernel_format = gpu.kernel_format(Format.parse(f"int4:32:{scale}"))
     count = kernel_format.scale_nan_code
-    values = call(run_small_float_values, range(256), torch.int32, torch.float32, kernel_format.scale_float)
+    values = call(small_float_values, range(256), torch.int32, torch.float32, kernel_format.scale_float)
     np.testing.assert_array_equal(values[:count].numpy(), np.array(SCALES[scale].table[:count], dtype=np.float32))
 
 
 def test_bf16_bits():
     x = finite_fp32()
-    bits = call(run_bf16_bits, x, torch.float32, torch.int32)
+    bits = call(bf16_bits, x, torch.float32, torch.int32)
     cases.assert_same_bits(bits, x.bfloat16().view(torch.int16).int() & 0xFFFF)
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from slurm import ROOT, launch_environment, unused_ports
 
-SCRIPTS = [f"launch/{name}" for name in ("llama.sh", "mixtral.sh", "llama.sbatch", "mixtral.sbatch")]
+SCRIPTS = [f"launch/{name}" for name in ("llama.sh", "mixtral.sh", "llama.sbatch", "mixtral.sbatch", "slow_network.sh")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 GENERATE = ("generate", "--prompt", "two words", "--codec", "mxfp4")
 

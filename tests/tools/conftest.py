@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from megatron_comp import cli
 
 COMMAND = [sys.executable, "-m", "megatron_comp.cli"]
 
@@ -44,3 +47,26 @@ def start_command():
     for process in started:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """bench(*args) -> status of `megatron-comp bench codec args`, in this process; it starts no ranks."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(cli.ranks, "start", lambda *_: pytest.fail("ranks were started"))
+    threads = torch.get_num_threads()
+    yield lambda *arguments: cli.main(["bench", "codec", *map(str, arguments)])
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def error_line(capsys):
+    """error_line() -> the one line that a command in this process failed with."""
+
+    def line():
+        errors = capsys.readouterr().err
+        (line,) = [line for line in errors.splitlines() if line.startswith("megatron-comp: error")]
+        assert "Traceback" not in errors
+        return line
+
+    return line

@@ -1,8 +1,15 @@
 import json
 import math
 
+import oracles
 import pytest
 import torch
+from models import policy
+from ranks import run_ranks
+
+from megatron_comp.inference.model import build_model, init_parallel
+from megatron_comp.tools import session
+from megatron_comp.tools.evaluate import evaluate
 
 KEYS = "codec algorithm bits_per_value perplexity perplexity_increase_pct kl top1_agreement bytes_per_rank seconds"
 WINDOWS, CONTEXT = 2, 64
@@ -33,7 +40,8 @@ def test_rows(command, smollm2, sotu_text, tmp_path, expected_perplexity):
     assert all(set(row) == set(KEYS.split()) for row in rows)
     none, int8, mxfp4 = rows
 
-    assert none["perplexity"] == pytest.approx(expected_perplexity, rel=1e-5)
+    # Sums of fp32 in another order: 2e-5 were seen.
+    assert none["perplexity"] == pytest.approx(expected_perplexity, rel=1e-4)
     assert (none["kl"], none["top1_agreement"], none["perplexity_increase_pct"]) == (0, 1, 0)
     assert 0 < int8["kl"] < 0.01 < mxfp4["kl"] < 1
     assert mxfp4["top1_agreement"] < int8["top1_agreement"] <= 1
@@ -44,3 +52,23 @@ def test_rows(command, smollm2, sotu_text, tmp_path, expected_perplexity):
     assert mxfp4["bytes_per_rank"] == values * 4.25 / 8 * 2
     for row in rows:
         assert row["codec"] in done.stdout
+
+
+def mixtral_rows(rank, world_size, ref, dispatcher):
+    init_parallel(world_size)
+    model = build_model(ref.folder, token_dispatcher=dispatcher)
+    return evaluate(model, ref.ids, [session.NONE, session.Setting("mxfp8", policy(codec="mxfp8"))])
+
+
+@pytest.mark.parametrize("dispatcher", session.TOKEN_DISPATCHERS)
+def test_rows_of_a_mixtral_count_its_experts(mixtrals, dispatcher):
+    """Two windows of 11 tokens, 3 layers of hidden size 96.
+
+    Without sequence parallelism stock dispatchers reduce-scatter every token twice, all-to-all for each of its experts.
+    """
+    for none, mxfp8 in run_ranks(mixtral_rows, 2, mixtrals[4], dispatcher):
+        ring = reduce_scatter = 11 * 96 * 4
+        copies = {"allgather": 1, "alltoall": 2}[dispatcher]
+        assert none["bytes_per_rank"] == 2 * 3 * (ring + copies * reduce_scatter)
+        assert mxfp8["bytes_per_rank"] == 2 * 3 * 2 * oracles.message_bytes("fp8_e4m3:32:e8m0", (11, 96))
+        assert 0 < mxfp8["kl"] < 0.05

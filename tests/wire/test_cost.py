@@ -4,17 +4,24 @@ import math
 
 import oracles
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_comp.wire.codec import parse_codec
 from megatron_comp.wire.cost import (
     ALGORITHMS,
     choose_algorithm,
+    pays,
     received_bytes,
     received_bytes_scatter,
     ring_bytes,
     scatter_rows,
+    scatter_seconds,
     slice_rows,
+    stock_seconds,
+    sum_seconds,
 )
+from megatron_comp.wire.figures import LINKS, CodecCost, Figures, Link
 
 RANKS = [2, 3, 4, 5, 6, 8]
 SHAPES = [(1, 576), (7, 33), (5, 1), (2, 3, 576), (512, 8192), (33,), (4, 1024, 4096)]
@@ -180,3 +187,110 @@ def test_pairs_take_two_steps():
 def test_unknown_algorithms(algorithm):
     with pytest.raises(ValueError, match=f"unknown algorithm {algorithm!r}; known are auto, gather_sum, two_step"):
         choose_algorithm((1, 8), parse_codec("mxfp4"), 2, algorithm)
+
+
+# Round numbers: bytes and values that a person can check.
+FIGURES = Figures(
+    {
+        "all_reduce": Link(1e6, 1e-3),
+        "reduce_scatter": Link(2e6, 2e-3),
+        "all_gather": Link(4e6, 3e-3),
+        "all_to_all": Link(5e6, 4e-3),
+    },
+    {
+        str(parse_codec("mxfp4")): CodecCost(1e-4, 1e-9, 2e-4, 3e-9),
+        str(parse_codec("mxfp8")): CodecCost(5e-4, 5e-9, 6e-4, 7e-9),
+    },
+    0.1,
+    {"ranks": 4, "device": "cpu"},
+)
+SMALL = (64, 256)  # one chunk: 16384 values, a message of 8192 + 512 bytes
+
+
+def test_predicted_times_of_one_chunk_add_up():
+    values, message, codec = 64 * 256, 8704, parse_codec("mxfp4")
+    assert stock_seconds(65536, 4, FIGURES) == pytest.approx(1e-3 + 1.5 * 65536 / 1e6)
+    assert stock_seconds(65536, 4, FIGURES, scatter=True) == pytest.approx(2e-3 + 0.75 * 65536 / 2e6)
+    gathered = 3e-3 + 3 * message / 4e6 + 3e-4 + values * (1e-9 + 4 * 3e-9)
+    assert sum_seconds(SMALL, codec, 4, "gather_sum", FIGURES) == pytest.approx(gathered)
+    wire = 4e-3 + 0.75 * message / 5e6 + 3e-3 + 0.75 * message / 4e6
+    work = 4 * 1e-4 + 2e-4 + 1e-4 + 4 * 2e-4 + values * (1e-9 + 3e-9 + 0.25e-9 + 3e-9)
+    assert sum_seconds(SMALL, codec, 4, "two_step", FIGURES) == pytest.approx(wire + work)
+    wire = 4e-3 + 0.75 * message / 5e6
+    scattered = wire + 4 * 1e-4 + 2e-4 + values * (1e-9 + 3e-9)
+    assert scatter_seconds(SMALL, codec, 4, FIGURES) == pytest.approx(scattered)
+
+
+def test_a_pair_takes_each_phase_at_its_own_cost():
+    first, second = (parse_codec("mxfp4>mxfp8").first, parse_codec("mxfp4>mxfp8").second)
+    wire = 4e-3 + 0.75 * first.message_bytes(SMALL) / 5e6 + 3e-3 + 0.75 * second.message_bytes(SMALL) / 4e6
+    work = 4 * 1e-4 + 2e-4 + 5e-4 + 4 * 6e-4 + 16384 * (1e-9 + 3e-9 + 5e-9 / 4 + 7e-9)
+    assert sum_seconds(SMALL, parse_codec("mxfp4>mxfp8"), 4, "two_step", FIGURES) == pytest.approx(wire + work)
+
+
+def test_chunks_hide_all_of_the_shorter_but_one_chunk():
+    """2048 rows of 4096: 4.4 MB of message in 16 chunks of 256 KB and more."""
+    shape, values, codec = (2048, 4096), 2048 * 4096, parse_codec("mxfp4")
+    wire = 3e-3 + 3 * codec.message_bytes(shape) / 4e6
+    work = 16 * 3e-4 + values * (1e-9 + 4 * 3e-9)
+    assert wire > work
+    assert sum_seconds(shape, codec, 4, "gather_sum", FIGURES) == pytest.approx(wire + work / 16)
+
+
+def figures(rate, latency=1e-4, margin=0.1, speed=1.0):
+    """A link of that rate; codecs that take 1 ns a value at speed 1."""
+    cost = CodecCost(1e-5 / speed, 1e-9 / speed, 1e-5 / speed, 1e-9 / speed)
+    named = {str(parse_codec(name)): cost for name in ("mxfp4", "int8:32:fp16")}
+    return Figures(dict.fromkeys(LINKS, Link(rate, latency)), named, margin, {"ranks": 4, "device": "cpu"})
+
+
+RATES = [10.0**power for power in range(5, 12)]
+
+
+@given(
+    rows=st.integers(1, 4096),
+    ranks=st.sampled_from([2, 3, 4, 8]),
+    itemsize=st.sampled_from([2, 4]),
+    name=st.sampled_from(["mxfp4", "int8:32:fp16"]),
+    way=st.sampled_from(["auto", "gather_sum", "two_step"]),
+    scatter=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_what_pays_on_a_link_pays_on_a_slower_one(rows, ranks, itemsize, name, way, scatter):
+    """Where compression saves bytes; and it pays with a faster codec and a smaller margin too."""
+    codec, shape = parse_codec(name), (ranks * rows, 1024)
+    ring = ring_bytes(math.prod(shape) * itemsize, ranks)
+    if not scatter and received_bytes(shape, codec, ranks, choose_algorithm(shape, codec, ranks, way), 0) >= ring:
+        way = "two_step"
+    paying = [pays(shape, itemsize, codec, ranks, way, figures(rate), scatter) for rate in RATES]
+    assert paying == sorted(paying, reverse=True)
+    for rate, paid in zip(RATES, paying):
+        if paid:
+            assert pays(shape, itemsize, codec, ranks, way, figures(rate, speed=2.0), scatter)
+            assert pays(shape, itemsize, codec, ranks, way, figures(rate, margin=0.0), scatter)
+
+
+def test_slow_codecs_and_fast_links_do_not_pay():
+    shape, codec = (4096, 1024), parse_codec("mxfp4")
+    assert pays(shape, 2, codec, 4, "auto", figures(1e7))
+    assert not pays(shape, 2, codec, 4, "auto", figures(1e11))
+    assert not pays((1, 64), 2, codec, 4, "two_step", figures(1e7))
+    assert not pays(shape, 2, parse_codec("int8:32:fp16"), 8, "gather_sum", figures(1e7))
+
+
+def test_auto_goes_by_the_figures():
+    """Equal bytes in both with two ranks, so the cheaper latency decides; over many ranks the rate does."""
+    codec, shape = parse_codec("mxfp4"), (512, 1024)
+    assert choose_algorithm(shape, codec, 2, "auto", figures(1e6)) == "gather_sum"
+    assert choose_algorithm(shape, codec, 8, "auto", figures(1e6)) == "two_step"
+    assert choose_algorithm(shape, codec, 8, "auto", figures(1e12, latency=1.0)) == "gather_sum"
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+def test_the_margin_is_what_a_prediction_must_gain(scatter):
+    codec, known = parse_codec("mxfp4"), figures(1e7)
+    sums = scatter_seconds(SMALL, codec, 4, known) if scatter else sum_seconds(SMALL, codec, 4, "two_step", known)
+    gain = stock_seconds(64 * 256 * 2, 4, known, scatter) / sums - 1
+    assert gain > 0.05
+    assert pays(SMALL, 2, codec, 4, "two_step", figures(1e7, margin=gain - 1e-6), scatter)
+    assert not pays(SMALL, 2, codec, 4, "two_step", figures(1e7, margin=gain + 1e-6), scatter)

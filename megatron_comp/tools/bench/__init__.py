@@ -2,10 +2,15 @@
 
 import argparse
 
-from . import codec
+from . import codec, collective, ttft
 
 BENCHES = {
     "codec": (codec, "encode, decode and sum on one device, beside a plain copy of the tensor"),
+    "collective": (
+        collective,
+        "the sum over ranks, stock, in 16 bits and compressed, as they are or on links of a rate",
+    ),
+    "ttft": (ttft, "time to first token of a model, stock and compressed, as they are or on links of a rate"),
 }
 
 
@@ -25,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     BENCHES[args.bench][0].check(args)
+
+
+def start(args: argparse.Namespace, argv: list[str]) -> int:
+    """Of a bench with `--link`, where no ranks were started yet: runs `megatron-comp argv` on ranks of its own."""
+    return BENCHES[args.bench][0].start(args, argv)
 
 
 def run(args: argparse.Namespace) -> None:

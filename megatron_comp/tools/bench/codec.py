@@ -1,13 +1,7 @@
 """`megatron-comp bench codec`: times of encode, decode and sum, by codec, backend, shape and ranks, on one device."""
 
 import argparse
-import datetime
-import importlib.util
 import os
-import platform
-import re
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -15,8 +9,8 @@ import torch
 from ...wire import backends
 from ...wire.codec import Codec
 from .. import output
-from . import figure, peers, timing
-from .measure import DTYPES, Setting, measure
+from . import figure, options, peers, timing
+from .measure import Setting, measure
 
 CODECS = ("mxfp4", "mxfp8", "nvfp4", "int4:32:fp16", "int8:32:fp16", "int4:32:fp16:hadamard")
 SHAPE = "1024x4096"
@@ -72,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     again = "give it again for more"
     add("--codec", action="append", metavar="C", help=f"a codec or preset; {again} (default: {' '.join(CODECS)})")
     add("--shape", action="append", metavar="ROWSxHIDDEN", help=f"of a rank's tensor; {again} (default {SHAPE})")
-    add("--dtype", choices=DTYPES, default="bf16", help="of the tensors (default bf16)")
+    add("--dtype", choices=options.DTYPES, default="bf16", help="of the tensors (default bf16)")
     add(
         "--ranks", action="append", type=int, metavar="N", help=f"messages to sum; {again} (default: 2 4; on a GPU 2 8)"
     )
@@ -86,23 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also time what others have for mxfp4 and mxfp8 on the same buffers: encode and decode_sum of plain torch "
         "under torch.compile, and torchao's to_mx (compiled on a GPU); what does not run here gives a line, no row",
     )
-    add("--json", metavar="FILE", help="write config, versions and rows there as one JSON object")
-    add("--csv", metavar="FILE", help="write the rows there, with device, versions and date")
-    add("--figure", metavar="FILE", help="draw share_of_copy there: .png or .svg; needs matplotlib")
+    options.add_files(parser, "share_of_copy")
 
 
 def check(args: argparse.Namespace) -> Setting:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("bench codec runs in one process: start it without torchrun or srun")
-    for option in ("threads", "repeats"):
-        if getattr(args, option) < 1:
-            raise ValueError(f"--{option} {getattr(args, option)}: at least one is needed")
-    for option in ("json", "csv", "figure"):
-        output.check_file(f"--{option}", getattr(args, option))
-    if args.figure and Path(args.figure).suffix not in (".png", ".svg"):
-        raise ValueError(f"--figure {args.figure}: allowed are names that end in .png or .svg")
-    if args.figure and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--figure needs matplotlib: pip install matplotlib, or this package with its extra 'bench'")
+    options.at_least_one(args, "threads", "repeats")
+    options.check_files(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -111,7 +96,7 @@ def check(args: argparse.Namespace) -> Setting:
         raise ValueError(f"--ranks {min(ranks)}: at least one is needed")
     return Setting(
         codecs={name: Codec.parse(name) for name in args.codec or CODECS},
-        shapes=[_shape(text) for text in args.shape or [SHAPE]],
+        shapes=[options.shape(text, SHAPE) for text in args.shape or [SHAPE]],
         dtype=args.dtype,
         ranks=sorted(set(ranks)),
         backends=_backends(args.backend, device),
@@ -119,13 +104,6 @@ def check(args: argparse.Namespace) -> Setting:
         repeats=args.repeats,
         peers=peers.load(device) if args.peers else {},
     )
-
-
-def _shape(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise ValueError(f"--shape {text}: expected ROWSxHIDDEN, both at least 1, as in {SHAPE}")
-    rows, hidden = text.split("x")
-    return int(rows), int(hidden)
 
 
 def _backends(names: list[str] | None, device: torch.device) -> dict[str, ModuleType]:
@@ -140,10 +118,8 @@ def run(args: argparse.Namespace) -> None:
     setting = check(args)
     if setting.device.type == "cpu":
         torch.set_num_threads(args.threads)
-    device = _device_name(setting.device)
-    versions = output.versions()
-    circumstances = {"device": device, **{name: versions.get(name) for name in ("torch", "triton", "megatron_comp")}}
-    circumstances["date"] = datetime.date.today().isoformat()
+    circumstances = options.circumstances(setting.device)
+    device = circumstances["device"]
     resolved = {
         "codec": list(setting.codecs),
         "shape": ["x".join(map(str, shape)) for shape in setting.shapes],
@@ -160,11 +136,4 @@ def run(args: argparse.Namespace) -> None:
         output.write_json(args.json, vars(args) | resolved, rows)
         output.write_csv(args.csv, [row | circumstances for row in rows])
     if args.figure:
-        figure.draw([row | circumstances for row in rows], args.figure)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    return f"{found[1] if found else platform.machine()}, threads: {torch.get_num_threads()}"
+        figure.draw_codecs([row | circumstances for row in rows], args.figure)

@@ -1,12 +1,15 @@
-"""The figure of `megatron-comp bench codec`, drawn from its rows and nothing else."""
+"""The figures of `megatron-comp bench`, drawn from its rows and nothing else."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 LINE_STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
 
+Namer = Callable[[dict], str]
 
-def draw(rows: list[dict], path: str | Path) -> None:
+
+def draw_codecs(rows: list[dict], path: str | Path) -> None:
     """`share_of_copy` of every row, a panel for each op and number of ranks; `rows` as in the CSV file.
 
     Lines over the size of the tensor where there are several, else bars.
@@ -30,10 +33,9 @@ def draw(rows: list[dict], path: str | Path) -> None:
     legend = {text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels())}
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, fontsize="small")
     shapes = ", ".join(f"{rows}x{hidden}" for rows, hidden in sizes)
-    versions = ", ".join(f"{name} {rows[0][name]}" for name in ("torch", "triton", "megatron_comp") if rows[0][name])
     figure.suptitle(
         f"Bytes moved a second, as a share of what a plain copy moves: {shapes} {rows[0]['dtype']}\n"
-        f"{rows[0]['device']}; {versions}; {rows[0]['date']}"
+        f"{_circumstances(rows[0])}"
     )
     figure.savefig(path, dpi=150)
 
@@ -63,3 +65,50 @@ def _bars(axes, rows: list[dict], codecs: list[str], backends: list[str]) -> Non
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(codecs))], codecs)
     axes.set(xlim=(0, None), ylim=(len(codecs) - 0.2, -0.4))
+
+
+def draw_times(
+    rows: list[dict], path: str | Path, title: str, *, panel: Namer, bar: Namer, time: str, speedup: str
+) -> None:
+    """Milliseconds in the column `time` as bars with a whisker from p20 to p80, each with its `speedup`.
+
+    panel, bar: the name of the panel that a row belongs to, and of its bar. A tick marks what the wire alone would take
+    where rows have a `share_of_wire_limit`.
+    """
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys(map(panel, rows)))
+    names = list(dict.fromkeys(map(bar, rows)))
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(max(9, 5 * across + 1.5), (0.32 * len(names) + 1) * down + 1), layout="constrained")
+    all_axes = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
+    for axes in all_axes[len(panels) :]:
+        axes.remove()
+    for axes, of_panel in zip(all_axes, panels):
+        its_rows = [row for row in rows if panel(row) == of_panel]
+        places = [names.index(bar(row)) for row in its_rows]
+        times = [row[time] for row in its_rows]
+        whiskers = [[row[time] - row["p20_ms"] for row in its_rows], [row["p80_ms"] - row[time] for row in its_rows]]
+        colors = [f"C{place % 10}" for place in places]
+        bars = axes.barh(places, times, 0.7, xerr=whiskers, color=colors, ecolor="gray")
+        axes.bar_label(
+            bars, [f"{row[time]:.4g} ({row[speedup]:.2f}x)" for row in its_rows], padding=4, fontsize="small"
+        )
+        for place, row in zip(places, its_rows):
+            if share := row.get("share_of_wire_limit"):
+                axes.plot([share * row[time]] * 2, [place - 0.35, place + 0.35], color="black")
+        axes.set(
+            title=of_panel,
+            xlabel="ms; black: the wire alone" if axes.lines else "ms",
+            xlim=(0, 1.35 * max(row["p80_ms"] for row in its_rows)),
+        )
+        axes.set_yticks(range(len(names)), names)
+    all_axes[0].invert_yaxis()
+    figure.suptitle(f"{title}\n{_circumstances(rows[0])}", fontsize="medium")
+    figure.savefig(path, dpi=150)
+
+
+def _circumstances(row: dict) -> str:
+    versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "megatron_comp") if row[name])
+    return f"{row['device']}; {versions}; {row['date']}"

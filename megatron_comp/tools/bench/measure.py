@@ -9,9 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ...wire.codec import Codec
-from . import equality, peers, timing
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from . import equality, options, peers, timing
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def _partials(setting: Setting, shape: tuple[int, int]) -> torch.Tensor:
     large = shape[0] * shape[1] > equality.CPU_ORACLE_VALUES
     home = setting.device if large else torch.device("cpu")
     # At least two, so that the check has another tensor to change to.
-    partials = torch.empty((max(2, *setting.ranks), *shape), dtype=DTYPES[setting.dtype], device=home)
+    partials = torch.empty((max(2, *setting.ranks), *shape), dtype=options.DTYPES[setting.dtype], device=home)
     return partials.normal_(generator=torch.Generator(home).manual_seed(0))
 
 

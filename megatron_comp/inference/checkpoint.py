@@ -1,0 +1,182 @@
+"""Megatron's distributed checkpoints (`torch_dist`): a model's weights written once, read at any tensor-parallel size.
+
+What lies in one, as Megatron's own `dist_checkpointing.save` of `model.sharded_state_dict()` writes it:
+`metadata.json`, which comes last and so says that the rest is whole; `.metadata`, which says where each block of each
+tensor lies; and `.distcp` files, of one or more a rank. Tensors go by the names of the whole model, so a dictionary
+around them (training saves the model's under `model`) leaves no trace. Training's folder holds one such folder an
+iteration, and a file that names the latest.
+
+A compressed model's tensors, names and extra state are the stock model's, so it reads and writes what stock Megatron
+writes and reads.
+"""
+
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
+from tqdm import tqdm
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # Megatron's word for weights that belong to no iteration, in the tracker and as the folder's name
+COMPLETE = "metadata.json"
+
+# Names of one norm: alone, as experts and Megatron's own layers have it, or fused into the linear that follows it.
+NORMS = (
+    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+)
+
+
+def find(folder) -> Path | None:
+    """The distributed checkpoint in `folder`: itself, or the iteration that a training's folder names as its latest.
+
+    None if the folder is neither. Raises ValueError for a checkpoint that is not complete or of another format.
+    """
+    folder = Path(folder)
+    tracker = folder / TRACKER
+    if tracker.is_file():
+        word = tracker.read_text().strip()
+        if word != RELEASE and not word.isdigit():
+            raise ValueError(f"{tracker} says {word!r}; expected an iteration's number or {RELEASE!r}")
+        folder /= word if word == RELEASE else f"iter_{int(word):07d}"
+    elif not (folder / ".metadata").is_file():
+        return None
+    for name in (".metadata", COMPLETE):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing: expected a complete checkpoint of the format torch_dist")
+    return folder
+
+
+class _SaveInThisProcess(TorchDistSaveShardedStrategy):
+    """Megatron's strategy with torch's writer. Megatron's own starts processes to write and one to collect what they
+    say; the latter outlives a rank that is killed, and none of them can be started from a daemon."""
+
+    def save(self, sharded_state_dict, checkpoint_dir) -> None:
+        tensors, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        with tqdm(desc="write", unit=" tensors", disable=dist.get_rank() != 0) as bar:
+            dcp.save(
+                mcore_to_pyt_state_dict(tensors),
+                storage_writer=dcp.FileSystemWriter(checkpoint_dir),
+                planner=_SavePlanner(bar, flatten_state_dict=False),
+            )
+
+
+class _SavePlanner(MCoreSavePlanner):
+    """Megatron's planner, showing how many tensors of this rank are written."""
+
+    def __init__(self, bar: tqdm, **options):
+        super().__init__(**options)
+        self.bar = bar
+
+    def finish_plan(self, new_plan):
+        self.bar.reset(total=len(new_plan.items))
+        return super().finish_plan(new_plan)
+
+    def resolve_data(self, write_item):
+        self.bar.update()
+        return super().resolve_data(write_item)
+
+
+def save(model: GPTModel, folder, **common) -> None:
+    """Writes the model, compressed or not, to a folder that all ranks share; every rank calls this.
+
+    common: what a checkpoint holds besides tensors, by its name there. An existing folder must be empty.
+
+    Raises ValueError if it is not.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists and is not empty")
+    dist.barrier()  # nobody looks after somebody has begun
+    folder.mkdir(parents=True, exist_ok=True)
+    dist_checkpointing.save(
+        {"model": model.sharded_state_dict(), **common}, str(folder), _SaveInThisProcess("torch_dist", 1)
+    )
+
+
+@torch.no_grad()
+def load(model: GPTModel, folder) -> None:
+    """Fills the model, compressed or not, from a folder that `find` found; every rank calls this.
+
+    Tensors are cast to the model's dtype. What training keeps beside weights (optimizer, schedule) is not read.
+    Entries that only pad a vocabulary may differ in number; those that the checkpoint lacks become zeros.
+
+    Raises ValueError, naming a tensor, if the checkpoint and the model do not have the same, in the same shapes, or if
+    the checkpoint cannot be read.
+    """
+    with _reading(folder):
+        names = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.keys()
+        metadata = dist_checkpointing.load_content_metadata(str(folder))
+    prefix = _prefix(names, folder)
+    sharded = model.sharded_state_dict(prefix=prefix, metadata=metadata)
+    _rename_norms(sharded, names)
+    _check(folder, "tensors of this model are missing in the checkpoint", _keys(sharded) - names)
+    with _reading(folder):
+        loaded, unread, _ = dist_checkpointing.load({"model": sharded}, str(folder), strict=StrictHandling.RETURN_ALL)
+    parts = tuple(f"{prefix}{name}." for name, _ in model.named_children())
+    _check(folder, "tensors have no place in this model", {name for name in unread if name.startswith(parts)})
+    state = {name.removeprefix(prefix): value for name, value in loaded["model"].items()}
+    model.load_state_dict(state, strict=False)  # extra state may be absent; all else was checked
+
+
+def _prefix(names, folder) -> str:
+    """What stands before the model's own names: nothing, or `module.` where a wrapper of the model was saved."""
+    word = "embedding.word_embeddings.weight"
+    found = [name.removesuffix(word) for name in names if name.endswith(word)]
+    if not found:
+        raise ValueError(f"{folder} holds no {word}: expected the checkpoint of a GPTModel")
+    return min(found, key=len)  # an optimizer's states have longer ones
+
+
+def _rename_norms(sharded, names) -> None:
+    """Asks for each norm by the name that the checkpoint has it under."""
+    for tensor in sharded.values():
+        for pair in NORMS:
+            for ours, theirs in (pair, pair[::-1]):
+                other = tensor.key.replace(ours, theirs)
+                if tensor.key not in names and other in names:
+                    tensor.key = other
+
+
+def _keys(sharded) -> set[str]:
+    """Names in a checkpoint of everything in a sharded state dict."""
+    keys = set()
+    for entry in sharded.values():
+        parts = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
+        keys |= {part.key for part in parts}
+    return keys
+
+
+def _check(folder, problem: str, names: set[str]) -> None:
+    # Extra state is Transformer Engine's, for fp8; without it, it is empty.
+    if names := sorted(name for name in names if "_extra_state" not in name):
+        raise ValueError(f"{folder}: {len(names)} {problem}, the first is {names[0]}")
+
+
+@contextmanager
+def _reading(folder):
+    """Makes a ValueError of what Megatron and torch raise for a checkpoint that does not fit or is damaged."""
+    try:
+        yield
+    except (CheckpointingException, CheckpointException, OSError, EOFError, UnpicklingError) as error:
+        if isinstance(error, CheckpointException):  # all ranks' tracebacks: the first that failed will do
+            error = next(iter(error.failures.values()))[0]
+        misfit = isinstance(error, CheckpointingException)
+        cause = " ".join(str(error).split()) if misfit else f"cannot be read: {error!r}"
+        raise ValueError(f"{folder}: {cause}") from None

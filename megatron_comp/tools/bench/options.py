@@ -1,0 +1,63 @@
+"""Options and circumstances that benches share."""
+
+import argparse
+import datetime
+import importlib.util
+import platform
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from .. import output
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def add_files(parser: argparse.ArgumentParser, drawn: str, json: bool = True) -> None:
+    """`--json`, unless the parser has it, `--csv` and `--figure`, which draws what is `drawn`."""
+    if json:
+        parser.add_argument("--json", metavar="FILE", help="write config, versions and rows there as one JSON object")
+    parser.add_argument("--csv", metavar="FILE", help="write the rows there, with device, versions and date")
+    parser.add_argument("--figure", metavar="FILE", help=f"draw {drawn} there: .png or .svg; needs matplotlib")
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Before anything is measured. Raises ValueError that names the option."""
+    for option in ("json", "csv", "figure"):
+        output.check_file(f"--{option}", getattr(args, option))
+    if args.figure and Path(args.figure).suffix not in (".png", ".svg"):
+        raise ValueError(f"--figure {args.figure}: allowed are names that end in .png or .svg")
+    if args.figure and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--figure needs matplotlib: pip install matplotlib, or this package with its extra 'bench'")
+
+
+def at_least_one(args: argparse.Namespace, *options: str) -> None:
+    """Raises ValueError for the first of these options whose number is less."""
+    for option in options:
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option} {getattr(args, option)}: at least one is needed")
+
+
+def shape(text: str, example: str) -> tuple[int, int]:
+    """Of `ROWSxHIDDEN`."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise ValueError(f"--shape {text}: expected ROWSxHIDDEN, both at least 1, as in {example}")
+    rows, hidden = text.split("x")
+    return int(rows), int(hidden)
+
+
+def circumstances(device: torch.device) -> dict[str, str | None]:
+    """What a row's figures hold for: the columns that CSV files add to it."""
+    versions = output.versions()
+    named = {name: versions.get(name) for name in ("torch", "triton", "megatron_comp")}
+    return {"device": device_name(device), **named, "date": datetime.date.today().isoformat()}
+
+
+def device_name(device: torch.device) -> str:
+    """Of the GPU; of the processor, with the threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    return f"{found[1] if found else platform.machine()}, threads: {torch.get_num_threads()}"

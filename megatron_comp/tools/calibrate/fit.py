@@ -1,0 +1,88 @@
+"""From times to figures: a line through each operation's medians, and a margin for what lines get wrong."""
+
+from collections.abc import Mapping, Sequence
+
+from ...wire.codec import Codec
+from ...wire.cost import pays, ring_bytes, stock_seconds, sum_seconds
+from ...wire.figures import LINKS, MARGIN, CodecCost, Figures, Link
+from .measure import Setting, Timings
+
+# Where the search for the size that pays ends; also a prefill of 16k tokens of an 8k-wide model stays below.
+LARGEST_BYTES = 256 << 20
+
+
+def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(fixed, slope), neither negative, with the least squares of relative errors over (size, seconds)."""
+    a = sum(1 / t**2 for _, t in points)
+    b = sum(x / t**2 for x, t in points)
+    c = sum(x * x / t**2 for x, t in points)
+    d, e = sum(1 / t for _, t in points), sum(x / t for x, t in points)
+    if determinant := a * c - b * b:
+        fixed, slope = (d * c - b * e) / determinant, (a * e - b * d) / determinant
+        if fixed >= 0 and slope >= 0:
+            return fixed, slope
+    through_zero, flat = (0.0, e / c), (d / a, 0.0)
+    return min(through_zero, flat, key=lambda found: sum(((found[0] + found[1] * x) / t - 1) ** 2 for x, t in points))
+
+
+def figures(setting: Setting, timings: Timings, about: Mapping[str, object]) -> tuple[Figures, dict[str, float]]:
+    """The figures, and by collective the largest relative error of its line."""
+    ranks = about["ranks"]
+    links, misfits = {}, {}
+    for name in LINKS:
+        points = [(_received(setting, name, shape, ranks), timings.median(name, shape)) for shape in setting.shapes]
+        latency, per_byte = line(points)
+        # A link whose time does not grow with size still has some rate: it took no more than a tenth of the largest.
+        links[name] = Link(1 / max(per_byte, 0.1 * points[-1][1] / points[-1][0]), latency)
+        misfits[name] = max(abs(links[name].seconds(x) / t - 1) for x, t in points)
+    codecs = {}
+    for name, codec in setting.codecs.items():
+        parts = []
+        for operation, messages in (("encode", 1), ("decode", ranks)):
+            parts += line([(s[0] * s[1] * messages, timings.median(operation, s, name)) for s in setting.shapes])
+        codecs[str(codec)] = CodecCost(*parts)
+    unproven = Figures(links, codecs, 0.0, about, "just measured")
+    margin = max(MARGIN, *(_too_good(setting, timings, unproven, shape) for shape in setting.shapes))
+    return Figures(links, codecs, margin, about, "just measured"), misfits
+
+
+def _received(setting: Setting, name: str, shape: tuple[int, int], ranks: int) -> float:
+    if name in ("all_reduce", "reduce_scatter"):
+        return ring_bytes(setting.nbytes(shape), ranks, 2 if name == "all_reduce" else 1)
+    count = -(-setting.message_bytes(shape) // ranks) * ranks
+    return (ranks - 1) * (count if name == "all_gather" else count / ranks)
+
+
+def _too_good(setting: Setting, timings: Timings, unproven: Figures, shape: tuple[int, int]) -> float:
+    """By what share the predicted speed-up of sums of a shape exceeded the measured one, where any was predicted."""
+    ranks, worst = unproven.ranks, 0.0
+    predicted_stock = stock_seconds(setting.nbytes(shape), ranks, unproven)
+    for name, codec in setting.codecs.items():
+        for way in ("gather_sum", "two_step"):
+            predicted = predicted_stock / sum_seconds(shape, codec, ranks, way, unproven)
+            measured = timings.median("all_reduce", shape) / timings.median("sum", shape, name, way)
+            if predicted > 1:
+                worst = max(worst, predicted / measured - 1)
+    return worst
+
+
+def pays_from(codec: Codec, itemsize: int, ranks: int, known: Figures, hidden: int = 4096) -> int | None:
+    """Bytes of the smallest uncompressed message from which it and all larger ones are compressed; None: the largest
+    is not. Sizes go by rows of `hidden` values."""
+
+    def compressed(rows: int) -> bool:
+        return pays((rows, hidden), itemsize, codec, ranks, "auto", known)
+
+    high = max(1, LARGEST_BYTES // (hidden * itemsize))
+    if not compressed(high):
+        return None
+    low = high
+    while low > 1 and compressed(low // 2):
+        low //= 2
+    if low == 1:
+        return hidden * itemsize
+    kept, paid = low // 2, low
+    while paid - kept > 1:
+        middle = (kept + paid) // 2
+        kept, paid = (kept, middle) if compressed(middle) else (middle, paid)
+    return paid * hidden * itemsize

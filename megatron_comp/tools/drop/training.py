@@ -1,0 +1,77 @@
+"""Block-to-block distillation: a block without attention's sum learns to give what the stock block gives.
+
+arXiv 2502.20727: teacher and student are the same block of the model, both see the full model's input to it,
+only the student's parameters move, and what is minimised is the mean squared difference of their outputs. Weights are
+for one number of ranks: another number splits heads and neurons otherwise.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from tqdm import tqdm
+
+from .block import Block
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that the result of a block's distillation depends on, besides its weights and the text."""
+
+    ranks: int
+    epochs: int = 10
+    batch: int = 4
+    learning_rate: float = 5e-5
+    seed: int = 1
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in asdict(self).items())
+
+
+def distill(
+    student: Block, x: torch.Tensor, target: torch.Tensor, rope: tuple, recipe: Recipe
+) -> tuple[list[dict], dict]:
+    """Trains `student` in place; a row of the log for each epoch, and a summary.
+
+    x, target `[windows, context, hidden]`: what the full model's block gets and gives. AdamW, whose two moments are the
+    only state, and a learning rate that falls to zero as a cosine. Windows are drawn in an order of the seed's.
+    """
+    start = time.perf_counter()
+    generator = torch.Generator().manual_seed(recipe.seed + student.number)
+    optimizer = torch.optim.AdamW(student.parameters(), recipe.learning_rate, weight_decay=0.0)
+    steps = recipe.epochs * math.ceil(len(x) / recipe.batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    before, log = error(student, x, target, rope, recipe.ranks), []
+    with tqdm(total=steps, desc=f"block {student.number}", unit="step") as bar:
+        for epoch in range(recipe.epochs):
+            total = 0.0
+            for windows in torch.randperm(len(x), generator=generator).split(recipe.batch):
+                optimizer.zero_grad()
+                loss = torch.nn.functional.mse_loss(student(x[windows], rope, recipe.ranks), target[windows])
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += loss.item() * len(windows) / len(x)
+                bar.update()
+                bar.set_postfix(loss=f"{loss.item():.3g}")
+            log.append({"block": student.number, "epoch": epoch, "loss": total})
+    summary = {
+        "block": student.number,
+        **{f"{key}_before": value for key, value in before.items()},
+        **{f"{key}_after": value for key, value in error(student, x, target, rope, recipe.ranks).items()},
+        "seconds": time.perf_counter() - start,
+    }
+    return log, summary
+
+
+@torch.no_grad()
+def error(student: Block, x: torch.Tensor, target: torch.Tensor, rope: tuple, ranks: int) -> dict[str, float]:
+    """`mse`: the mean squared difference from the target. `relative`: the median over tokens of its norm to that of
+    what the block adds to its input, which a few tokens of very large norm do not decide."""
+    squares, relatives = 0.0, []
+    for window, wanted in zip(x, target, strict=True):
+        difference = student(window[None], rope, ranks)[0] - wanted
+        squares += difference.square().mean().item() / len(x)
+        relatives.append(difference.norm(dim=-1) / (wanted - window).norm(dim=-1))
+    return {"mse": squares, "relative": torch.cat(relatives).median().item()}

@@ -1,0 +1,155 @@
+"""`megatron-comp search`: the policy of fewest bits on the wire that keeps a bound on what it costs in quality.
+
+    1. Sensitivity (`sensitivity.py`): one backward pass over the calibration text tells, for every place that sums and
+       every candidate codec, the KL that its rounding error alone costs. KL, since perplexity of few tokens is noise.
+    2. Choice (`solve.py`): these add up, so the fewest bits within a budget are a knapsack, solved exactly.
+    3. Truth (`tune.py`): the chosen policy runs on the text with real compressed sums; the budget is moved until what
+       is measured is just within the bound.
+
+`two_step` rounds twice: each phase of each place then is an item of its own. `--paper` instead tries one codec for all
+places, as arXiv 2411.09510 did (`paper.py`). With `--state` every step is kept in a file, and the same command goes on
+from it; searches with another bound or algorithm use the same measurements.
+"""
+
+import argparse
+import hashlib
+from pathlib import Path
+
+from ...version import __version__
+from .. import output, session
+from .bound import MAX_INCREASE_PCT, Bound
+from .candidates import CANDIDATES, parse_candidates
+from .results import report
+
+ALGORITHMS = ("gather_sum", "two_step")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="folder of a Hugging Face Llama or Mixtral checkpoint"
+    )
+    parser.add_argument("--tp", type=int, required=True, metavar="N", help="tensor-parallel ranks, 2 or more")
+    parser.add_argument("--text", required=True, metavar="FILE", help="calibration text: not the one to be judged by")
+    parser.add_argument("--tokens", type=int, default=4096, metavar="K", help="how much of it (default 4096)")
+    parser.add_argument("--context", type=int, default=512, metavar="L", help="in windows of so many (default 512)")
+    bound = parser.add_mutually_exclusive_group()
+    bound.add_argument("--max-kl", type=float, metavar="X", help="bound: nats a token, to the uncompressed model")
+    bound.add_argument("--max-perplexity-increase", type=float, metavar="P", help="bound: percent")
+    parser.add_argument(
+        "--algorithm",
+        choices=ALGORITHMS,
+        default="gather_sum",
+        help="what the policy will run with (default gather_sum)",
+    )
+    parser.add_argument(
+        "--codec",
+        action="append",
+        default=[],
+        metavar="C",
+        help=f"a candidate; give it again for more (default: {len(CANDIDATES)} of 2 to 8 bits)",
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="write the policy there")
+    parser.add_argument(
+        "--min-bytes",
+        type=_bytes_or_auto,
+        default="auto",
+        metavar="BYTES",
+        help="min_bytes of the policy: smaller messages stay uncompressed (default auto); the search compresses all",
+    )
+    parser.add_argument("--state", metavar="FILE", help="keep every step there, and go on from it")
+    parser.add_argument("--figure", metavar="FILE", help="draw bits against KL of every tried point")
+    parser.add_argument("--csv", metavar="FILE", help="write the rows there")
+    parser.add_argument("--json", metavar="FILE", help="write config, versions and rows there as one JSON object")
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="one codec for all sums, as arXiv 2411.09510 searched: value x block x scale within a perplexity increase "
+        "of 3 %% (or another bound), beside its baselines",
+    )
+    parser.add_argument(
+        "--token-dispatcher", choices=session.TOKEN_DISPATCHERS, default="allgather", help="of a Mixtral"
+    )
+    parser.add_argument("--dtype", choices=session.DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=300,
+        metavar="SECONDS",
+        help="after which a rank that hears nothing from another fails (default 300)",
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    session.check_files(args)
+    if args.tp < 2:
+        raise ValueError(f"--tp {args.tp}: one rank sums nothing; 2 or more have something to compress")
+    if not 2 <= args.context <= args.tokens:
+        raise ValueError(f"--context {args.context}: allowed are 2 to --tokens {args.tokens}")
+    if not Path(args.text).is_file():
+        raise ValueError(f"--text {args.text}: no such file")
+    for option in ("out", "state", "figure", "csv"):
+        output.check_file(f"--{option}", getattr(args, option))
+    if args.max_kl is None and args.max_perplexity_increase is None and not args.paper:
+        raise ValueError("a bound is needed: --max-kl, in nats a token, or --max-perplexity-increase, in percent")
+    for option in ("max_kl", "max_perplexity_increase"):
+        if (given := getattr(args, option)) is not None and not 0 < given < float("inf"):
+            raise ValueError(f"--{option.replace('_', '-')} {given}: allowed are numbers above 0")
+    if args.paper and (args.codec or args.algorithm != "gather_sum"):
+        raise ValueError("--paper has its own candidates and sums by gather_sum: leave --codec and --algorithm out")
+    parse_candidates(args.codec)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..evaluate import read_windows
+    from .measure import Calibration
+    from .mixed import search_mixed
+    from .paper import search_uniform
+    from .state import State
+
+    check(args)
+    candidates = parse_candidates(args.codec or list(CANDIDATES))
+    with session.opened(args) as (model, tokenizer):
+        windows = read_windows(args, tokenizer)
+        state = State(args.state, _settings(args, candidates, next(model.parameters()).dtype))
+        if state.continued and output.is_first_rank():
+            print(f"search: going on from {args.state}", flush=True)
+        calibration = Calibration(model, windows, state)
+        if args.paper:
+            found = search_uniform(calibration, _bound(args), args.min_bytes)
+        else:
+            found = search_mixed(calibration, _bound(args), candidates, args.algorithm, args.min_bytes)
+    if output.is_first_rank():
+        report(args, found, list(state.seen["points"].values()), state.settings)
+
+
+def _bound(args: argparse.Namespace) -> Bound:
+    if args.max_kl is not None:
+        return Bound("kl", args.max_kl)
+    increase = args.max_perplexity_increase
+    return Bound("perplexity", MAX_INCREASE_PCT if increase is None else increase)
+
+
+def _settings(args: argparse.Namespace, candidates: tuple, dtype) -> dict:
+    """All that measurements depend on. Bound and algorithm are not of it: others use them too."""
+    config = Path(args.model, "config.json")
+    return {
+        "model": f"{Path(args.model).name} {_digest(config)}",
+        "text": f"{Path(args.text).name} {_digest(Path(args.text))}",
+        "tp": args.tp,
+        "tokens": args.tokens,
+        "context": args.context,
+        "dtype": str(dtype).removeprefix("torch."),
+        "search": "paper" if args.paper else "mixed",
+        "candidates": [] if args.paper else [str(codec) for codec in candidates],
+        "megatron_comp": __version__,
+    }
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+
+def _bytes_or_auto(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of bytes")
+    return text if text == "auto" else int(text)

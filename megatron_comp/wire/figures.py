@@ -1,0 +1,218 @@
+"""What a group's link and codecs cost: measured by `megatron-comp calibrate` and kept in a file, or assumed.
+
+The file is YAML:
+
+    schema: 1
+    measured: {ranks: 3, hosts: 1, backend: gloo, device: cpu, dtype: float32, ...}   # and versions, date
+    links:                              # seconds of a call = latency_s + bytes that a rank receives / bytes_per_s
+      all_reduce: {bytes_per_s: 1.2e9, latency_s: 1.0e-4}       # the stock collectives, their bytes those of a ring
+      reduce_scatter: ...
+      all_gather: ...                                            # of messages
+      all_to_all: ...
+    codecs:                             # seconds of a call = its fixed_s + values * its s_per_value
+      fp4_e2m1:32:e8m0: {encode_fixed_s: ..., encode_s_per_value: ..., decode_fixed_s: ..., decode_s_per_value: ...}
+    margin: 0.1                         # compress where stock is predicted to take more than 1.1 times as long
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import yaml
+
+from . import exchange
+from .codec import Codec
+
+SCHEMA = 1
+DEVICES = ("cpu", "cuda")
+VARIABLE = "MEGATRON_COMP_CALIBRATION"
+# What a prediction must gain before a message is compressed, where a file does not say more.
+MARGIN = 0.1
+
+
+@dataclass(frozen=True)
+class Link:
+    """A collective's time, by the bytes that each rank receives."""
+
+    bytes_per_s: float
+    latency_s: float
+
+    def seconds(self, nbytes: float) -> float:
+        return self.latency_s + nbytes / self.bytes_per_s
+
+
+@dataclass(frozen=True)
+class CodecCost:
+    """A codec's time on one rank while all ranks work: of a tensor's values encoded, of all messages' decoded."""
+
+    encode_fixed_s: float = 0.0
+    encode_s_per_value: float = 0.0
+    decode_fixed_s: float = 0.0
+    decode_s_per_value: float = 0.0
+
+
+# What `auto` assumes of a link that nobody has measured: 25 Gbit/s each way, 50 us for a phase to start.
+ASSUMED_LINK = Link(25e9 / 8, 50e-6)
+LINKS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What predictions rest on; without arguments the assumed link, on which codecs take no time.
+
+    codecs: by their full names, as `str(codec)` gives them. ranks: of the group that was measured; None: any.
+    """
+
+    links: Mapping[str, Link] = field(default_factory=lambda: dict.fromkeys(LINKS, ASSUMED_LINK))
+    codecs: Mapping[str, CodecCost] = field(default_factory=dict)
+    margin: float = MARGIN
+    measured: Mapping[str, object] = field(default_factory=dict)
+    """When, where and in what; empty: nothing was."""
+    source: str = "assumed: 25 Gbit/s, 50 us a phase, codecs not counted"
+
+    @property
+    def ranks(self) -> int | None:
+        return self.measured.get("ranks")
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of a message, in each chunk."""
+        return exchange.chunk_bytes(torch.device(self.measured.get("device", "cuda")))
+
+    def knows(self, codec: Codec) -> bool:
+        """Whether this codec's time was measured, or none was."""
+        return not self.codecs or str(codec) in self.codecs
+
+    def cost(self, codec: Codec) -> CodecCost:
+        """Of a codec; that of the slowest known one where it was not measured among others."""
+        if not self.codecs:
+            return CodecCost()
+        known = self.codecs.get(str(codec))
+        return known or CodecCost(*(max(getattr(each, f.name) for each in self.codecs.values()) for f in _COSTS))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Figures":
+        """Raises ValueError that names file and key for what is no calibration, OSError if it cannot be read."""
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"calibration file {path} is not YAML: {error}") from None
+        try:
+            return cls._from_content(content, str(path))
+        except ValueError as error:
+            raise ValueError(f"calibration file {path}: {error}; `megatron-comp calibrate` writes one") from None
+
+    @classmethod
+    def _from_content(cls, content: object, source: str) -> "Figures":
+        keys = ("schema", "measured", "links", "codecs", "margin")
+        content = _mapping("", content, keys)
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema {content['schema']!r} is not {SCHEMA}, which this version reads")
+        measured = _mapping("measured", content["measured"])
+        if type(measured.get("ranks")) is not int or measured["ranks"] < 2:
+            raise ValueError(f"measured: ranks: {measured.get('ranks')!r} is not a number of ranks above 1")
+        if measured.get("device") not in DEVICES:
+            raise ValueError(f"measured: device: {measured.get('device')!r} is not one of {', '.join(DEVICES)}")
+        links = {
+            name: Link(**_numbers(f"links: {name}", numbers, Link))
+            for name, numbers in _mapping("links", content["links"], LINKS).items()
+        }
+        for name, link in links.items():
+            if not link.bytes_per_s:
+                raise ValueError(f"links: {name}: bytes_per_s: a link of 0 bytes a second")
+        codecs = {
+            str(Codec.parse(name)): CodecCost(**_numbers(f"codecs: {name}", numbers, CodecCost))
+            for name, numbers in _mapping("codecs", content["codecs"]).items()
+        }
+        if not codecs:
+            raise ValueError("codecs: none was measured")
+        return cls(links, codecs, _number("margin", content["margin"]), measured, source)
+
+    def write(self, path: str | Path) -> None:
+        """As `from_file` reads it; whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "schema": SCHEMA,
+            "measured": dict(self.measured),
+            "links": {name: asdict(link) for name, link in self.links.items()},
+            "codecs": {name: asdict(cost) for name, cost in self.codecs.items()},
+            "margin": self.margin,
+        }
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(yaml.safe_dump(content, sort_keys=False, width=120))
+        partial.replace(path)
+
+
+ASSUMED = Figures()
+
+_COSTS = fields(CodecCost)
+
+
+def default_path(ranks: int, hosts: int, backend: str, device: str) -> Path:
+    """Where `calibrate` leaves its file, and others look for it.
+
+    In `calibration/` of the folder that MEGATRON_COMP_CACHE names (default: `~/.cache/megatron_comp`), under what tells
+    groups apart: also the network interface, where GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names one, or the link
+    that MEGATRON_COMP_LINK names, as `launch/slow_network.sh` does.
+    """
+    folder = os.environ.get("MEGATRON_COMP_CACHE")
+    if not folder:
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "megatron_comp")
+    interface = os.environ.get("MEGATRON_COMP_LINK") or os.environ.get(f"{backend.upper()}_SOCKET_IFNAME", "")
+    parts = [backend, device, f"{ranks}ranks", f"{hosts}hosts", interface]
+    name = "_".join("".join(c if c.isalnum() else "-" for c in part) for part in parts if part)
+    return Path(folder, "calibration", f"{name}.yaml").absolute()
+
+
+def find_figures(ranks: int, hosts: int, backend: str, device: str) -> Figures:
+    """Those of a group: of the file that MEGATRON_COMP_CALIBRATION names, else of the default path, else assumed.
+
+    The word `assumed` in that variable leaves every file unread. Raises what `Figures.from_file` raises, and ValueError
+    if the variable names a file of another number of ranks.
+    """
+    given = os.environ.get(VARIABLE)
+    if given == "assumed":
+        return ASSUMED
+    path = Path(given) if given else default_path(ranks, hosts, backend, device)
+    if not given and not path.exists():
+        return ASSUMED
+    figures = Figures.from_file(path)
+    if figures.ranks != ranks:
+        raise ValueError(
+            f"calibration file {path} was measured with {figures.ranks} ranks, this group has {ranks}: calibrate "
+            f"again, or set {VARIABLE}=assumed"
+        )
+    return figures
+
+
+def _mapping(where: str, value: object, keys: tuple[str, ...] | None = None) -> dict:
+    """`value`, if it is a mapping from text with just these keys."""
+    prefix = f"{where}: " if where else ""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{prefix}expected names with values, got {value!r}")
+    for key in value:
+        if keys and key not in keys:
+            raise ValueError(f"{prefix}{key!r} is unknown; allowed are {', '.join(keys)}")
+    for key in keys or ():
+        if key not in value:
+            raise ValueError(f"{prefix}{key} is missing")
+    return value
+
+
+def _numbers(where: str, value: object, cls: type) -> dict[str, float]:
+    names = tuple(each.name for each in fields(cls))
+    return {key: _number(f"{where}: {key}", number) for key, number in _mapping(where, value, names).items()}
+
+
+def _number(where: str, value: object) -> float:
+    if isinstance(value, str):  # YAML takes 1e-5, without a point, for text
+        with suppress(ValueError):
+            value = float(value)
+    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{where}: {value!r} is not a number >= 0")
+    return float(value)

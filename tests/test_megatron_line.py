@@ -1,0 +1,23 @@
+"""Which Megatron-Core the tests run on: what launch/test.sh was told in MEGATRON_CORE, in ranks and scripts too."""
+
+import os
+import subprocess
+import sys
+
+import megatron.core
+from ranks import run_ranks
+
+
+def version(rank, world_size):
+    import megatron.core
+
+    return megatron.core.__version__, megatron.core.__file__
+
+
+def test_every_process_has_the_megatron_that_was_asked_for():
+    here = megatron.core.__version__, megatron.core.__file__
+    assert here[0] == os.environ.get("MEGATRON_CORE", here[0])
+    assert run_ranks(version, 1, init=False) == [here]
+    script = "import megatron.core as m; print(m.__version__, m.__file__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == list(here), done.stderr

@@ -1,0 +1,110 @@
+"""`megatron-comp bench ttft` on a tiny model: rows, the bytes that a prefill sends, files, and what it refuses."""
+
+import csv
+import json
+import re
+import shutil
+
+import pytest
+from checkpoints import tiny_llama
+from ranks import run_ranks
+
+from megatron_comp import cli
+from megatron_comp.policy import CompressionPolicy
+from megatron_comp.tools import session
+from megatron_comp.tools.bench import links, ttft
+
+COLUMNS = ["policy", "algorithm", "tp", "link", "prompt_tokens", "dtype", "ttft_ms", "p20_ms", "p80_ms"]
+COLUMNS += ["speedup_vs_none", "bytes_per_rank"]
+LAYERS, HIDDEN = 3, 96
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("tiny"), num_hidden_layers=LAYERS, hidden_size=HIDDEN)
+
+
+def measured(_rank, ranks, folder, tokens, runs):
+    from megatron_comp.inference.generate import generate
+    from megatron_comp.inference.model import build_model, destroy_parallel, init_parallel
+
+    seen = []
+
+    def watched(model, ids, new_tokens):
+        seen.append((ids.shape[1], new_tokens, model.compression_hook is not None))
+        return generate(model, ids, new_tokens)
+
+    import megatron_comp.inference.generate as module
+
+    init_parallel(ranks)
+    module.generate = watched
+    settings = [session.NONE]
+    for algorithm in ("gather_sum", "two_step"):
+        settings.append(session.Setting(algorithm, CompressionPolicy(codec="mxfp4", algorithm=algorithm, min_bytes=0)))
+    try:
+        return ttft.measure(build_model(folder), settings, tokens, runs), seen
+    finally:
+        module.generate = generate
+        destroy_parallel()
+
+
+def test_rows(tiny):
+    (rows, seen), *_ = run_ranks(measured, 2, tiny, 8, 3, init=False)
+    assert seen == [(8, 1, True)] * 3 * 4  # a prefill of the whole prompt, each setting once more than is counted
+    assert [list(row) for row in rows] == [COLUMNS] * 3
+    assert [(row["policy"], row["algorithm"]) for row in rows] == [
+        ("none", "all_reduce"),
+        *zip(*[("gather_sum", "two_step")] * 2),
+    ]
+    # Two sums a layer of fp32 [8, 96]: a ring receives the tensor once, a message of mxfp4 is 48 + 3 bytes a row,
+    # sections padded to 16; of 4 rows 192 + 16.
+    expected = [8 * HIDDEN * 4, 8 * 48 + 32, 2 * (4 * 48 + 16)]
+    assert [row["bytes_per_rank"] for row in rows] == [2 * LAYERS * nbytes for nbytes in expected]
+    for row in rows:
+        assert (row["tp"], row["prompt_tokens"], row["dtype"], row["link"]) == (2, 8, "float32", "local")
+        assert 0 < row["p20_ms"] <= row["ttft_ms"] <= row["p80_ms"]
+        assert row["speedup_vs_none"] == pytest.approx(rows[0]["ttft_ms"] / row["ttft_ms"])
+
+
+def test_command_with_policies(command, smollm2, tmp_path):
+    """A checkpoint with a real tokenizer, which the command loads."""
+    folder = tiny_llama(tmp_path / "model", vocab_size=49152)
+    for file in smollm2.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    for name, codec in (("four.yaml", "mxfp4"), ("eight.yaml", "mxfp8")):
+        (tmp_path / name).write_text(f"codec: {codec}\nmin_bytes: 0\n")
+    policies = [str(tmp_path / name) for name in ("four.yaml", "eight.yaml")]
+    files = {"json": tmp_path / "rows.json", "csv": tmp_path / "rows.csv", "figure": tmp_path / "rows.png"}
+    done = command(
+        *("bench", "ttft", "--model", folder, "--tp", 2, "--tokens", 8, "--runs", 1, "--dtype", "bfloat16"),
+        *(f"--policy={policy}" for policy in policies),
+        *(f"--{option}={file}" for option, file in files.items()),
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads(files["json"].read_text())
+    assert [row["policy"] for row in content["rows"]] == ["none", *policies]
+    assert {row["dtype"] for row in content["rows"]} == {"bfloat16"}
+    assert content["config"]["tokens"] == 8 and "threads" in content["config"]["device"]
+    with files["csv"].open() as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["ttft_ms"]) for line in lines] == [row["ttft_ms"] for row in content["rows"]]
+    assert files["figure"].read_bytes().startswith(b"\x89PNG")
+    assert "four.yaml" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tokens", "0"], r"--tokens 0: at least one"),
+        (["--runs", "0"], r"--runs 0: at least one"),
+        (["--link", "1"], r"--link '1' is no rate of a link"),
+        (["--codec", "mxfp5"], r"codec 'mxfp5' is neither a preset"),
+        (["--policy", "nowhere.yaml"], r"nowhere.yaml"),
+        (["--model", "nowhere"], r"--model nowhere: no such folder"),
+    ],
+)
+def test_bad_input(monkeypatch, error_line, tiny, arguments, message):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(links.ranks, "start", lambda *_, **__: pytest.fail("ranks were started"))
+    assert cli.main(["bench", "ttft", "--model", str(tiny), "--tp", "2", *arguments]) == 2
+    assert re.search(message, error_line())

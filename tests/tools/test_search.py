@@ -1,0 +1,187 @@
+"""The command on a tiny random Llama over two ranks: what it promises is what another command measures."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+
+import pytest
+import yaml
+from checkpoints import tiny_llama
+from ranks import run_ranks
+
+from megatron_comp import cli
+from megatron_comp.policy import CompressionPolicy
+from megatron_comp.tools.search import state as state_module
+
+CODECS = ("int3:32:e5m3", "int4:32:e5m3", "int5:16:e5m3", "int6:32:e5m3", "int8:32:e5m3")
+LENGTH = ("--tokens", "128", "--context", "64")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A model whose tokens are characters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tiny_llama(tmp_path_factory.mktemp("llama"))
+    characters = Tokenizer(models.WordLevel({chr(code): code for code in range(128)}, unk_token="?"))
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=characters, unk_token="?").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, sotu_text):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(sotu_text.read_text()[:400])
+    return file
+
+
+def rank_of_command(rank, world_size, folder, arguments, saves):
+    """One rank of the command, in `folder`; interrupted when the state is to be saved once more than `saves`."""
+    os.chdir(folder)
+    save, left = state_module.State.save, iter(range(saves))
+
+    def save_or_end(state):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        save(state)
+
+    state_module.State.save = save_or_end
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = cli.main(arguments)
+    return status, said.getvalue()
+
+
+def search(folder, llama, text, *arguments, saves=1000):
+    """(status, what rank 0 said); all ranks end alike."""
+    files = ["--out", "policy.yaml", "--csv", "rows.csv", "--state", "state.json"]
+    arguments = ["search", "--model", str(llama), "--tp", "2", "--text", str(text), *LENGTH, *files, *arguments]
+    (status, said), (other, _) = run_ranks(rank_of_command, 2, str(folder), arguments, saves, init=False)
+    assert status == other, said
+    return status, said
+
+
+def mixed(folder, llama, text, *arguments, **options):
+    return search(folder, llama, text, *[w for c in CODECS for w in ("--codec", c)], *arguments, **options)
+
+
+def rows_of(folder):
+    with open(folder / "rows.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module", params=["gather_sum", "two_step"])
+def done(request, llama, text, tmp_path_factory):
+    """Folder of a finished search."""
+    folder = tmp_path_factory.mktemp(request.param)
+    files = ("--figure", "figure.png", "--json", "rows.json", "--min-bytes", "0")
+    status, said = mixed(folder, llama, text, "--max-kl", "0.01", "--algorithm", request.param, *files)
+    assert status == 0, said
+    return folder
+
+
+def test_policy_measures_as_promised(done, llama, text, command):
+    """`evaluate` runs the written file on the same text: the same bits, the same KL, within the bound."""
+    content = (done / "policy.yaml").read_text()
+    policy = CompressionPolicy.from_file(done / "policy.yaml")
+    assert set(policy.named_codecs()) and content.startswith("# Found by megatron-comp search")
+    evaluated = command(
+        *("evaluate", "--model", llama, "--tp", 2, "--text", text, *LENGTH),
+        *("--policy", done / "policy.yaml", "--json", done / "evaluated.json"),
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    _, measured = json.loads((done / "evaluated.json").read_text())["rows"]
+    (chosen,) = (row for row in rows_of(done) if row["chosen"])
+    assert measured["algorithm"] == chosen["algorithm"] == policy.algorithm
+    assert float(chosen["bits_per_value"]) == pytest.approx(measured["bits_per_value"], abs=1e-9)
+    assert chosen["name"] == f"mixed, {measured['bits_per_value']:.3f} bits"  # counted before it was measured
+    assert float(chosen["kl"]) == pytest.approx(measured["kl"], rel=1e-6)
+    assert 0.005 < measured["kl"] <= 0.01
+    assert f"{measured['bits_per_value']:.3f} bits a value, KL {measured['kl']:.5f}" in content
+
+
+def test_predicts_what_is_measured(done):
+    """Sensitivities alone, from 126 tokens, foresee the KL of policies that were never run before."""
+    tried = [row for row in rows_of(done) if row["kind"] == "mixed"]
+    assert tried
+    for row in tried:
+        assert 0.6 < float(row["predicted_kl"]) / float(row["kl"]) < 1.5
+
+
+def test_beats_one_codec_everywhere(done):
+    """Every preset needs more KL for its bits, or more bits for its KL."""
+    rows = rows_of(done)
+    (chosen,) = (row for row in rows if row["chosen"])
+    presets = [row for row in rows if row["kind"] == "preset"]
+    assert [row["name"] for row in presets] and all(float(row["kl"]) > float(chosen["kl"]) for row in presets)
+    assert (done / "figure.png").stat().st_size > 10_000
+    assert len(json.loads((done / "rows.json").read_text())["rows"]) == len(rows)
+
+
+@pytest.mark.parametrize("saves", [1, 4])
+def test_resumed_equals_uninterrupted(done, llama, text, tmp_path, saves):
+    """Ended in the middle of the sensitivities, and between two tried policies."""
+    algorithm = done.name.rstrip("0123456789")
+    arguments = ("--max-kl", "0.01", "--min-bytes", "0", "--algorithm", algorithm)
+    assert mixed(tmp_path, llama, text, *arguments, saves=saves)[0] == 130
+    assert not (tmp_path / "policy.yaml").exists()
+    status, said = mixed(tmp_path, llama, text, *arguments)
+    assert status == 0 and "going on from state.json" in said
+    for file in ("policy.yaml", "rows.csv", "state.json"):
+        assert (tmp_path / file).read_bytes() == (done / file).read_bytes()
+
+
+def test_finished_state_serves_other_bounds(done, llama, text):
+    """Without a new sensitivity pass; and a state of other settings is refused by name."""
+    before = json.loads((done / "state.json").read_text())
+    assert mixed(done, llama, text, "--max-perplexity-increase", "9", "--out", str(done / "p.yaml"))[0] == 0
+    after = json.loads((done / "state.json").read_text())
+    assert after["sensitivity"] == before["sensitivity"]
+    assert CompressionPolicy.from_file(done / "p.yaml").min_bytes == "auto"
+    status, said = mixed(done, llama, text, "--max-kl", "0.01", "--tokens", "192")
+    assert status == 2 and "of another search: it has tokens 128, not 192" in said
+
+
+def test_paper(llama, text, tmp_path):
+    assert search(tmp_path, llama, text, "--paper", "--max-kl", "0.5")[0] == 0
+    rows = rows_of(tmp_path)
+    (chosen,) = (row for row in rows if row["chosen"])
+    within = [row for row in rows if row["kind"] == "format" and float(row["kl"]) <= 0.5]
+    assert float(chosen["bits_per_value"]) == min(float(row["bits_per_value"]) for row in within)
+    assert yaml.safe_load((tmp_path / "policy.yaml").read_text())["codec"] == chosen["name"]
+    int4, topk = (row for row in rows if row["kind"] == "baseline")
+    assert (int4["name"], float(int4["bits_per_value"])) == ("int4 channel-wise", 4.25)
+    assert (topk["name"], float(topk["kl"]) > float(chosen["kl"])) == ("topk 3x", True)
+
+
+def test_bound_out_of_reach(llama, text, tmp_path):
+    arguments = ("--max-kl", "1e-9", "--codec", "int4:32:e5m3", "--codec", "int8:32:e5m3")
+    status, said = search(tmp_path, llama, text, *arguments)
+    assert status == 2 and "KL <= 1e-09 cannot be kept with these candidates: the best of them cost" in said
+    assert not (tmp_path / "policy.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "a bound is needed: --max-kl"),
+        (["--max-kl", "0"], "--max-kl 0.0: allowed are numbers above 0"),
+        (["--max-kl", "0.1", "--tp", "1"], "--tp 1: one rank sums nothing"),
+        (["--max-kl", "0.1", "--codec", "int4:32:fp16>mxfp8"], "candidates are single codecs"),
+        (["--max-kl", "0.1", "--codec", "mxfp5"], "codec 'mxfp5' is neither a preset"),
+        (["--max-kl", "0.1", "--context", "1"], "--context 1: allowed are 2 to --tokens"),
+        (["--max-kl", "0.1", "--out", "nowhere/policy.yaml"], "--out nowhere/policy.yaml: not a file"),
+        (["--max-kl", "0.1", "--text", "nowhere.txt"], "--text nowhere.txt: no such file"),
+        (["--paper", "--algorithm", "two_step"], "--paper has its own candidates and sums by gather_sum"),
+    ],
+)
+def test_seen_before_any_rank_starts(capsys, monkeypatch, llama, text, arguments, message):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(cli.ranks, "start", lambda *_: pytest.fail("ranks were started"))
+    required = ["search", "--model", str(llama), "--tp", "2", "--text", str(text), "--out", "policy.yaml"]
+    assert cli.main([*required, *arguments]) == 2
+    assert message in capsys.readouterr().err
