@@ -38,11 +38,13 @@ EPILOG = f"""\
 Each round times, in turn and from a common start, stock all-reduce and reduce-scatter, all-gather and all-to-all of
 bytes, and every codec's encode and decode, at tensors of [tokens, hidden] for each --tokens; and whole compressed sums,
 which the predictions are held against. A sample is the time of the slowest rank; a line (fixed cost, cost a byte or
-value) is laid through the medians, least in relative error. Fixed costs include what Python takes.
+value) is laid through the medians, least in relative error; a collective's line meets the largest size's. Fixed costs
+include what Python takes.
 
-The file holds these lines, and the margin that a prediction must gain before `min_bytes: auto` compresses: as much as
-the predictions were too good by for whole sums here, at least 10 %. Runs of a group like this one (ranks, machines,
-backend, device, network interface) find it by themselves; {VARIABLE} names another file, or says `assumed`.
+The file holds these lines, and the margin that a prediction must gain before `min_bytes: auto` compresses: so much that
+every whole sum that took longer than stock here would have been kept, at least 10 %. Runs of a group like this one
+(ranks, machines, backend, device, network interface) find it by themselves; {VARIABLE} names another file, or says
+`assumed`.
 
 Columns: pays from: the size of an uncompressed message from which `min_bytes: auto` compresses it and all larger ones;
 predicted, measured and stock ms, speed-up: of the largest message, by the algorithm that was measured faster.

@@ -25,13 +25,28 @@ def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return min(through_zero, flat, key=lambda found: sum(((found[0] + found[1] * x) / t - 1) ** 2 for x, t in points))
 
 
+def line_to_largest(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The same, but through the last point, of the largest size.
+
+    Links are no lines: a switch or a shaper lets the first bytes pass faster than those that follow. What a prefill
+    sends is as long as the largest size or longer, and goes by that rate; small sizes then say what a call costs.
+    """
+    largest, longest = points[-1]
+    # Of fixed * (1 - x / largest) + longest * x / largest, held against t.
+    weights = [(1 - x / largest) / t for x, t in points]
+    misses = [1 - longest * x / largest / t for x, t in points]
+    fixed = sum(w * m for w, m in zip(weights, misses)) / sum(w * w for w in weights)
+    fixed = min(max(fixed, 0.0), longest)
+    return fixed, (longest - fixed) / largest
+
+
 def figures(setting: Setting, timings: Timings, about: Mapping[str, object]) -> tuple[Figures, dict[str, float]]:
     """The figures, and by collective the largest relative error of its line."""
     ranks = about["ranks"]
     links, misfits = {}, {}
     for name in LINKS:
         points = [(_received(setting, name, shape, ranks), timings.median(name, shape)) for shape in setting.shapes]
-        latency, per_byte = line(points)
+        latency, per_byte = line_to_largest(points)
         # A link whose time does not grow with size still has some rate: it took no more than a tenth of the largest.
         links[name] = Link(1 / max(per_byte, 0.1 * points[-1][1] / points[-1][0]), latency)
         misfits[name] = max(abs(links[name].seconds(x) / t - 1) for x, t in points)
@@ -42,7 +57,7 @@ def figures(setting: Setting, timings: Timings, about: Mapping[str, object]) -> 
             parts += line([(s[0] * s[1] * messages, timings.median(operation, s, name)) for s in setting.shapes])
         codecs[str(codec)] = CodecCost(*parts)
     unproven = Figures(links, codecs, 0.0, about, "just measured")
-    margin = max(MARGIN, *(_too_good(setting, timings, unproven, shape) for shape in setting.shapes))
+    margin = max(MARGIN, *(_lost(setting, timings, unproven, shape) for shape in setting.shapes))
     return Figures(links, codecs, margin, about, "just measured"), misfits
 
 
@@ -53,16 +68,14 @@ def _received(setting: Setting, name: str, shape: tuple[int, int], ranks: int) -
     return (ranks - 1) * (count if name == "all_gather" else count / ranks)
 
 
-def _too_good(setting: Setting, timings: Timings, unproven: Figures, shape: tuple[int, int]) -> float:
-    """By what share the predicted speed-up of sums of a shape exceeded the measured one, where any was predicted."""
+def _lost(setting: Setting, timings: Timings, unproven: Figures, shape: tuple[int, int]) -> float:
+    """What the predictions promised to gain, as a share, for the sums of a shape that took longer than stock."""
     ranks, worst = unproven.ranks, 0.0
     predicted_stock = stock_seconds(setting.nbytes(shape), ranks, unproven)
     for name, codec in setting.codecs.items():
         for way in ("gather_sum", "two_step"):
-            predicted = predicted_stock / sum_seconds(shape, codec, ranks, way, unproven)
-            measured = timings.median("all_reduce", shape) / timings.median("sum", shape, name, way)
-            if predicted > 1:
-                worst = max(worst, predicted / measured - 1)
+            if timings.median("sum", shape, name, way) > timings.median("all_reduce", shape):
+                worst = max(worst, predicted_stock / sum_seconds(shape, codec, ranks, way, unproven) - 1)
     return worst
 
 
