@@ -21,6 +21,8 @@ SEAMS=(
     tests/layers/test_phases.py
     tests/layers/test_pipeline.py
     tests/layers/test_row_parallel.py
+    tests/layers/test_shared_experts.py
+    tests/layers/test_sync_drop.py
     tests/inference/test_engine.py
     tests/inference/test_model.py
 )
