@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shutil
 
 import pytest
 import yaml
@@ -135,14 +136,15 @@ def test_resumed_equals_uninterrupted(done, llama, text, tmp_path, saves):
         assert (tmp_path / file).read_bytes() == (done / file).read_bytes()
 
 
-def test_finished_state_serves_other_bounds(done, llama, text):
+def test_finished_state_serves_other_bounds(done, llama, text, tmp_path):
     """Without a new sensitivity pass; and a state of other settings is refused by name."""
-    before = json.loads((done / "state.json").read_text())
-    assert mixed(done, llama, text, "--max-perplexity-increase", "9", "--out", str(done / "p.yaml"))[0] == 0
-    after = json.loads((done / "state.json").read_text())
+    shutil.copy(done / "state.json", tmp_path)
+    before = json.loads((tmp_path / "state.json").read_text())
+    assert mixed(tmp_path, llama, text, "--max-perplexity-increase", "9")[0] == 0
+    after = json.loads((tmp_path / "state.json").read_text())
     assert after["sensitivity"] == before["sensitivity"]
-    assert CompressionPolicy.from_file(done / "p.yaml").min_bytes == "auto"
-    status, said = mixed(done, llama, text, "--max-kl", "0.01", "--tokens", "192")
+    assert CompressionPolicy.from_file(tmp_path / "policy.yaml").min_bytes == "auto"
+    status, said = mixed(tmp_path, llama, text, "--max-kl", "0.01", "--tokens", "192")
     assert status == 2 and "of another search: it has tokens 128, not 192" in said
 
 
