@@ -23,6 +23,7 @@ SEAMS=(
     tests/layers/test_row_parallel.py
     tests/layers/test_shared_experts.py
     tests/layers/test_sync_drop.py
+    tests/layers/test_sync_drop_places.py
     tests/inference/test_engine.py
     tests/inference/test_model.py
 )

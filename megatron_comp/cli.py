@@ -5,18 +5,22 @@ import os
 import sys
 
 from .tools import bench, calibrate, convert, drop, evaluate, generate, plan, ranks, search
+from .tools.subcommands import Subcommands
 from .version import __version__
 
-SUBCOMMANDS = {
-    "generate": (generate, "text, time to first token, decode rate and bytes of one prompt"),
-    "evaluate": (evaluate, "perplexity, KL divergence and bytes on a text, one row a codec"),
-    "search": (search, "the policy of fewest bits that keeps a bound on KL or perplexity"),
-    "drop": (drop, "blocks without the sum after attention: which ones, and how to make up for it"),
-    "bench": (bench, "figures of speed, beside what they are compared to in the same run"),
-    "plan": (plan, "predicted time to first token of a model, GPU and link, and whether to compress; no GPU needed"),
-    "calibrate": (calibrate, "this group's link and codecs, and the message size from which compression pays"),
-    "convert": (convert, "a Hugging Face checkpoint as Megatron's distributed checkpoint"),
-}
+SUBCOMMANDS = Subcommands(
+    "subcommand",
+    {
+        "generate": (generate, "text, time to first token, decode rate and bytes of one prompt"),
+        "evaluate": (evaluate, "perplexity, KL divergence and bytes on a text, one row a codec"),
+        "search": (search, "the policy of fewest bits that keeps a bound on KL or perplexity"),
+        "drop": (drop, "blocks without the sum after attention: which ones, and how to make up for it"),
+        "bench": (bench, "figures of speed, beside what they are compared to in the same run"),
+        "plan": (plan, "predicted time to first token on a GPU and link, and whether to compress; no GPU needed"),
+        "calibrate": (calibrate, "this group's link and codecs, and the message size from which compression pays"),
+        "convert": (convert, "a Hugging Face checkpoint as Megatron's distributed checkpoint"),
+    },
+)
 
 EPILOG = """\
 A codec is a preset (mxfp4, mxfp6, mxfp8, nvfp4, ...) or element:block:scale[:option...], for instance
@@ -29,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; 0, or non-zero after one clear line on standard error."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    module, _ = SUBCOMMANDS[args.subcommand]
+    module = SUBCOMMANDS.chosen(args)
     try:
         own_ranks = hasattr(args, "link")  # a bench that starts its ranks once a link
         if ranks.joined() or not (hasattr(args, "tp") or own_ranks):  # one of the ranks, or a subcommand of one process
@@ -57,16 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"megatron_comp {__version__}")
-    subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
-    for name, (module, help_) in SUBCOMMANDS.items():
-        subparser = subparsers.add_parser(
-            name,
-            help=help_,
-            description=f"{module.__doc__.partition(': ')[2]}",
-            epilog=EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(subparser)
+    SUBCOMMANDS.add_to(parser, EPILOG)
     return parser
 
 

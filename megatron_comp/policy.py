@@ -32,6 +32,10 @@ class Decision:
     codec: Codec | CodecPair | None
     algorithm: str = "auto"
     reason: str = ""
+    chunks: int | None = None
+    """Of a sum that is given as one tensor; None: by its size."""
+    parts: int = 1
+    """Of a sum whose parts are computed one after the other."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -97,3 +97,30 @@ def whole_logits(model, ids=EXPERT_IDS):
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():
         return model(ids, positions, None, runtime_gather_output=True)
+
+
+def biased_model(layer_class, **options):
+    """A random GPT with a bias everywhere, its layers of a class that the spec names."""
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        hidden_dropout=0.0,
+        init_method_std=0.2,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        use_cpu_initialization=True,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        **options,
+    )
+    spec = get_gpt_layer_local_spec()
+    spec.module = layer_class
+    spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    torch.manual_seed(0)
+    model = GPTModel(config, spec, vocab_size=32, max_sequence_length=32).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    return model

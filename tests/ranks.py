@@ -32,15 +32,25 @@ import torch.distributed as dist
 
 TESTS = Path(__file__).resolve().parent
 
-# What nearly every rank imports. Modules that are missing are skipped by the server, not an error.
+# What ranks import, tests' files and Megatron scripts included: what is left out costs its time again in every rank.
+# Modules that are missing are skipped by the server, not an error.
 PRELOAD = [
     "pytest",
+    "hypothesis",
     "torch",
     "torch.distributed",
+    "megatron.core.dist_checkpointing",
+    "megatron.core.inference.engines.static_engine",
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.models.gpt.gpt_layer_specs",
-    "transformers.modeling_rope_utils",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mixtral.modeling_mixtral",
     "safetensors.torch",
+    "megatron_comp.cli",
+    "megatron_comp.inference.checkpoint",
+    "megatron_comp.inference.generate",
+    "megatron_comp.layers.hook",
 ]
 
 
@@ -58,8 +68,7 @@ def run_ranks(fn, world_size, *args, timeout=120, init=True, may_die=()):
     """
     if fn.__qualname__ != fn.__name__:
         raise ValueError(f"{fn.__qualname__} is not at the top level of its module, so other processes cannot find it")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = forkserver()
     # The store's port is chosen by the kernel and held from here on: no other process can take it in between.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     target = (fn.__module__, inspect.getfile(fn), fn.__name__)
@@ -84,6 +93,13 @@ def run_ranks(fn, world_size, *args, timeout=120, init=True, may_die=()):
             process.join()
         for pipe in pipes:
             pipe.close()
+
+
+def forkserver():
+    """The multiprocessing context whose processes are forked from the server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 def _environment(rank, world_size, port):
@@ -125,7 +141,7 @@ def _collect(processes, pipes, deadline, timeout, may_die):
 
 
 def _rank_main(pipe, environment, target, payload, timeout, init):
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     os.environ.update(environment)
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     try:
@@ -163,7 +179,7 @@ def _load(name, file):
     return module
 
 
-def _exit_with_parent():
+def exit_with_parent():
     """Ends this rank when the process that asked for it is gone, also after a SIGKILL."""
     connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)

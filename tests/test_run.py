@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 
 REPO = Path(__file__).parents[1]
@@ -13,16 +14,24 @@ RANKS = 2
 POLICY = "codec: int8:32:fp16\nmin_bytes: 0\nlayers: {1: {mlp: none}}\n"
 
 
-def started(*command, ranks=None, **environment):
-    """The finished process: plain Python, or torchrun of so many ranks."""
-    launcher = [sys.executable]
-    if ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", **environment}
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [*launcher, *map(str, command)], env=environment, capture_output=True, text=True, cwd=REPO, timeout=120
-    )
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+
+
+def environment(path=REPO, **more):
+    path = os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, **more}
+
+
+def started(*words, ranks=None, **more):
+    """What Python gave for these words, or RANKS of it: in forked processes."""
+    argv = [sys.executable, *words]
+    return commands.run(commands.on_ranks(ranks, argv) if ranks else argv, environment(**more), REPO)
+
+
+def really_started(*command, **more):
+    """What a command gave in a new process."""
+    command = list(map(str, command))
+    return subprocess.run(command, env=environment(**more), cwd=REPO, capture_output=True, text=True, timeout=120)
 
 
 def tokens(result):
@@ -48,7 +57,7 @@ def policy(tmp_path):
 
 
 def test_a_script_is_compressed_as_it_is(stock, policy):
-    result = started("-m", "megatron_comp.run", "--policy", policy, SCRIPT, "--new-tokens", "8", ranks=RANKS)
+    result = really_started(*TORCHRUN, "-m", "megatron_comp.run", "--policy", policy, SCRIPT, "--new-tokens", "8")
     assert tokens(result) == stock  # int8 leaves the greedy tokens of this model alone
     built, sent = said(result)
     assert built.startswith("megatron_comp: GPTModel: 3 of 4 sums compressed, policy {")
@@ -69,14 +78,7 @@ def test_a_module_is_run_as_one(stock, policy, tmp_path):
     (package / "__init__.py").touch()
     (package / "serve.py").write_text(SCRIPT.read_text())
     command = ["-m", "megatron_comp.run", "--policy", policy, "-m", "somebody.serve", "--new-tokens", "8"]
-    path = os.pathsep.join([str(REPO), str(tmp_path)])
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, command)],
-        env={**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = started(*command, ranks=RANKS, path=tmp_path)
     assert tokens(result) == stock
     assert len(said(result)) == 2
 
@@ -112,7 +114,7 @@ def test_a_script_without_a_model_is_an_error(tmp_path):
 def test_an_import_without_a_model_is_an_error(tmp_path, policy):
     script = tmp_path / "idle.py"
     script.write_text("import megatron_comp.auto\nprint('done')\n")
-    result = started(script, MEGATRON_COMP_POLICY=str(policy))
+    result = really_started(sys.executable, script, MEGATRON_COMP_POLICY=str(policy))
     assert result.returncode == 1
     assert result.stdout.strip() == "done"
     assert said(result) == [f"megatron_comp.auto: {NOTHING}"]

@@ -14,21 +14,23 @@ from ..wire.collectives import all_reduce, reduce_scatter
 Group = torch.distributed.ProcessGroup
 
 
-def _compressed_reduce(input_: torch.Tensor, codec: Codec | CodecPair, group: Group, algorithm: str) -> torch.Tensor:
+def _compressed_reduce(
+    input_: torch.Tensor, codec: Codec | CodecPair, group: Group, algorithm: str, chunks: int | None
+) -> torch.Tensor:
     """All-reduce of a compressed `[..., hidden]` partial sum across the model parallel group."""
-    return all_reduce(input_, codec, group, algorithm)
+    return all_reduce(input_, codec, group, algorithm, chunks=chunks)
 
 
 class _CompressedReduceFromModelParallelRegion(torch.autograd.Function):
     """Forward: y = sum over ranks of decode(encode(x)). Backward: identity, as if nothing had been rounded."""
 
     @staticmethod
-    def forward(ctx, input_, codec, group, algorithm):
-        return _compressed_reduce(input_, codec, group, algorithm)
+    def forward(ctx, input_, codec, group, algorithm, chunks):
+        return _compressed_reduce(input_, codec, group, algorithm, chunks)
 
     @staticmethod
     def backward(ctx, grad_output):
-        return grad_output, None, None, None
+        return grad_output, None, None, None, None
 
 
 class _CompressedReduceScatterToSequenceParallelRegion(torch.autograd.Function):
@@ -66,10 +68,14 @@ def copy_to_tensor_model_parallel_region(input_: torch.Tensor, group: Group) -> 
 
 
 def compressed_reduce_from_tensor_model_parallel_region(
-    input_: torch.Tensor, codec: Codec | CodecPair, group: Group, algorithm: str = "auto"
+    input_: torch.Tensor,
+    codec: Codec | CodecPair,
+    group: Group,
+    algorithm: str = "auto",
+    chunks: int | None = None,
 ) -> torch.Tensor:
     """`[..., hidden]` partial sums to their sum, equal on all ranks of `group`; the gradient passes unchanged."""
-    return _CompressedReduceFromModelParallelRegion.apply(input_, codec, group, algorithm)
+    return _CompressedReduceFromModelParallelRegion.apply(input_, codec, group, algorithm, chunks)
 
 
 def compressed_reduce_scatter_to_sequence_parallel_region(

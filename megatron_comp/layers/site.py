@@ -15,7 +15,7 @@ from ..policy import PHASES, CompressionPolicy, Decision
 from ..wire import exchange
 from ..wire.codec import Codec
 from ..wire.collectives import PendingAllReduce, part_rows
-from ..wire.cost import choose_algorithm, received_bytes, received_bytes_scatter, ring_bytes, step_codecs
+from ..wire.cost import choose_algorithm, choose_chunks, received_bytes, received_bytes_scatter, ring_bytes, step_codecs
 from ..wire.figures import ASSUMED, Figures
 from .mappings import (
     compressed_reduce_from_tensor_model_parallel_region,
@@ -99,7 +99,9 @@ class ReductionSite:
         codec, algorithm = decision.codec, decision.algorithm
         return self._timed(
             self._compress(partial, group, decision),
-            lambda: compressed_reduce_from_tensor_model_parallel_region(partial, codec, group, algorithm),
+            lambda: compressed_reduce_from_tensor_model_parallel_region(
+                partial, codec, group, algorithm, decision.chunks
+            ),
         )
 
     def part_rows(self, partial: torch.Tensor, group: torch.distributed.ProcessGroup) -> list[int]:
@@ -107,11 +109,10 @@ class ReductionSite:
 
         partial: of the partial sum's shape, type and device; its values are not read.
         """
-        of_bytes = exchange.overlap_bytes(partial.device)
-        if of_bytes and type(self) is ReductionSite:  # others reduce something else than what they are given
+        if type(self) is ReductionSite:  # others reduce something else than what they are given
             decision = self._decide(partial, group)
-            if decision.codec is not None:
-                return part_rows(partial.shape, decision.codec, group.size(), of_bytes)
+            if decision.parts > 1:
+                return part_rows(partial.shape, decision.codec, group.size(), 1, decision.parts)
         return [partial.shape[:-1].numel()]
 
     def reduce_parts(
@@ -167,11 +168,12 @@ class ReductionSite:
     def _decide(self, partial: torch.Tensor, group: torch.distributed.ProcessGroup, scatter: bool = False) -> Decision:
         """The policy's answer, `auto` resolved; kept, since a decoded token asks it for every reduction."""
         key = (self.phase.name, partial.shape, partial.dtype, group.size(), scatter)
-        if key not in self._decisions:
+        decision = self._decisions.get(key)
+        if decision is None:
             if len(self._decisions) >= KNOWN_SHAPES:
                 self._decisions.clear()
-            self._decisions[key] = self._ask(partial, group.size(), scatter)
-        return self._decisions[key]
+            decision = self._decisions[key] = self._ask(partial, group.size(), scatter)
+        return decision
 
     def _ask(self, partial: torch.Tensor, ranks: int, scatter: bool) -> Decision:
         decision = self.policy.decide(
@@ -187,7 +189,14 @@ class ReductionSite:
         if decision.codec is None or scatter:
             return decision
         algorithm = choose_algorithm(partial.shape, decision.codec, ranks, decision.algorithm, self.figures)
-        return replace(decision, algorithm=algorithm)
+        how = partial.shape, decision.codec, ranks, algorithm, self.figures
+        chunks, parts, of_bytes = None, 1, exchange.overlap_bytes(partial.device)
+        if self.figures.codecs:
+            chunks = choose_chunks(*how, exchange.chunk_bytes(partial.device))
+        if of_bytes:
+            # What computing a part hides of the wire comes on top of what is predicted here, of codec and wire alone.
+            parts = choose_chunks(*how, of_bytes)
+        return replace(decision, algorithm=algorithm, chunks=chunks, parts=parts)
 
     def _keep(self, partial: torch.Tensor, ranks: int, passes: int, decision: Decision) -> Traffic:
         nbytes = partial.numel() * partial.element_size()

@@ -25,9 +25,7 @@ COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     session.add_arguments(parser)
-    parser.add_argument("--text", required=True, metavar="FILE", help="prose that the model has not been tuned on")
-    parser.add_argument("--tokens", type=int, default=6144, metavar="K", help="how much of it (default 6144)")
-    parser.add_argument("--context", type=int, default=512, metavar="L", help="in windows of so many (default 512)")
+    session.add_text(parser, 6144, "prose that the model has not been tuned on")
     parser.add_argument(
         "--codec", action="append", default=[], metavar="C", help="a codec or preset; give it again for more rows"
     )
@@ -35,10 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> list[session.Setting]:
     session.check_files(args)
-    if not 2 <= args.context <= args.tokens:
-        raise ValueError(f"--context {args.context}: allowed are 2 to --tokens {args.tokens}")
-    if not Path(args.text).is_file():
-        raise ValueError(f"--text {args.text}: no such file")
+    session.check_text(args)
     return session.with_baseline(session.settings(args, args.codec))
 
 
@@ -46,22 +41,38 @@ def run(args: argparse.Namespace) -> None:
     settings = check(args)
     with session.opened(args) as (model, tokenizer):
         windows = read_windows(args, tokenizer)
-        rows = evaluate(model, windows, settings)
+        rows = evaluate(model, windows, settings, args.weights and _exchange(args, model, settings))
     if output.is_first_rank():
         scored = f"{len(windows)} windows of {args.context} tokens, TP={args.tp}"
         output.show(f"evaluate: {Path(args.text).name}, {scored}", COLUMNS, rows)
         output.write_json(args.json, vars(args), rows)
 
 
-def evaluate(model, windows, settings: list[session.Setting]) -> list[dict]:
+def _exchange(args: argparse.Namespace, model, settings: list[session.Setting]):
+    """Raises ValueError if none of the settings drops the sum of a block of which there are weights."""
+    from .drop.exchange import Exchange
+
+    exchange = Exchange(model, args.model, args.weights)
+    if not any(exchange.blocks_for(setting.policy) for setting in settings):
+        raise ValueError(
+            f"--weights {args.weights}: for blocks without attention's sum, and no --policy drops that of one of them "
+            f"({', '.join(map(str, sorted(exchange.blocks)))})"
+        )
+    return exchange
+
+
+def evaluate(model, windows, settings: list[session.Setting], exchange=None) -> list[dict]:
     """A row for each setting, the first of which is the baseline. windows `[windows, context]`.
 
     Window by window all settings run in turn, so that no logits need be kept and a slow minute hits all alike.
+    exchange: `drop.exchange.Exchange`, whose weights settings have in the blocks that they drop the sum of.
     """
     runs = [_Run(setting) for setting in settings]
     steps = [(window, run) for window in windows for run in runs]
     baseline = None
     for window, run in tqdm(steps, desc="evaluate", unit="forward", disable=not output.is_first_rank()):
+        if exchange:
+            exchange.use(exchange.blocks_for(run.setting.policy))
         said = run.forward(model, window)
         baseline = said if run is runs[0] else baseline
         run.score(model, said, baseline, window)

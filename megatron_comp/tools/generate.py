@@ -38,7 +38,7 @@ def check(args: argparse.Namespace) -> list[session.Setting]:
 
 def run(args: argparse.Namespace) -> None:
     (setting,) = check(args)
-    with session.opened(args) as (model, tokenizer):
+    with session.opened(args, args.weights) as (model, tokenizer):
         row = generate_row(model, tokenizer, setting, args.prompt, args.max_new_tokens)
     if output.is_first_rank():
         print(row["text"], end="\n\n")

@@ -61,13 +61,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights",
         metavar="FILE",
         help="safetensors whose weights take the place of the model's own, such as `megatron-comp drop distill` writes "
-        "for a number of ranks; the uncompressed model that others are compared to has them too",
+        "for a number of ranks; `evaluate` uses them in the blocks alone whose sum a policy drops",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
+    add_dtype(parser)
     add_run_arguments(parser)
 
 
+def add_text(parser: argparse.ArgumentParser, tokens: int, what: str) -> None:
+    """A text, for `evaluate.read_windows`. tokens: the default. what: the text should be."""
+    parser.add_argument("--text", required=True, metavar="FILE", help=what)
+    parser.add_argument("--tokens", type=int, default=tokens, metavar="K", help=f"how much of it (default {tokens})")
+    parser.add_argument("--context", type=int, default=512, metavar="L", help="in windows of so many (default 512)")
+
+
+def check_text(args: argparse.Namespace) -> None:
+    if not 2 <= args.context <= args.tokens:
+        raise ValueError(f"--context {args.context}: allowed are 2 to --tokens {args.tokens}")
+    if not Path(args.text).is_file():
+        raise ValueError(f"--text {args.text}: no such file")
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
+
+
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    add_timeout(parser)
+    add_json(parser)
+
+
+def add_timeout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         type=float,
@@ -75,6 +98,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="after which a rank that hears nothing from another fails (default 300)",
     )
+
+
+def check_timeout(args: argparse.Namespace) -> None:
+    if not 0 < args.timeout < 1e7:
+        raise ValueError(f"--timeout {args.timeout}: allowed are seconds above 0 and below 10 million")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write config, versions and rows there as one JSON object")
 
 
@@ -103,18 +134,22 @@ def check_files(args: argparse.Namespace) -> None:
     """Fails before any rank starts on what can be seen from here."""
     if args.tp < 1:
         raise ValueError(f"--tp {args.tp}: at least one rank is needed")
-    if not Path(args.model).is_dir():
-        raise ValueError(f"--model {args.model}: no such folder")
-    if not 0 < args.timeout < 1e7:
-        raise ValueError(f"--timeout {args.timeout}: allowed are seconds above 0 and below 10 million")
+    check_model(args)
+    check_timeout(args)
     if getattr(args, "weights", None) and not Path(args.weights).is_file():
         raise ValueError(f"--weights {args.weights}: no such file")
     output.check_file("--json", args.json)
 
 
+def check_model(args: argparse.Namespace) -> None:
+    if not Path(args.model).is_dir():
+        raise ValueError(f"--model {args.model}: no such folder")
+
+
 @contextmanager
-def opened(args: argparse.Namespace):
-    """(model, tokenizer) on this rank, inside its tensor-parallel group."""
+def opened(args: argparse.Namespace, weights: str | None = None):
+    """(model, tokenizer) on this rank, inside its tensor-parallel group. weights: a file that takes some of its own's
+    place."""
     # Here and in the subcommands: Megatron takes seconds to import, and the process that starts the ranks has no use.
     from ..inference.model import build_model, destroy_parallel, init_parallel
 
@@ -126,7 +161,7 @@ def opened(args: argparse.Namespace):
         args.model,
         dtype=getattr(torch, dtype),
         token_dispatcher=args.token_dispatcher,
-        extra_weights=getattr(args, "weights", None),
+        extra_weights=weights,
     )
     yield model, read_tokenizer(args.model)
     destroy_parallel()

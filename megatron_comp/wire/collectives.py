@@ -78,10 +78,14 @@ def all_reduce(
     group: dist.ProcessGroup | None = None,
     algorithm: str = "auto",
     async_op: bool = False,
+    chunks: int | None = None,
 ) -> torch.Tensor | PendingSum:
     """The sum over the group of every rank's `x` `[..., hidden]`, equal to the bit on all ranks; a new tensor.
 
-    With one rank, or no elements, `x` itself. Shape, dtype, codec and algorithm must be the same on all ranks.
+    With one rank, or no elements, `x` itself. Shape, dtype, codec, algorithm and chunks must be the same on all ranks.
+
+    chunks: into how many the rows are cut, as far as there are rows; by default as many as the size makes worthwhile on
+    a slow link. Changes nothing but time.
 
     async_op: returns a handle whose `wait()` gives that tensor. The call encodes `x`, which may then be overwritten,
     and starts its exchange; decoding, and the second exchange of `two_step`, are left to `wait()`. Handles must be
@@ -96,7 +100,7 @@ def all_reduce(
     algorithm = choose_algorithm(x.shape, codec, ranks, algorithm)
     if ranks == 1 or x.numel() == 0:
         return PendingSum(x) if async_op else x
-    rows = part_rows(x.shape, codec, ranks, exchange.chunk_bytes(x.device))
+    rows = part_rows(x.shape, codec, ranks, exchange.chunk_bytes(x.device), chunks)
     pending = PendingAllReduce(x.new_empty(x.shape), rows, codec, group, algorithm)
     for part in x.detach().reshape(-1, x.shape[-1]).split(rows):
         pending.push(part, async_op or len(rows) > 1)
@@ -137,10 +141,12 @@ def reduce_scatter(
     return pending if async_op else pending.wait()
 
 
-def part_rows(shape: Sequence[int], codec: Codec | CodecPair, ranks: int, chunk_bytes: int) -> list[int]:
-    """Into how many rows each an `[..., hidden]` tensor is cut for messages of about `chunk_bytes` each."""
+def part_rows(
+    shape: Sequence[int], codec: Codec | CodecPair, ranks: int, chunk_bytes: int, chunks: int | None = None
+) -> list[int]:
+    """Into how many rows each an `[..., hidden]` tensor is cut: messages of about `chunk_bytes`, or `chunks`."""
     nbytes = max(each.message_bytes(shape) for each in step_codecs(codec))
-    return exchange.chunk_rows(math.prod(shape[:-1]), ranks, nbytes, chunk_bytes)
+    return exchange.chunk_rows(math.prod(shape[:-1]), ranks, nbytes, 1 if chunks else chunk_bytes, chunks)
 
 
 def _gather_sum(

@@ -8,8 +8,9 @@ Predicted seconds of one sum of V values over N ranks (`Figures` holds the measu
     scatter      wire: of an all-to-all                        codec: encode V, decode V
 
 A codec's fixed cost counts once a call of encode or decode, in every chunk. Where a message goes in chunks, codec and
-wire overlap: the longer of the two, and of the shorter one chunk's share, which nothing hides. That is the best that a
-pipeline can do: where codec and link share a processor, as over loopback, they hide less of each other.
+wire overlap: n chunks hide (1 - 1/n) of the shorter of the two, times the figures' `hidden`. That is 1 at best, a
+pipeline's; where codec and link share a processor, as over loopback, they hide less of each other. So many chunks are
+taken as are predicted fastest, within what the message's size allows, or as many as that where nothing was measured.
 """
 
 import math
@@ -72,10 +73,42 @@ def sum_seconds(
     shape: Sequence[int], codec: Codec | CodecPair, ranks: int, algorithm: str, figures: Figures = ASSUMED
 ) -> float:
     """Of a compressed all-reduce by `gather_sum` or `two_step`, on the rank that it takes longest."""
+    chunks = choose_chunks(shape, codec, ranks, algorithm, figures, figures.chunk_bytes)
+    wire, work = wire_and_work(shape, codec, ranks, algorithm, figures, chunks)
+    return wire + work - _hidden(wire, work, chunks, figures)
+
+
+def choose_chunks(
+    shape: Sequence[int],
+    codec: Codec | CodecPair,
+    ranks: int,
+    algorithm: str,
+    figures: Figures,
+    chunk_bytes: int,
+) -> int:
+    """Into how many chunks, of a message of at least `chunk_bytes` each, a sum by `algorithm` goes."""
+    nbytes = max(each.message_bytes(shape) for each in step_codecs(codec))
+    most = len(exchange.chunk_rows(math.prod(shape[:-1]), ranks, nbytes, chunk_bytes))
+    if not figures.codecs:
+        return most
+
+    def seconds(chunks: int) -> float:
+        wire, work = wire_and_work(shape, codec, ranks, algorithm, figures, chunks)
+        return wire + work - _hidden(wire, work, chunks, figures)
+
+    return min(range(1, most + 1), key=seconds)
+
+
+def _hidden(wire: float, work: float, chunks: int, figures: Figures) -> float:
+    return figures.hidden * min(wire, work) * (1 - 1 / chunks)
+
+
+def wire_and_work(
+    shape: Sequence[int], codec: Codec | CodecPair, ranks: int, algorithm: str, figures: Figures, chunks: int
+) -> tuple[float, float]:
+    """Seconds on the wire, and those of the codec, of a sum by `gather_sum` or `two_step` in so many chunks."""
     values, gather = math.prod(shape), figures.links["all_gather"]
     first, second = (figures.cost(each) for each in step_codecs(codec))
-    nbytes = max(each.message_bytes(shape) for each in step_codecs(codec))
-    chunks = len(exchange.chunk_rows(math.prod(shape[:-1]), ranks, nbytes, figures.chunk_bytes))
     if algorithm == "gather_sum":
         wire = gather.seconds(received_bytes(shape, codec, ranks, algorithm, 0))
         work = _encode(first, values, chunks) + _decode(first, ranks * values, chunks)
@@ -84,7 +117,7 @@ def sum_seconds(
         wire = figures.links["all_to_all"].seconds(scattered) + gather.seconds(gathered)
         work = _encode(first, values, chunks * ranks) + _decode(first, values, chunks)
         work += _encode(second, values / ranks, chunks) + _decode(second, values, chunks * ranks)
-    return max(wire, work) + min(wire, work) / chunks
+    return wire, work
 
 
 def scatter_seconds(shape: Sequence[int], codec: Codec, ranks: int, figures: Figures = ASSUMED) -> float:
@@ -94,7 +127,7 @@ def scatter_seconds(shape: Sequence[int], codec: Codec, ranks: int, figures: Fig
     wire = figures.links["all_to_all"].seconds((ranks - 1) / ranks * nbytes)
     chunks = len(exchange.chunk_rows(math.prod(shape[:-1]) // ranks, 1, nbytes, figures.chunk_bytes))
     work = _encode(cost, values, chunks * ranks) + _decode(cost, values, chunks)
-    return max(wire, work) + min(wire, work) / chunks
+    return wire + work - _hidden(wire, work, chunks, figures)
 
 
 def _encode(cost: CodecCost, values: float, calls: int = 1) -> float:

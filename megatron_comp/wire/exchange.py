@@ -31,14 +31,14 @@ OVERLAP_BYTES = {"cpu": 128 * 1024}
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def chunk_rows(rows: int, slices: int, nbytes: int, of_bytes: int) -> list[int]:
+def chunk_rows(rows: int, slices: int, nbytes: int, of_bytes: int, most: int | None = None) -> list[int]:
     """How many of a message's `rows` each chunk of at least `of_bytes` has, from things equal on all ranks.
 
-    slices: how many ranks the rows of one chunk are dealt out to. nbytes: of the message in one piece.
+    slices: how many ranks the rows of one chunk are dealt out to. nbytes: of the message in one piece. most: chunks.
     """
     unit = ALIGNMENT * slices
     units = rows // unit
-    count = min(nbytes // of_bytes, MAX_CHUNKS, units)
+    count = min(nbytes // of_bytes, MAX_CHUNKS if most is None else most, units)
     if count < 2:
         return [rows]
     chunks = [(units // count + (number < units % count)) * unit for number in range(count)]

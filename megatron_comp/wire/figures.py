@@ -12,6 +12,7 @@ The file is YAML:
     codecs:                             # seconds of a call = its fixed_s + values * its s_per_value
       fp4_e2m1:32:e8m0: {encode_fixed_s: ..., encode_s_per_value: ..., decode_fixed_s: ..., decode_s_per_value: ...}
     margin: 0.1                         # compress where stock is predicted to take more than 1.1 times as long
+    hidden: 0.8                         # of the shorter of codec and wire, what sums in many chunks hide; if absent, 1
 """
 
 import math
@@ -73,6 +74,9 @@ class Figures:
     measured: Mapping[str, object] = field(default_factory=dict)
     """When, where and in what; empty: nothing was."""
     source: str = "assumed: 25 Gbit/s, 50 us a phase, codecs not counted"
+    hidden: float = 1.0
+    """Share of the shorter of codec and wire that many chunks hide: 1 where they run side by side, 0 where they share
+    a processor that is busy already."""
 
     @property
     def ranks(self) -> int | None:
@@ -108,8 +112,8 @@ class Figures:
 
     @classmethod
     def _from_content(cls, content: object, source: str) -> "Figures":
-        keys = ("schema", "measured", "links", "codecs", "margin")
-        content = _mapping("", content, keys)
+        keys = ("schema", "measured", "links", "codecs", "margin", "hidden")
+        content = _mapping("", {"hidden": 1.0} | content if isinstance(content, dict) else content, keys)
         if content["schema"] != SCHEMA:
             raise ValueError(f"schema {content['schema']!r} is not {SCHEMA}, which this version reads")
         measured = _mapping("measured", content["measured"])
@@ -130,7 +134,10 @@ class Figures:
         }
         if not codecs:
             raise ValueError("codecs: none was measured")
-        return cls(links, codecs, _number("margin", content["margin"]), measured, source)
+        hidden = _number("hidden", content["hidden"])
+        if hidden > 1:
+            raise ValueError(f"hidden: {hidden} is a share above 1")
+        return cls(links, codecs, _number("margin", content["margin"]), measured, source, hidden)
 
     def write(self, path: str | Path) -> None:
         """As `from_file` reads it; whole or not at all."""
@@ -142,6 +149,7 @@ class Figures:
             "links": {name: asdict(link) for name, link in self.links.items()},
             "codecs": {name: asdict(cost) for name, cost in self.codecs.items()},
             "margin": self.margin,
+            "hidden": self.hidden,
         }
         partial = path.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(yaml.safe_dump(content, sort_keys=False, width=120))

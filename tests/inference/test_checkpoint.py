@@ -1,10 +1,10 @@
 """Distributed checkpoints: what a compressed model writes, stock Megatron reads, and the other way round, at any TP."""
 
 import os
-import subprocess
 import sys
 from argparse import Namespace
 
+import commands
 import pytest
 import torch
 from checkpoints import tiny_llama, tiny_mixtral
@@ -128,16 +128,13 @@ def load_trained(rank, world_size, source, folder):
 
 
 def test_what_training_wrote(sources, tmp_path):
-    """In a process of its own: Megatron's writers are processes, and a test's ranks may not have any."""
+    """By a command of its own: Megatron's writers are processes, and ranks of `run_ranks` may not have any."""
     source = sources["tied"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, __file__, source, tmp_path],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    # Code and no file, which those processes would import again, and Megatron with it.
+    code = "import sys, test_checkpoint; test_checkpoint.stock_save(2, *sys.argv[1:])"
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    command = commands.on_ranks(2, [sys.executable, "-c", code, source, tmp_path])
+    done = commands.run(command, {**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     (tmp_path / checkpoint.TRACKER).write_text("20")
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
@@ -225,7 +222,3 @@ def write(folder, files):
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
-
-
-if __name__ == "__main__":
-    stock_save(int(os.environ["WORLD_SIZE"]), *sys.argv[1:])

@@ -3,10 +3,10 @@
 import copy
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 from models import policy
 from ranks import run_ranks
@@ -77,14 +77,10 @@ def test_the_engine_tells_prefill_from_decode(engines):
 def test_the_script_as_it_is(engines, smollm2, tmp_path):
     file = tmp_path / "policy.yaml"
     file.write_text("codec: int8:32:fp16\nalgorithm: gather_sum\nmin_bytes: 0\nphases: {decode: none}\n")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", RANKS]
-    command = [sys.executable, *launcher, "-m", "megatron_comp.run", "--policy", file]
-    command += [SCRIPT, "--model", smollm2, "--new-tokens", NEW]
-    command += [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    path = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=150)
+    command = [sys.executable, "-m", "megatron_comp.run", "--policy", file, SCRIPT, "--model", smollm2]
+    command += ["--new-tokens", NEW, *(word for prompt in PROMPTS for word in ("--prompt", prompt))]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    done = commands.run(commands.on_ranks(RANKS, command), environment)
     assert done.returncode == 0, done.stderr[-3000:]
     texts = [line for line in done.stdout.splitlines() if line.startswith(("'The", '"The'))]
     assert texts == [repr(text) for text in engines[0]["decode stays"]]

@@ -12,6 +12,8 @@ import megatron_comp as mc
 from megatron_comp.inference.model import init_parallel
 from megatron_comp.layers.site import Phase, ReductionSite
 from megatron_comp.wire import exchange
+from megatron_comp.wire.codec import Codec
+from megatron_comp.wire.figures import LINKS, CodecCost, Figures, Link
 
 INPUT, OUTPUT = 144, 96
 SETTINGS = {
@@ -79,8 +81,8 @@ def in_parts_and_whole(rank, ranks):
             site = ReductionSite(policy(**words), 3, "mlp", timing=True)
             results.append((*run(linear(ranks, site), x, bytes_of_a_part), site.stats))
         made[name] = results
-    whole = linear(ranks, ReductionSite(policy(), 3, "mlp"), input_is_parallel=False)
-    made["input"] = [(*run(whole, x.repeat(1, 1, ranks), size), None) for size in (4000, 1 << 30)]
+    sizes = [(linear(ranks, ReductionSite(policy(), 3, "mlp"), input_is_parallel=False), n) for n in (4000, 1 << 30)]
+    made["input"] = [(*run(whole, x.repeat(1, 1, ranks), size), None) for whole, size in sizes]
     return made
 
 
@@ -142,6 +144,24 @@ def test_when_the_whole_is_computed_at_once():
         kept = {name: made.pop(name) for name in ("min_bytes", "none", "decode")}
         assert set(kept.values()) == {"ma"}
         assert set(made.values()) == {"mx"}, made
+
+
+@torch.no_grad()
+def by_figures(rank, ranks):
+    """Order of things with a link that parts hide work on, and with one that hides nothing."""
+    init_parallel(ranks)
+    x, orders = its_input(rank, ranks), []
+    for hidden in (1.0, 0.0):
+        cost = {str(Codec.parse("mxfp4")): CodecCost(1e-6, 1e-9, 1e-6, 1e-9)}
+        known = Figures(dict.fromkeys(LINKS, Link(1e7, 1e-4)), cost, measured={"ranks": 2}, hidden=hidden)
+        site = ReductionSite(policy(codec="mxfp4"), 3, "mlp", figures=known)
+        orders.append(run(linear(ranks, site), x, 4000)[2])
+    return orders
+
+
+def test_parts_are_computed_where_they_are_predicted_to_hide_something():
+    for hiding, not_hiding in run_ranks(by_figures, 2):
+        assert hiding == "mx" * 3 and not_hiding == "mx"
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import commands
 import pytest
 import torch
 
@@ -21,26 +22,29 @@ def command_environment(**more):
 
 @pytest.fixture
 def command():
-    """command(*args, launcher=(...)) -> CompletedProcess of `megatron-comp args`."""
+    """command(*args, **environment) -> CompletedProcess of `megatron-comp args`, in forked processes (`commands`)."""
+    return lambda *args, **environment: commands.run([*COMMAND, *args], command_environment(**environment))
 
-    def run(*args, launcher=None, timeout=240):
-        argv = [*(launcher or COMMAND), *map(str, args)]
-        return subprocess.run(argv, capture_output=True, text=True, timeout=timeout, env=command_environment())
+
+@pytest.fixture
+def real_command():
+    """Like `command`, in new processes from beginning to end. launcher: what to begin the command line with."""
+
+    def run(*args, launcher=COMMAND):
+        argv = [*launcher, *map(str, args)]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=240, env=command_environment())
 
     return run
 
 
 @pytest.fixture
 def start_command():
-    """Like `command`, without waiting; returns the Popen. Whatever still runs at the end of the test is killed."""
+    """Like `real_command`, without waiting; returns the Popen. Whatever still runs at the end of the test is killed."""
     started = []
 
-    def start(*args, **environment):
-        argv = [*COMMAND, *map(str, args)]
-        environment = command_environment(**environment)
-        started.append(
-            subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        )
+    def start(*args):
+        argv, pipe = [*COMMAND, *map(str, args)], subprocess.PIPE
+        started.append(subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, env=command_environment()))
         return started[-1]
 
     yield start

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -111,25 +112,20 @@ def test_prompt_longer_than_the_context(command, smollm2):
     assert_one_line(done.stderr, r"prompt of \d+ tokens and 32 new ones exceed the model's context of 8192")
 
 
-def test_ranks_with_different_policies(start_command, smollm2, unused_port):
+def test_ranks_with_different_policies(command, smollm2, unused_port):
     """Each rank started by hand, as a wrong job script would: both say what both have."""
-    ranks = [
-        start_command(
-            *("generate", "--model", smollm2, "--tp", 3, *GENERATE, "--codec", codec),
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE="3",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(unused_port),
-            GLOO_SOCKET_IFNAME="lo",
-        )
-        for rank, codec in enumerate(["mxfp4", "mxfp4", "mxfp8"])
-    ]
-    for rank, process in enumerate(ranks):
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 2
+
+    def start(rank, codec):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port), "GLOO_SOCKET_IFNAME": "lo"}
+        place |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3"}
+        return command("generate", "--model", smollm2, "--tp", 3, *GENERATE, "--codec", codec, **place)
+
+    with ThreadPoolExecutor(3) as threads:
+        ranks = list(threads.map(start, range(3), ["mxfp4", "mxfp4", "mxfp8"]))
+    for rank, done in enumerate(ranks):
+        assert done.returncode == 2
         expected = rf"error on rank {rank}: .*differs .*rank 0: version .*mxfp4.*rank 2: version .*mxfp8"
-        assert_one_line(errors, expected)
+        assert_one_line(done.stderr, expected)
 
 
 def test_killed_rank(start_command, smollm2):

@@ -110,7 +110,7 @@ def test_ranks_with_different_sums_are_refused():
 def own_share_exact(rank, ranks):
     """As if a rank kept its own share exact, which shipped as a bug in two public systems."""
 
-    def harmful(x, codec, group, algorithm):
+    def harmful(x, codec, group, algorithm, chunks=None):
         messages = [codec.encode(sums.partial_sum(other, x.shape, x.dtype, CPU)) for other in range(ranks)]
         decoded = [codec.decode(message, x.shape, torch.float32) for message in messages]
         decoded[rank] = x.float()

@@ -3,19 +3,22 @@
 import csv
 import json
 import re
-import shutil
+from dataclasses import replace
 
 import pytest
+import torch
+from characters import character_llama
 from checkpoints import tiny_llama
 from ranks import run_ranks
+from safetensors.torch import save_file
 
 from megatron_comp import cli
 from megatron_comp.policy import CompressionPolicy
 from megatron_comp.tools import session
 from megatron_comp.tools.bench import links, ttft
 
-COLUMNS = ["policy", "algorithm", "tp", "link", "prompt_tokens", "dtype", "ttft_ms", "p20_ms", "p80_ms"]
-COLUMNS += ["speedup_vs_none", "bytes_per_rank"]
+COLUMNS = ["policy", "algorithm", "tp", "link", "prompt_tokens", "dtype", "dropped", "ttft_ms"]
+COLUMNS += ["p20_ms", "p80_ms", "speedup_vs_none", "bytes_per_rank"]
 LAYERS, HIDDEN = 3, 96
 
 
@@ -41,6 +44,7 @@ def measured(_rank, ranks, folder, tokens, runs):
     settings = [session.NONE]
     for algorithm in ("gather_sum", "two_step"):
         settings.append(session.Setting(algorithm, CompressionPolicy(codec="mxfp4", algorithm=algorithm, min_bytes=0)))
+    settings.append(session.Setting("drop", replace(settings[1].policy, layers={0: {"attention": "drop"}, 1: "none"})))
     try:
         return ttft.measure(build_model(folder), settings, tokens, runs), seen
     finally:
@@ -50,39 +54,44 @@ def measured(_rank, ranks, folder, tokens, runs):
 
 def test_rows(tiny):
     (rows, seen), *_ = run_ranks(measured, 2, tiny, 8, 3, init=False)
-    assert seen == [(8, 1, True)] * 3 * 4  # a prefill of the whole prompt, each setting once more than is counted
-    assert [list(row) for row in rows] == [COLUMNS] * 3
+    assert seen == [(8, 1, True)] * 4 * 4  # a prefill of the whole prompt, each setting once more than is counted
+    assert [list(row) for row in rows] == [COLUMNS] * 4
     assert [(row["policy"], row["algorithm"]) for row in rows] == [
         ("none", "all_reduce"),
         *zip(*[("gather_sum", "two_step")] * 2),
+        ("drop", "gather_sum"),
     ]
     # Two sums a layer of fp32 [8, 96]: a ring receives the tensor once, a message of mxfp4 is 48 + 3 bytes a row,
     # sections padded to 16; of 4 rows 192 + 16.
     expected = [8 * HIDDEN * 4, 8 * 48 + 32, 2 * (4 * 48 + 16)]
-    assert [row["bytes_per_rank"] for row in rows] == [2 * LAYERS * nbytes for nbytes in expected]
+    ring, message, _ = expected
+    received = [2 * LAYERS * nbytes for nbytes in expected]
+    assert [row["bytes_per_rank"] for row in rows] == [*received, 2 * ring + 3 * message]
+    assert [row["dropped"] for row in rows] == [0, 0, 0, 1]
     for row in rows:
         assert (row["tp"], row["prompt_tokens"], row["dtype"], row["link"]) == (2, 8, "float32", "local")
         assert 0 < row["p20_ms"] <= row["ttft_ms"] <= row["p80_ms"]
         assert row["speedup_vs_none"] == pytest.approx(rows[0]["ttft_ms"] / row["ttft_ms"])
 
 
-def test_command_with_policies(command, smollm2, tmp_path):
-    """A checkpoint with a real tokenizer, which the command loads."""
-    folder = tiny_llama(tmp_path / "model", vocab_size=49152)
-    for file in smollm2.glob("tokenizer*"):
-        shutil.copy(file, folder)
-    for name, codec in (("four.yaml", "mxfp4"), ("eight.yaml", "mxfp8")):
-        (tmp_path / name).write_text(f"codec: {codec}\nmin_bytes: 0\n")
-    policies = [str(tmp_path / name) for name in ("four.yaml", "eight.yaml")]
+def test_command_with_policies(command, tmp_path):
+    """One of them with weights of its own, as `megatron-comp search --with-drop` writes them."""
+    folder = character_llama(tmp_path / "model", num_hidden_layers=LAYERS)
+    save_file({"model.layers.1.mlp.up_proj.weight": torch.zeros(144, 96)}, tmp_path / "w", {"tensor_parallel": "2"})
+    (tmp_path / "four.yaml").write_text("codec: mxfp4\nmin_bytes: 0\n")
+    (tmp_path / "drop.yaml").write_text("codec: mxfp8\nmin_bytes: 0\nlayers: {1: {attention: drop}}\n")
+    policies = [str(tmp_path / name) for name in ("four.yaml", "drop.yaml")]
     files = {"json": tmp_path / "rows.json", "csv": tmp_path / "rows.csv", "figure": tmp_path / "rows.png"}
     done = command(
         *("bench", "ttft", "--model", folder, "--tp", 2, "--tokens", 8, "--runs", 1, "--dtype", "bfloat16"),
         *(f"--policy={policy}" for policy in policies),
         *(f"--{option}={file}" for option, file in files.items()),
+        *("--weights", tmp_path / "w"),
     )
     assert done.returncode == 0, done.stderr
     content = json.loads(files["json"].read_text())
     assert [row["policy"] for row in content["rows"]] == ["none", *policies]
+    assert [row["dropped"] for row in content["rows"]] == [0, 0, 1]
     assert {row["dtype"] for row in content["rows"]} == {"bfloat16"}
     assert content["config"]["tokens"] == 8 and "threads" in content["config"]["device"]
     with files["csv"].open() as file:

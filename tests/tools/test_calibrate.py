@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import redirect_stdout
+from dataclasses import replace
 
 import pytest
 from ranks import run_ranks
@@ -10,9 +11,9 @@ from ranks import run_ranks
 from megatron_comp import cli
 from megatron_comp.tools import calibrate
 from megatron_comp.tools.calibrate import _advice, fit
-from megatron_comp.tools.calibrate.measure import Setting, Timings
+from megatron_comp.tools.calibrate.measure import CHUNKS, Setting, Timings
 from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.cost import pays, ring_bytes, stock_seconds, sum_seconds
+from megatron_comp.wire.cost import pays, ring_bytes, stock_seconds, sum_seconds, wire_and_work
 from megatron_comp.wire.figures import LINKS, CodecCost, Figures, Link
 
 MXFP4 = Codec.parse("mxfp4")
@@ -49,10 +50,12 @@ def known(rate=1e7, margin=0.1, encode_fixed_s=1e-4, ranks=3):
     return Figures(links, {str(MXFP4): cost}, margin, {"ranks": ranks, "device": "cpu"})
 
 
-def test_times_that_follow_the_model_give_back_its_figures():
+@pytest.mark.parametrize("hidden", [0.0, 0.3, 1.0])
+def test_times_that_follow_the_model_give_back_its_figures(hidden):
     """Exact times in, the same figures out, and no more margin than the least."""
     codecs = {"mxfp4": MXFP4}
-    setting, truth, samples = Setting(codecs, [(4, 1024), (32, 1024), (96, 1024)], "float32", 1), known(), {}
+    setting, samples = Setting(codecs, [(4, 1024), (32, 1024), (192, 1024)], "float32", 1), {}
+    truth = replace(known(), hidden=hidden)
     for shape in setting.shapes:
         for name in LINKS:
             samples[name, shape] = [truth.links[name].seconds(fit._received(setting, name, shape, 3))]
@@ -61,11 +64,16 @@ def test_times_that_follow_the_model_give_back_its_figures():
         samples["decode", shape, "mxfp4"] = [cost.decode_fixed_s + 3 * values * cost.decode_s_per_value]
         for way in ("gather_sum", "two_step"):
             samples["sum", shape, "mxfp4", way] = [sum_seconds(shape, MXFP4, 3, way, truth)]
+            for chunks in (1, CHUNKS):
+                wire, work = wire_and_work(shape, MXFP4, 3, way, truth, chunks)
+                together = hidden * min(wire, work) * (chunks - 1) / chunks
+                samples["pieces", shape, "mxfp4", way, chunks] = [wire + work - together]
     made, misfits = fit.figures(setting, Timings(samples), truth.measured)
     for name in LINKS:
         assert made.links[name].bytes_per_s == pytest.approx(1e7) and made.links[name].latency_s == pytest.approx(1e-4)
         assert misfits[name] < 1e-9
     assert list(made.cost(MXFP4).__dict__.values()) == pytest.approx([1e-4, 1e-9, 1e-4, 1e-9])
+    assert made.hidden == pytest.approx(hidden, abs=1e-9)
     assert made.margin == 0.1
     # Whole sums that take twice as long as their parts say: those that then lose to stock must be kept.
     promised = []
@@ -141,7 +149,7 @@ def test_a_run_leaves_figures_that_later_runs_find(tmp_path):
     first, second = run_ranks(calibrated, 2, words + files)
     made = Figures.from_file(tmp_path / "figures.yaml")
     assert (made.ranks, made.measured["backend"], made.measured["dtype"]) == (2, "gloo", "float32")
-    assert set(made.codecs) == {str(MXFP4)} and made.margin >= 0.1
+    assert set(made.codecs) == {str(MXFP4)} and made.margin >= 0.1 and 0 <= made.hidden <= 1
     assert all(1e5 < link.bytes_per_s < 1e13 for link in made.links.values())
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row.get("collective") or row["codec"] for row in rows] == [*LINKS, "mxfp4"]

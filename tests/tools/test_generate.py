@@ -1,17 +1,18 @@
 import json
 import sys
 
+NEW = 8
 PROMPT = "The three branches of the government of the United States are"
-ARGUMENTS = ("--tp", 3, "--prompt", PROMPT, "--max-new-tokens", 32)
+ARGUMENTS = ("--tp", 3, "--prompt", PROMPT, "--max-new-tokens", NEW)
 
 
-def test_own_ranks_and_torchrun_give_one_text(command, smollm2, tmp_path):
+def test_own_ranks_and_torchrun_give_one_text(command, real_command, smollm2, tmp_path):
     """Also: what the JSON holds, and that every reduction was compressed."""
     arguments = ("generate", "--model", smollm2, *ARGUMENTS, "--codec", "mxfp4", "--json")
     own = command(*arguments, tmp_path / "own.json")
     assert own.returncode == 0, own.stderr
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    torchrun = command(*arguments, tmp_path / "torchrun.json", launcher=[*torchrun, "-m", "megatron_comp.cli"])
+    torchrun = real_command(*arguments, tmp_path / "torchrun.json", launcher=[*torchrun, "-m", "megatron_comp.cli"])
     assert torchrun.returncode == 0, torchrun.stderr
 
     content = json.loads((tmp_path / "own.json").read_text())
@@ -22,11 +23,11 @@ def test_own_ranks_and_torchrun_give_one_text(command, smollm2, tmp_path):
     assert row["text"] == json.loads((tmp_path / "torchrun.json").read_text())["rows"][0]["text"]
 
     # Two reductions in each of 30 layers, in the prefill and for each token after the first.
-    assert (row["new_tokens"], row["compressed_calls"], row["kept_calls"]) == (32, 60 * 32, 0)
+    assert (row["new_tokens"], row["compressed_calls"], row["kept_calls"]) == (NEW, 60 * NEW, 0)
     # Two ranks send messages of mxfp4: half a byte a value and a byte for 32, each section padded to 16 bytes.
     message = row["prompt_tokens"] * 576 // 2 + -(-row["prompt_tokens"] * 18 // 16) * 16
     assert row["prefill_bytes_per_rank"] == 60 * 2 * message
-    assert row["decode_bytes_per_rank"] == 60 * 31 * 2 * (288 + 32)
+    assert row["decode_bytes_per_rank"] == 60 * (NEW - 1) * 2 * (288 + 32)
 
 
 def test_policy_file_keeps_decode(command, smollm2, tmp_path):

@@ -1,5 +1,6 @@
 """`megatron-comp plan`: its arithmetic by hand, its errors on published figures, its advice and its messages."""
 
+import argparse
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from megatron_comp import cli
 from megatron_comp.policy import CompressionPolicy
 from megatron_comp.tools import plan
 from megatron_comp.tools.plan import published
+from megatron_comp.tools.plan.figures import figures_of
 from megatron_comp.tools.plan.hardware import Gpu, Shares, Wire, figures_for, wire_of
 from megatron_comp.tools.plan.models import MODELS, Model, from_config, load
 from megatron_comp.tools.plan.predict import Job, compute_seconds, sums
@@ -154,6 +156,61 @@ def test_measured_rows(capsys, tmp_path):
     assert [each["error_pct"] for each in made] == pytest.approx([0, 0], abs=1e-6)
 
 
+def test_measured_rows_of_a_policy_with_drops_and_mixed_codecs(capsys, tmp_path):
+    """As `bench ttft` names it: by its file. Times by hand, at 0.9 of 100 kbit/s and no latency."""
+    FIGURES.write(tmp_path / "figures.yaml")
+    policy, model = tmp_path / "policy.yaml", tmp_path / "config.json"
+    policy.write_text(
+        "codec: mxfp4\nalgorithm: gather_sum\nmin_bytes: 0\n"
+        "layers: {0: {attention: drop, mlp: int8:32:fp16}, 1: {attention: none}, 2: {attention: drop, mlp: none}}\n"
+    )
+    sizes = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    model.write_text(json.dumps(sizes | {"num_key_value_heads": 2, "vocab_size": 100}))
+    stock, int8, mxfp4 = 16 * 64 * 4, 16 * 64 + 16 * 2 * 2, 16 * 32 + 16 * 2
+    predicted = 50 + 1e3 * (2 * stock + int8 + mxfp4) / (0.9 * 1e5 / 8)
+    row = {"algorithm": "gather_sum", "tp": 2, "link": "100kbit", "prompt_tokens": 16, "speedup_vs_none": 1.0}
+    rows = [row | {"policy": str(policy), "ttft_ms": 2 * predicted, "dropped": 2}]
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
+    words = ["--model", model, "--tp", 2, "--tokens", 16, "--dtype", "float32", "--compute-ms", 50]
+    words += ["--calibration", tmp_path / "figures.yaml", "--json", tmp_path / "out.json"]
+    run(capsys, *words, "--measured", tmp_path / "rows.json")
+    (made,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert (made["predicted_ms"], made["error_pct"]) == (pytest.approx(predicted), pytest.approx(-50))
+    run(capsys, *words, "--policy", policy, "--link", "100kbit", "--codec", "mxfp4")
+    (made,) = (row for row in json.loads((tmp_path / "out.json").read_text())["rows"] if row["codec"] == str(policy))
+    assert made["ttft_ms"] == pytest.approx(predicted) and (made["dropped"], made["compressed"]) == (2, 2)
+    policy.unlink()
+    assert cli.main(["plan", *map(str, words), "--measured", str(tmp_path / "rows.json")]) == 2
+    assert "neither a codec nor a policy file that is there" in capsys.readouterr().err
+
+
+def test_what_dropping_would_add(capsys, tmp_path):
+    where = ("--tp", 8, "--gpu", "l4", "--link", "pcie4x16", "--codec", "mxfp4", "--json", tmp_path / "rows.json")
+    out = run(capsys, "--model", "llama-2-70b", *where, "--drop", 50)
+    *_, two_step, alone, both = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(row["codec"], row["dropped"]) for row in (two_step, alone, both)] == [
+        *zip(("mxfp4", "none", "mxfp4"), (0, 40, 40))
+    ]
+    saved = two_step["share_of_sums"] * two_step["ttft_ms"] / 4  # half of attention's sums, of as many of the MLP's
+    assert both["ttft_ms"] == pytest.approx(two_step["ttft_ms"] - saved)
+    gain = two_step["ttft_ms"] / both["ttft_ms"]
+    assert (
+        f"Dropping 40 of attention's sums beside mxfp4 by two_step: {both['ttft_ms']:.0f} ms predicted, {gain:.2f}"
+        in out
+    )
+    out = run(
+        capsys, "--model", "llama-2-7b", "--tp", 2, "--gpu", "H100", "--link", "nvlink4", "--tokens", 64, "--drop", 25
+    )
+    assert "Leave compression off" in out and "Dropping 8 of attention's sums alone" in out
+
+
+def test_a_link_alone_leaves_codecs_out():
+    args = argparse.Namespace(calibration=None, gpu=None, wire="100mbit")
+    known = figures_of(args, [Codec.parse("mxfp4")], 3, 4)
+    assert known.cost(Codec.parse("mxfp4")) == CodecCost() and known.links["all_gather"].bytes_per_s == 0.9 * 100e6 / 8
+    assert known.links == figures_for(EASY, wire_of("100mbit"), ALL, [], 3).links
+
+
 WHOLE = ["--model", "llama-2-7b", "--tp", "2"]
 
 
@@ -171,6 +228,11 @@ WHOLE = ["--model", "llama-2-7b", "--tp", "2"]
         ([*WHOLE, "--compute-ms", "5", "--link", "1gbit"], "--compute-ms needs --calibration"),
         ([*WHOLE, "--gpu", "L4", "--link", "1gbit", "--codec", "mxfp5"], "codec 'mxfp5'"),
         ([*WHOLE, "--gpu", "L4", "--link", "1gbit", "--batch", "0"], "--batch 0"),
+        ([*WHOLE, "--gpu", "L4", "--link", "1gbit", "--drop", "0"], "--drop 0: allowed are percents above 0"),
+        (
+            ["--model", "mixtral-8x7b", "--tp", "2", "--gpu", "L4", "--link", "1gbit", "--drop", "50"],
+            "a mixture of experts cannot do without attention's sums",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(capsys, arguments, message):

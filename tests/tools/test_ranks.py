@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import commands
 import pytest
 
 from megatron_comp import cli
@@ -44,9 +45,10 @@ def test_every_rank_runs_in_the_environment_of_a_launcher(tmp_path):
         ("rank == '0' and os.kill(os.getpid(), 9)", 1, ["error on rank 0: was killed"]),
     ],
 )
-def test_status_and_what_ranks_report(capfd, code, status, told):
-    assert start(REPORT + code) == status
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("megatron-comp:")]
+def test_status_and_what_ranks_report(code, status, told):
+    done = commands.run(commands.on_ranks(3, [sys.executable, "-c", REPORT + code]), dict(os.environ))
+    assert done.returncode == status
+    errors = [line for line in done.stderr.splitlines() if line.startswith("megatron-comp:")]
     assert len(errors) == len(told)
     for line, expected in zip(errors, told, strict=True):
         assert expected in line

@@ -1,36 +1,20 @@
 """The command on a tiny random Llama over two ranks: what it promises is what another command measures."""
 
-import contextlib
-import csv
-import io
 import json
-import os
 import shutil
 
 import pytest
 import yaml
-from checkpoints import tiny_llama
-from ranks import run_ranks
+from characters import character_llama
+from searches import CODECS, LENGTH, rows_of, search
 
 from megatron_comp import cli
 from megatron_comp.policy import CompressionPolicy
-from megatron_comp.tools.search import state as state_module
-
-CODECS = ("int3:32:e5m3", "int4:32:e5m3", "int5:16:e5m3", "int6:32:e5m3", "int8:32:e5m3")
-LENGTH = ("--tokens", "128", "--context", "64")
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A model whose tokens are characters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tiny_llama(tmp_path_factory.mktemp("llama"))
-    characters = Tokenizer(models.WordLevel({chr(code): code for code in range(128)}, unk_token="?"))
-    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=characters, unk_token="?").save_pretrained(folder)
-    return folder
+    return character_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -40,39 +24,8 @@ def text(tmp_path_factory, sotu_text):
     return file
 
 
-def rank_of_command(rank, world_size, folder, arguments, saves):
-    """One rank of the command, in `folder`; interrupted when the state is to be saved once more than `saves`."""
-    os.chdir(folder)
-    save, left = state_module.State.save, iter(range(saves))
-
-    def save_or_end(state):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        save(state)
-
-    state_module.State.save = save_or_end
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = cli.main(arguments)
-    return status, said.getvalue()
-
-
-def search(folder, llama, text, *arguments, saves=1000):
-    """(status, what rank 0 said); all ranks end alike."""
-    files = ["--out", "policy.yaml", "--csv", "rows.csv", "--state", "state.json"]
-    arguments = ["search", "--model", str(llama), "--tp", "2", "--text", str(text), *LENGTH, *files, *arguments]
-    (status, said), (other, _) = run_ranks(rank_of_command, 2, str(folder), arguments, saves, init=False)
-    assert status == other, said
-    return status, said
-
-
 def mixed(folder, llama, text, *arguments, **options):
     return search(folder, llama, text, *[w for c in CODECS for w in ("--codec", c)], *arguments, **options)
-
-
-def rows_of(folder):
-    with open(folder / "rows.csv") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module", params=["gather_sum", "two_step"])
@@ -123,10 +76,10 @@ def test_beats_one_codec_everywhere(done):
     assert len(json.loads((done / "rows.json").read_text())["rows"]) == len(rows)
 
 
-@pytest.mark.parametrize("saves", [1, 4])
-def test_resumed_equals_uninterrupted(done, llama, text, tmp_path, saves):
-    """Ended in the middle of the sensitivities, and between two tried policies."""
+def test_resumed_equals_uninterrupted(done, llama, text, tmp_path):
+    """Ended in the middle of the sensitivities, or between two tried policies."""
     algorithm = done.name.rstrip("0123456789")
+    saves = 1 if algorithm == "gather_sum" else 4
     arguments = ("--max-kl", "0.01", "--min-bytes", "0", "--algorithm", algorithm)
     assert mixed(tmp_path, llama, text, *arguments, saves=saves)[0] == 130
     assert not (tmp_path / "policy.yaml").exists()
@@ -179,6 +132,12 @@ def test_bound_out_of_reach(llama, text, tmp_path):
         (["--max-kl", "0.1", "--out", "nowhere/policy.yaml"], "--out nowhere/policy.yaml: not a file"),
         (["--max-kl", "0.1", "--text", "nowhere.txt"], "--text nowhere.txt: no such file"),
         (["--paper", "--algorithm", "two_step"], "--paper has its own candidates and sums by gather_sum"),
+        (["--max-kl", "0.1", "--link", "1gbit"], "--link is for --with-drop"),
+        (["--max-kl", "0.1", "--with-drop"], "--with-drop needs --link, a rate or one of pcie3x16"),
+        (["--max-kl", "0.1", "--with-drop", "--link", "fast"], "--link 'fast' is no rate"),
+        (["--max-kl", "0.1", "--with-drop", "--link", "1gbit", "--gpu", "L5"], "--gpu L5: allowed are L4"),
+        (["--max-kl", "0.1", "--with-drop", "--link", "1gbit", "--weights", "w"], "--weights and --weights-out go"),
+        (["--with-drop", "--paper"], "--paper has its own candidates: leave --with-drop out"),
     ],
 )
 def test_seen_before_any_rank_starts(capsys, monkeypatch, llama, text, arguments, message):

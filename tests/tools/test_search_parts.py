@@ -9,12 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_comp.policy import CompressionPolicy
-from megatron_comp.tools.search import paper, solve
+from megatron_comp.tools.plan.models import Model
+from megatron_comp.tools.plan.predict import Job
+from megatron_comp.tools.search import paper, solve, with_drop
 from megatron_comp.tools.search.bound import Bound
-from megatron_comp.tools.search.candidates import policy_of
+from megatron_comp.tools.search.candidates import policy_of, policy_of_names
 from megatron_comp.tools.search.results import policy_text
 from megatron_comp.tools.search.solve import Choice, Frontier
 from megatron_comp.tools.search.tune import tune
+from megatron_comp.tools.search.with_drop import Words
+from megatron_comp.wire.codec import Codec
+from megatron_comp.wire.figures import LINKS, Figures, Link
 
 CHOICES = st.lists(
     st.tuples(st.integers(1, 60), st.integers(0, 40)).map(lambda t: Choice(f"{t}", 16 * t[0], t[1] / 8)),
@@ -113,6 +118,58 @@ def test_policy_says_what_was_picked(tmp_path_factory, data, algorithm):
     for layer, site, _ in picked:
         phases = read.codec_name(layer, site, "prefill").split(">")
         assert phases * (steps if len(phases) == 1 else 1) == [picked[layer, site, s].name for s in range(steps)]
+
+
+def test_policy_says_which_blocks_drop():
+    names = {(layer, site): "mxfp4" for layer in range(6) for site in ("attention", "mlp")}
+    names |= {(layer, "attention"): "drop" for layer in (1, 2, 5)} | {(5, "mlp"): "none"}
+    policy = policy_of_names(names, "gather_sum")
+    drop = {"attention": "drop"}
+    assert (policy.codec, policy.sites) == ("mxfp4", {}) and policy.layers == {"1-2": drop, 5: drop | {"mlp": "none"}}
+    everywhere = policy_of_names({name: "drop" if name[1] == "attention" else "mxfp4" for name in names}, "two_step")
+    assert all(map(everywhere.drops, range(6))) and everywhere.codec_name(3, "mlp", "prefill") == "mxfp4"
+
+
+@pytest.mark.parametrize("algorithm", ["gather_sum", "two_step"])
+def test_blocks_take_the_least_time_of_all_combinations(algorithm):
+    """Two layers, two codecs, one layer that can be dropped in two ways: against every combination, times by hand."""
+    model = Model(layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=100)
+    figures = Figures(dict.fromkeys(LINKS, Link(1e6, 1e-4)), {}, 0.1, {"ranks": 2, "device": "cpu"})
+    codecs = tuple(map(Codec.parse, ("int4:32:fp16", "int8:32:fp16")))
+    nbytes = {"none": 2 * 16 * 64 * 4 // 2} | {str(codec): codec.message_bytes((16, 64)) for codec in codecs}
+    half = {str(codec): codec.message_bytes((8, 64)) for codec in codecs}
+    places = [
+        {"layer": layer, "site": site, "damage": [[8 * n, n], [4 * n, 2 * n]], "joined": [[9 * n, 2 * n], [3 * n, n]]}
+        for n, (layer, site) in enumerate(itertools.product((0, 1), ("attention", "mlp")), 1)
+    ]
+    drops = {1: [(False, 3.0), (True, 1.0)]}
+    steps = 1 if algorithm == "gather_sum" else 2
+
+    def words(damages):
+        """(seconds, damage) of one sum. Damages are of 10 tokens."""
+        yield nbytes["none"] / 1e6 + 1e-4, 0.0
+        for phases in itertools.product(range(2), repeat=steps):
+            sizes = [(nbytes if steps == 1 else half)[str(codecs[n])] for n in phases]
+            yield sum(sizes) / 1e6 + steps * 1e-4, sum(damages[s][n] for s, n in enumerate(phases)) / 10
+
+    def blocks(layer):
+        attention, mlp = places[2 * layer : 2 * layer + 2]
+        for (a, b), (c, d) in itertools.product(words(attention["damage"]), words(mlp["damage"])):
+            yield a + c, b + d
+        for _, kl in drops.get(layer, ()):
+            for a, b in words(mlp["joined"]):
+                yield a, kl + b
+
+    found = with_drop.items(places, Words(codecs, algorithm, Job(model, 2, 1, 16, 4), figures), 10, drops)
+    frontier, dropped = Frontier(found), set()
+    for bound in (0.05, 0.5, 1.2, 1.6, 3.5, 8.0):
+        picked = frontier.cheapest(bound)
+        least = min(s + t for (s, x), (t, y) in itertools.product(blocks(0), blocks(1)) if x + y <= bound)
+        # Costs are rounded up to units of a 60000th of what they span.
+        assert sum(choice.cost for choice in picked.values()) / 1e9 == pytest.approx(least, rel=1e-4)
+        assert sum(choice.damage for choice in picked.values()) <= bound
+        dropped.add((picked[1].name[0] == "drop", picked[1].name[2]))
+    assert (True, True) in dropped and (False, False) in dropped
 
 
 def test_policy_is_short():

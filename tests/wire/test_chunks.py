@@ -43,6 +43,13 @@ def test_chunks_make_up_the_rows(rows, slices, nbytes, of_bytes):
         assert 0 <= chunks[0] // (16 * slices) - chunks[-1] // (16 * slices) <= 1
 
 
+def test_a_number_of_chunks_that_is_asked_for():
+    assert exchange.chunk_rows(1000, 1, 10, 1, 3) == [336, 336, 328]
+    assert exchange.chunk_rows(1000, 1, 1 << 30, 1, 1) == [1000]
+    assert len(exchange.chunk_rows(1 << 20, 4, 1 << 30, 1, 40)) == 40
+    assert exchange.chunk_rows(100, 2, 1 << 30, 1, 40) == [32, 32, 36]
+
+
 def test_how_many_chunks():
     """At least so many bytes each, and never more than the largest number."""
     assert exchange.chunk_rows(1000, 1, 1023, 512) == [1000]

@@ -1,6 +1,7 @@
 """What is predicted to move, and which algorithm `auto` takes from it."""
 
 import math
+from dataclasses import replace
 
 import oracles
 import pytest
@@ -11,6 +12,7 @@ from megatron_comp.wire.codec import parse_codec
 from megatron_comp.wire.cost import (
     ALGORITHMS,
     choose_algorithm,
+    choose_chunks,
     pays,
     received_bytes,
     received_bytes_scatter,
@@ -21,7 +23,7 @@ from megatron_comp.wire.cost import (
     stock_seconds,
     sum_seconds,
 )
-from megatron_comp.wire.figures import LINKS, CodecCost, Figures, Link
+from megatron_comp.wire.figures import ASSUMED, LINKS, CodecCost, Figures, Link
 
 RANKS = [2, 3, 4, 5, 6, 8]
 SHAPES = [(1, 576), (7, 33), (5, 1), (2, 3, 576), (512, 8192), (33,), (4, 1024, 4096)]
@@ -235,6 +237,41 @@ def test_chunks_hide_all_of_the_shorter_but_one_chunk():
     work = 16 * 3e-4 + values * (1e-9 + 4 * 3e-9)
     assert wire > work
     assert sum_seconds(shape, codec, 4, "gather_sum", FIGURES) == pytest.approx(wire + work / 16)
+
+
+@pytest.mark.parametrize("way", ALGORITHMS[1:])
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp4>mxfp8"])
+def test_the_number_of_chunks_that_is_predicted_fastest(name, way):
+    """Fixed costs of the chunks against what they hide, from the formula by hand."""
+    shape, codec = (2048, 4096), parse_codec(name)
+    if name == "mxfp4>mxfp8" and way == "gather_sum":
+        return
+    values, message = math.prod(shape), parse_codec("mxfp4").message_bytes(shape)
+    for hidden in (0.0, 0.02, 0.2, 1.0):
+        known = replace(FIGURES, hidden=hidden)
+        seconds = []
+        for n in range(1, 17):
+            if way == "gather_sum":
+                wire = 3e-3 + 3 * message / 4e6
+                work = n * (1e-4 + 2e-4) + values * (1e-9 + 4 * 3e-9)
+            elif name == "mxfp4":
+                wire = 4e-3 + 0.75 * message / 5e6 + 3e-3 + 0.75 * message / 4e6
+                work = n * (4 * 1e-4 + 2e-4 + 1e-4 + 4 * 2e-4) + values * (1e-9 + 3e-9 + 0.25e-9 + 3e-9)
+            else:
+                longer = parse_codec("mxfp8").message_bytes(shape)
+                wire = 4e-3 + 0.75 * message / 5e6 + 3e-3 + 0.75 * longer / 4e6
+                work = n * (4 * 1e-4 + 2e-4 + 5e-4 + 4 * 6e-4) + values * (1e-9 + 3e-9 + 5e-9 / 4 + 7e-9)
+            seconds.append(wire + work - hidden * min(wire, work) * (1 - 1 / n))
+        best = choose_chunks(shape, codec, 4, way, known, 1 << 18)
+        assert best == 1 + seconds.index(min(seconds))
+        assert sum_seconds(shape, codec, 4, way, known) == pytest.approx(min(seconds))
+        assert (best == 1) == (hidden == 0.0) or 0 < hidden < 1
+
+
+def test_chunks_go_by_size_where_no_codec_was_measured():
+    shape, codec = (2048, 4096), parse_codec("mxfp4")
+    assert choose_chunks(shape, codec, 4, "gather_sum", ASSUMED, 1 << 20) == codec.message_bytes(shape) // (1 << 20)
+    assert choose_chunks((31, 4096), codec, 4, "gather_sum", ASSUMED, 1) == 1
 
 
 def figures(rate, latency=1e-4, margin=0.1, speed=1.0):

@@ -16,6 +16,7 @@ EXAMPLE = Figures(
     {str(MXFP4): CodecCost(1e-5, 2e-9, 3e-5, 1e-9), str(INT8): CodecCost(2e-5, 1e-9, 1e-5, 5e-9)},
     0.25,
     MEASURED,
+    hidden=0.5,
 )
 
 
@@ -23,11 +24,12 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     path = tmp_path / "made" / "figures.yaml"
     EXAMPLE.write(path)
     read = Figures.from_file(path)
-    assert (read.links, read.codecs, read.margin, read.measured) == (
+    assert (read.links, read.codecs, read.margin, read.measured, read.hidden) == (
         EXAMPLE.links,
         EXAMPLE.codecs,
         EXAMPLE.margin,
         EXAMPLE.measured,
+        0.5,
     )
     assert read.source == str(path) and read.ranks == 3
     assert [file.name for file in path.parent.iterdir()] == ["figures.yaml"]
@@ -65,7 +67,7 @@ def links(**changed):
     [
         (content(schema=2), r"schema 2 is not 1"),
         ({key: value for key, value in content().items() if key != "links"}, r"links is missing"),
-        (content(speed=3), r"'speed' is unknown; allowed are schema, measured, links, codecs, margin"),
+        (content(speed=3), r"'speed' is unknown; allowed are schema, measured, links, codecs, margin, hidden"),
         (content(measured=MEASURED | {"ranks": 1}), r"measured: ranks: 1 is not a number of ranks above 1"),
         (content(measured=MEASURED | {"device": "tpu"}), r"measured: device: 'tpu' is not one of cpu, cuda"),
         (content(links=links(ring={})), r"links: 'ring' is unknown; allowed are all_reduce, "),
@@ -79,6 +81,8 @@ def links(**changed):
         (content(codecs={"mxfp4": {"encode_fixed_s": 1}}), r"codecs: mxfp4: encode_s_per_value is missing"),
         (content(margin=-0.1), r"margin: -0.1 is not a number >= 0"),
         (content(margin=math.nan), r"margin: nan is not a number >= 0"),
+        (content(hidden=1.5), r"hidden: 1.5 is a share above 1"),
+        (content(hidden="all"), r"hidden: 'all' is not a number"),
         (content(margin="much"), r"margin: 'much' is not a number"),
         ([1, 2], r"expected names with values, got \[1, 2\]"),
         (None, r"expected names with values, got None"),
@@ -102,6 +106,12 @@ def test_numbers_as_yaml_takes_them_for_text(tmp_path):
     path = tmp_path / "figures.yaml"
     path.write_text(yaml.safe_dump(content()).replace("margin: 0.1", "margin: 1e-1"))
     assert Figures.from_file(path).margin == 0.1
+
+
+def test_files_that_say_nothing_of_chunks_take_them_to_hide_all(tmp_path):
+    path = tmp_path / "figures.yaml"
+    path.write_text(yaml.safe_dump(content()))
+    assert Figures.from_file(path).hidden == ASSUMED.hidden == 1.0
 
 
 @pytest.fixture

@@ -91,7 +91,9 @@ def test_equals_the_reference(element, scale):
 @pytest.mark.parametrize("element", oracles.ELEMENTS)
 @pytest.mark.parametrize("scale", oracles.SCALES)
 def test_equals_the_reference_in_corners(element, scale):
+    """Every second rule and set of flags, so that each meets its scale with every second element."""
     options = [(rule, *flags) for rule in oracles.rules(scale) for flags in oracles.flag_sets(element)]
+    options = options[[*oracles.ELEMENTS].index(element) % 2 :: 2]
     for seed, (option, block) in enumerate(zip(options, itertools.cycle(oracles.BLOCKS))):
         fmt = Format.parse(oracles.name(element, block, scale, *option))
         x = corner_rows(2 * block + 5, DTYPES[seed % 3])

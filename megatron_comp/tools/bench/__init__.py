@@ -2,40 +2,36 @@
 
 import argparse
 
+from ..subcommands import Subcommands
 from . import codec, collective, ttft
 
-BENCHES = {
-    "codec": (codec, "encode, decode and sum on one device, beside a plain copy of the tensor"),
-    "collective": (
-        collective,
-        "the sum over ranks, stock, in 16 bits and compressed, as they are or on links of a rate",
-    ),
-    "ttft": (ttft, "time to first token of a model, stock and compressed, as they are or on links of a rate"),
-}
+EPILOG = None  # each bench has its own
+
+BENCHES = Subcommands(
+    "bench",
+    {
+        "codec": (codec, "encode, decode and sum on one device, beside a plain copy of the tensor"),
+        "collective": (
+            collective,
+            "the sum over ranks, stock, in 16 bits and compressed, as they are or on links of a rate",
+        ),
+        "ttft": (ttft, "time to first token of a model, stock and compressed, as they are or on links of a rate"),
+    },
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = None  # each bench has its own
-    benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
-    for name, (module, help_) in BENCHES.items():
-        bench = benches.add_parser(
-            name,
-            help=help_,
-            description=module.__doc__.partition(": ")[2],
-            epilog=module.EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(bench)
+    BENCHES.add_to(parser)
 
 
 def check(args: argparse.Namespace) -> None:
-    BENCHES[args.bench][0].check(args)
+    BENCHES.chosen(args).check(args)
 
 
 def start(args: argparse.Namespace, argv: list[str]) -> int:
     """Of a bench with `--link`, where no ranks were started yet: runs `megatron-comp argv` on ranks of its own."""
-    return BENCHES[args.bench][0].start(args, argv)
+    return BENCHES.chosen(args).start(args, argv)
 
 
 def run(args: argparse.Namespace) -> None:
-    BENCHES[args.bench][0].run(args)
+    BENCHES.chosen(args).run(args)

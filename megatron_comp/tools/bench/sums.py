@@ -1,6 +1,7 @@
 """`megatron-comp bench collective`: what is measured of one tensor and one group, and what follows from the times."""
 
 import hashlib
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from tqdm import tqdm
 
 from ...wire.codec import CodecPair
 from ...wire.collectives import all_reduce
-from ...wire.cost import choose_algorithm, received_bytes, ring_bytes
+from ...wire.cost import choose_algorithm, choose_chunks, received_bytes, ring_bytes
+from ...wire.figures import Figures, find_figures
 from .. import output
 from . import links, timing
 
@@ -35,7 +37,7 @@ def measure(setting, shape: tuple[int, int], ranks: int, group, device: torch.de
     """The rows of one shape over the first `ranks` ranks, which are `group`. All ranks call this together."""
     x = partial_sum(dist.get_rank(), shape, setting.dtype, device)
     member = dist.get_rank() < ranks
-    entries = list(_entries(setting, x, ranks, group))
+    entries = list(_entries(setting, x, ranks, group, _figures(ranks, device)))
     errors = [_error(entry, ranks, group, x) if member else 0.0 for entry in entries]  # also what warms up
     seconds = []
     quiet = not output.is_first_rank()
@@ -50,7 +52,16 @@ def partial_sum(rank: int, shape: tuple[int, int], dtype: torch.dtype, device: t
     return torch.empty(shape, dtype=dtype).normal_(generator=torch.Generator().manual_seed(rank)).to(device)
 
 
-def _entries(setting, x: torch.Tensor, ranks: int, group) -> Iterator[Entry]:
+def _figures(ranks: int, device: torch.device) -> Figures:
+    """Those that layers would go by, the same on all ranks: what `calibrate` left for such a group, else assumed."""
+    hosts = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    found = [find_figures(ranks, len(set(hosts[:ranks])), dist.get_backend(), device.type)]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _entries(setting, x: torch.Tensor, ranks: int, group, figures: Figures) -> Iterator[Entry]:
     summed = x.clone()  # in place, as Megatron does it
 
     def stock() -> torch.Tensor:
@@ -64,10 +75,13 @@ def _entries(setting, x: torch.Tensor, ranks: int, group) -> Iterator[Entry]:
         for algorithm in setting.algorithms:
             if isinstance(codec, CodecPair) and algorithm == "gather_sum":
                 continue
-            chosen = choose_algorithm(x.shape, codec, ranks, algorithm)
+            chosen = choose_algorithm(x.shape, codec, ranks, algorithm, figures)
             # The first rank's slice is as long as any, and so is what it receives.
             bytes_on_wire = received_bytes(x.shape, codec, ranks, chosen, 0)
-            yield Entry(name, chosen, bytes_on_wire, partial(all_reduce, x, codec, group, chosen))
+            chunks = None
+            if figures.codecs:
+                chunks = choose_chunks(x.shape, codec, ranks, chosen, figures, figures.chunk_bytes)
+            yield Entry(name, chosen, bytes_on_wire, partial(all_reduce, x, codec, group, chosen, chunks=chunks))
 
 
 def _gather_sum_16(x: torch.Tensor, ranks: int, group) -> torch.Tensor:

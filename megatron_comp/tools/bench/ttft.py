@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from ...policy import DROP
 from .. import output, session
 from . import figure, links, options, timing
 
@@ -17,6 +18,7 @@ COLUMNS = {
     "link": ("link", ""),
     "prompt_tokens": ("prompt tokens", "d"),
     "dtype": ("dtype", ""),
+    "dropped": ("dropped", "d"),
     "ttft_ms": ("TTFT ms, median", ".1f"),
     "p20_ms": ("p20", ".1f"),
     "p80_ms": ("p80", ".1f"),
@@ -30,6 +32,7 @@ One row a setting, in the table and in the files; the first is the model with st
   algorithm      of the reductions that were compressed, all_reduce where none was
   tp, link, prompt_tokens, dtype
                  what was run
+  dropped        sums that the policy leaves out
   ttft_ms, p20_ms, p80_ms
                  milliseconds of a prefill with KV cache, until the last rank has the first token: median over the runs
   speedup_vs_none
@@ -42,6 +45,8 @@ turn, so that a slow moment hits all alike, each once before anything counts.
 
 {links.EPILOG}
 A policy file's `min_bytes: auto` goes by `megatron-comp calibrate`; a codec compresses every message (--min-bytes 0).
+
+--weights are in all rows, the first included: the time does not depend on them.
 
 What the figures do not show: several requests at once, decoding, and what the policy does to the model's predictions,
 for which see `megatron-comp evaluate`.
@@ -72,7 +77,7 @@ def start(args: argparse.Namespace, argv: list[str]) -> int:
 
 def run(args: argparse.Namespace) -> None:
     settings = check(args)
-    with session.opened(args) as (model, _tokenizer):
+    with session.opened(args, args.weights) as (model, _tokenizer):
         rows = measure(model, settings, args.tokens, args.runs)
         circumstances = options.circumstances(model.embedding.word_embeddings.weight.device)
     links.hand_over(args, rows, circumstances, report)
@@ -111,6 +116,7 @@ def measure(model, settings: list[session.Setting], tokens: int, runs: int) -> l
                 "link": links.here(),
                 "prompt_tokens": tokens,
                 "dtype": str(model.config.params_dtype).removeprefix("torch."),
+                "dropped": received.kept_because[DROP],
                 "ttft_ms": median,
                 **times,
                 "speedup_vs_none": (rows[0]["ttft_ms"] if rows else median) / median,

@@ -12,7 +12,7 @@ from ...wire.cost import sum_seconds
 from ...wire.figures import VARIABLE, default_path
 from .. import output
 from . import fit
-from .measure import DTYPES, Setting, measure
+from .measure import CHUNKS, DTYPES, Setting, measure
 
 CODECS = ("mxfp4", "nvfp4", "int4:32:fp16", "int4:32:fp16:hadamard", "int5:32:fp16:hadamard", "int8:32:fp16")
 
@@ -42,9 +42,10 @@ value) is laid through the medians, least in relative error; a collective's line
 include what Python takes.
 
 The file holds these lines, and the margin that a prediction must gain before `min_bytes: auto` compresses: so much that
-every whole sum that took longer than stock here would have been kept, at least 10 %. Runs of a group like this one
-(ranks, machines, backend, device, network interface) find it by themselves; {VARIABLE} names another file, or says
-`assumed`.
+every whole sum that took longer than stock here would have been kept, at least 10 %; and what share of codec or wire,
+whichever is shorter, sums in chunks hide, from sums of the largest size in one piece and in {CHUNKS}. Runs of a group
+like this one (ranks, machines, backend, device, network interface) find it by themselves; {VARIABLE} names
+another file, or says `assumed`.
 
 Columns: pays from: the size of an uncompressed message from which `min_bytes: auto` compresses it and all larger ones;
 predicted, measured and stock ms, speed-up: of the largest message, by the algorithm that was measured faster.
@@ -144,6 +145,7 @@ def _show(setting, timings, figures, misfits, args) -> None:
     shown = [row | {"pays_from_bytes": _size(row["pays_from_bytes"])} for row in codecs]
     output.show(f"codecs; the largest message has {largest:,d} bytes", CODEC_COLUMNS, shown)
     output.write_json(args.json, vars(args), [*links, *codecs])
+    print(f"Chunks hide {figures.hidden:.0%} of codec or wire, whichever is shorter.")
     print(_advice(codecs, largest, figures.margin))
 
 

@@ -1,11 +1,13 @@
 """From times to figures: a line through each operation's medians, and a margin for what lines get wrong."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ...wire.codec import Codec
-from ...wire.cost import pays, ring_bytes, stock_seconds, sum_seconds
+from ...wire.collectives import part_rows
+from ...wire.cost import pays, ring_bytes, stock_seconds, sum_seconds, wire_and_work
 from ...wire.figures import LINKS, MARGIN, CodecCost, Figures, Link
-from .measure import Setting, Timings
+from .measure import CHUNKS, Setting, Timings
 
 # Where the search for the size that pays ends; also a prefill of 16k tokens of an 8k-wide model stays below.
 LARGEST_BYTES = 256 << 20
@@ -57,8 +59,9 @@ def figures(setting: Setting, timings: Timings, about: Mapping[str, object]) -> 
             parts += line([(s[0] * s[1] * messages, timings.median(operation, s, name)) for s in setting.shapes])
         codecs[str(codec)] = CodecCost(*parts)
     unproven = Figures(links, codecs, 0.0, about, "just measured")
+    unproven = replace(unproven, hidden=_hidden(setting, timings, unproven))
     margin = max(MARGIN, *(_lost(setting, timings, unproven, shape) for shape in setting.shapes))
-    return Figures(links, codecs, margin, about, "just measured"), misfits
+    return replace(unproven, margin=margin), misfits
 
 
 def _received(setting: Setting, name: str, shape: tuple[int, int], ranks: int) -> float:
@@ -66,6 +69,22 @@ def _received(setting: Setting, name: str, shape: tuple[int, int], ranks: int) -
         return ring_bytes(setting.nbytes(shape), ranks, 2 if name == "all_reduce" else 1)
     count = -(-setting.message_bytes(shape) // ranks) * ranks
     return (ranks - 1) * (count if name == "all_gather" else count / ranks)
+
+
+def _hidden(setting: Setting, timings: Timings, unproven: Figures) -> float:
+    """What chunks saved of the shorter of codec and wire, as a share of what they could hide: over all codecs and both
+    algorithms, of the largest size. 1 where that has too few rows to be cut."""
+    saved = could = 0.0
+    shape, ranks = setting.shapes[-1], unproven.ranks
+    for name, codec in setting.codecs.items():
+        count = len(part_rows(shape, codec, ranks, 1, CHUNKS))
+        for way in ("gather_sum", "two_step"):
+            whole, cut = (timings.median("pieces", shape, name, way, chunks) for chunks in (1, CHUNKS))
+            how = shape, codec, ranks, way, unproven
+            (_, work), (wire, longer) = wire_and_work(*how, 1), wire_and_work(*how, count)
+            saved += whole - cut + longer - work
+            could += min(wire, longer) * (1 - 1 / count)
+    return min(max(saved / could, 0.0), 1.0) if could else 1.0
 
 
 def _lost(setting: Setting, timings: Timings, unproven: Figures, shape: tuple[int, int]) -> float:

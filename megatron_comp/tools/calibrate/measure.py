@@ -18,6 +18,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Tensors below this are over in microseconds and noisy: they are timed so many times a round.
 SMALL_BYTES = 256 * 1024
 SMALL_SAMPLES = 5
+# Of the largest tensor, beside sums as they are run: in one piece and in so many, which shows what chunks hide.
+CHUNKS = 4
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Setting:
 
 
 class Timings:
-    """Seconds by what was timed: (operation, shape[, codec[, algorithm]])."""
+    """Seconds by what was timed: (operation, shape[, codec[, algorithm[, chunks]]])."""
 
     def __init__(self, samples: dict[tuple, list[float]]) -> None:
         self.samples = samples
@@ -93,6 +95,10 @@ def _calls(setting: Setting, shape: tuple[int, int], device: torch.device) -> di
         calls["decode", shape, name] = lambda codec=codec, messages=messages: codec.decode_sum(messages, shape, x.dtype)
         for way in ("gather_sum", "two_step"):
             calls["sum", shape, name, way] = lambda codec=codec, way=way: all_reduce(x, codec, None, way)
+            for chunks in (1, CHUNKS) if shape == setting.shapes[-1] else ():
+                calls["pieces", shape, name, way, chunks] = lambda codec=codec, way=way, chunks=chunks: all_reduce(
+                    x, codec, None, way, chunks=chunks
+                )
     return calls
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import yaml
 
+from ...policy import CompressionPolicy
+
 CLASSES = ("insensitive", "sensitive", "extreme")
 
 
@@ -50,6 +52,12 @@ def layers_that_drop(blocks: list[int]) -> dict[str, dict[str, str]]:
         else:
             ranges.append([block, block])
     return {f"{a}-{b}" if a != b else str(a): {"attention": "drop"} for a, b in ranges}
+
+
+def dropped_blocks(policy: CompressionPolicy) -> list[int]:
+    """Layers whose attention's sum a policy leaves out."""
+    named = {int(end) for key in policy.layers for end in str(key).split("-")}
+    return [layer for layer in range(max(named, default=-1) + 1) if policy.drops(layer)]
 
 
 def write_policy(path: str, blocks: list[int], codec: str) -> None:

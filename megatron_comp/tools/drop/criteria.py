@@ -1,5 +1,6 @@
-"""Names of the criteria by which heads are assigned to ranks; what they mean is in `heads.py`."""
+"""Names that options take: criteria by which heads are assigned to ranks (`heads.py`), losses (`training.py`)."""
 
 ASSIGNMENTS = ("diverse", "similar")
 MATCHES = ("norm", "error")
 CRITERIA = tuple(f"{assign}-{match}" for assign in ASSIGNMENTS for match in MATCHES)
+LOSSES = ("relative", "mse")

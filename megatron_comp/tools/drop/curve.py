@@ -29,9 +29,7 @@ COLUMNS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_model(parser, "tp")
-    common.add_text(parser, tokens=6144)
-    common.add_ranks(parser)
+    common.add_ranks(parser, tokens=6144)
     parser.add_argument("--sensitivity", metavar="FILE", help="JSON of `megatron-comp drop sensitivity`")
     parser.add_argument("--distilled", metavar="FILE", help="weights of `megatron-comp drop distill` or `drop group`")
     parser.add_argument(

@@ -11,6 +11,7 @@ import torch
 from .. import output
 from . import common
 from .blocks import parse_blocks, write_policy
+from .criteria import LOSSES
 
 EPILOG = """\
 The weights go with a policy that drops the same blocks' sums, and only with it: in a stock block they are wrong.
@@ -27,10 +28,7 @@ COLUMNS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_model(parser, "ranks")
-    common.add_text(parser, tokens=65536)
-    parser.add_argument("--blocks", required=True, metavar="LIST", help="layers to distil, as in 0,3-5")
-    parser.add_argument("--out", required=True, metavar="FILE", help="safetensors to write the blocks' weights to")
+    common.add_blocks(parser, tokens=65536)
     parser.add_argument("--policy-out", metavar="FILE", help="write a policy there that drops those blocks' sums")
     parser.add_argument(
         "--start", metavar="FILE", help="weights to start from, as `megatron-comp drop group` writes them"
@@ -43,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1e-3,
         metavar="R",
         help="of AdamW, falling to 0 as a cosine (default 1e-3, for a model of 135M; the paper: 5e-5 for Llama-2)",
+    )
+    parser.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="relative",
+        help="of the difference from the full block's output: relative to each token's mean square (default), or mse, "
+        "the paper's",
     )
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the order of windows (default 1)")
     parser.add_argument("--log", metavar="FILE", help="write the loss there as CSV, a line an epoch")
@@ -60,18 +65,14 @@ def check(args: argparse.Namespace) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     from ...inference import hf
-    from .block import Block, check_split, stream
+    from .block import Block, stream
     from .training import Recipe, distill
-    from .weights import WeightsFile
+    from .weights import begin
 
     blocks = check(args)
-    config = hf.read_config(args.model)
-    check_split(config, args.ranks)
-    common.check_blocks(blocks, config)
-    recipe = Recipe(args.ranks, args.epochs, args.batch, args.learning_rate, args.seed)
+    recipe = Recipe(args.ranks, args.epochs, args.batch, args.learning_rate, args.loss, args.seed)
     start = {"start": common.digest(args.start)} if args.start else {}
-    file = WeightsFile(args.out, args.ranks, {**common.origin(args), "recipe": str(recipe), **start})
-    missing = [block for block in blocks if block not in file]
+    config, file, missing = begin(args, blocks, {"recipe": str(recipe), **start})
     if args.start:
         hf.check_extra(args.start, args.ranks)
     with hf.Checkpoint(args.model) as own, hf.Checkpoint(args.model, args.start) as started:

@@ -24,10 +24,7 @@ COLUMNS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_model(parser, "ranks")
-    common.add_text(parser, tokens=4096)
-    parser.add_argument("--blocks", required=True, metavar="LIST", help="layers whose heads to assign, as in 0,3-5")
-    parser.add_argument("--out", required=True, metavar="FILE", help="safetensors to write those weights to")
+    common.add_blocks(parser, tokens=4096)
     parser.add_argument(
         "--criterion",
         choices=("best", *CRITERIA),
@@ -44,16 +41,12 @@ def check(args: argparse.Namespace) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     from ...inference import hf
-    from .block import check_split, stream
+    from .block import stream
     from .heads import candidates, permuted_attention
-    from .weights import WeightsFile
+    from .weights import begin
 
     blocks = check(args)
-    config = hf.read_config(args.model)
-    check_split(config, args.ranks)
-    common.check_blocks(blocks, config)
-    file = WeightsFile(args.out, args.ranks, {**common.origin(args), "criterion": args.criterion})
-    missing = [block for block in blocks if block not in file]
+    config, file, missing = begin(args, blocks, {"criterion": args.criterion})
     with hf.Checkpoint(args.model) as own:
         for block, x, target, rope in stream(own, config, common.windows(args), missing):
             tried = candidates(block, x, target, rope, args.ranks)

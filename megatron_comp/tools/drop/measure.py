@@ -8,15 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from ...inference.generate import logits
-from ...inference.model import reload_layers
 from ...layers.apply import apply_compression, remove_compression, stats
 from ...policy import CompressionPolicy
-from .. import output
-from ..metrics import Prediction, Quality
+from ..comparison import Comparison
 from .common import digest
+from .exchange import Exchange
 
 
 class Measured:
@@ -59,17 +56,11 @@ class Measured:
 
 
 class Judge:
-    """A model and a text. windows: int64 `[windows, context]`.
-
-    Each rank keeps its part of the full model's log-probabilities: 4 bytes for each scored token and entry of its part
-    of the vocabulary.
-    """
+    """A model and a text, and what was measured of them. windows: int64 `[windows, context]`."""
 
     def __init__(self, model: torch.nn.Module, model_dir: str, windows: torch.Tensor, measured: Measured) -> None:
-        self.model, self.model_dir, self.windows, self.measured = model, model_dir, windows, measured
-        embedding = model.embedding.word_embeddings
-        self._vocab_start, self._group = embedding.vocab_start_index, embedding.tp_group
-        self._full: list[Prediction] = []
+        self.model, self.model_dir, self.measured = model, model_dir, measured
+        self._comparison = Comparison(model, windows)
 
     def point(
         self, name: str, policy: CompressionPolicy, weights: str | None = None, layers: Collection[int] = ()
@@ -78,24 +69,21 @@ class Judge:
 
         weights: a file whose weights take the place of the model's own in `layers`.
         """
-        key = f"{policy} {digest(weights)} {sorted(layers)}" if weights else str(policy)
+        key = key_of(policy, weights, layers)
         if key in self.measured.points:
             return self.measured.points[key]
-        self._measure_full()
-        remove_compression(self.model)
-        if weights:
-            reload_layers(self.model, self.model_dir, layers, weights)
+        self._comparison.measure_full()
+        exchange = Exchange(self.model, self.model_dir, weights) if weights else None
+        if exchange:
+            exchange.use(layers)
         try:
             apply_compression(self.model, policy)
-            quality = Quality()
-            for window, full in zip(tqdm(self.windows, name, disable=_silent()), self._full, strict=True):
-                said = self._predict(window)
-                quality.add(said, full, window[1:].to(said.best.device), self._vocab_start, self._group)
+            quality = self._comparison.quality(name)
             received = stats(self.model).received_bytes
         finally:
             remove_compression(self.model)
-            if weights:
-                reload_layers(self.model, self.model_dir, layers)
+            if exchange:
+                exchange.use()
         nll = quality.nll / quality.tokens
         return self.measured.keep(
             key,
@@ -107,14 +95,7 @@ class Judge:
             },
         )
 
-    def _measure_full(self) -> None:
-        if not self._full:
-            remove_compression(self.model)
-            self._full = [self._predict(window) for window in tqdm(self.windows, "full", disable=_silent())]
 
-    def _predict(self, window: torch.Tensor) -> Prediction:
-        return Prediction.of(logits(self.model, window[None])[0, :-1], self._vocab_start, self._group)
-
-
-def _silent() -> bool:
-    return not output.is_first_rank()
+def key_of(policy: CompressionPolicy, weights: str | None, layers: Collection[int]) -> str:
+    """Under which a point is kept: with weights, also what is in their file."""
+    return f"{policy} {digest(weights)} {sorted(layers)}" if weights else str(policy)

@@ -27,9 +27,7 @@ COLUMNS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_model(parser, "tp")
-    common.add_text(parser, tokens=2048)
-    common.add_ranks(parser)
+    common.add_ranks(parser, tokens=2048)
     parser.add_argument("--rank-by", choices=MEASURES, default="kl", help="which measure ranks blocks (default kl)")
     parser.add_argument(
         "--thresholds",

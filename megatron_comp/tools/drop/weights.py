@@ -1,14 +1,18 @@
 """Files of blocks' weights that take the place of a checkpoint's: read, and written block by block."""
 
+import argparse
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ...inference.hf import TENSOR_PARALLEL, check_extra
+from ...inference.hf import TENSOR_PARALLEL, check_extra, read_config
+from . import common
+from .block import check_split
 
 HOW = "made_by"
 
@@ -42,12 +46,48 @@ class WeightsFile:
         self.tensors |= tensors
         self.rows[str(block)] = row
         metadata = {TENSOR_PARALLEL: str(self.ranks), HOW: self.how, "rows": json.dumps(self.rows), "format": "pt"}
-        partial = self.path.with_name(self.path.name + ".partial")
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, partial, metadata=metadata)
-        os.replace(partial, self.path)
+        _replace(self.path, self.tensors, metadata)
+
+
+def begin(args: argparse.Namespace, blocks: list[int], how: dict) -> tuple[object, WeightsFile, list[int]]:
+    """What a step that writes weights starts from: the model's config, the file, and the blocks that are not in it.
+
+    how: besides model and text. Raises ValueError for blocks that the model does not have, and what `check_split` and
+    `WeightsFile` raise.
+    """
+    config = read_config(args.model)
+    check_split(config, args.ranks)
+    common.check_blocks(blocks, config)
+    file = WeightsFile(args.out, args.ranks, {**common.origin(args), **how})
+    return config, file, [block for block in blocks if block not in file]
 
 
 def blocks_in(path: str) -> set[int]:
-    """The numbers of the layers that a file of weights has a tensor of."""
+    """The numbers of the layers that a file of weights has a tensor of. Raises ValueError for tensors of no layer."""
     with safe_open(path, framework="pt") as file:
-        return {int(name.split(".")[2]) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+        return {_block_of(name, path) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+
+
+def write_blocks(path: str, blocks: Collection[int], out: str) -> None:
+    """The tensors of these blocks, and what is known of them, in a file of their own."""
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata() or {})
+        names = [name for name in file.keys() if _block_of(name, path) in blocks]  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in names}
+    rows = json.loads(metadata.get("rows", "{}"))
+    metadata["rows"] = json.dumps({block: row for block, row in rows.items() if int(block) in blocks})
+    _replace(out, tensors, metadata)
+
+
+def _block_of(name: str, path: str) -> int:
+    words = name.split(".")
+    if words[:2] != ["model", "layers"] or not words[2].isdecimal():
+        raise ValueError(f"weights {path}: {name} is of no layer")
+    return int(words[2])
+
+
+def _replace(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """An interruption leaves the file as it was or as it will be."""
+    partial = f"{path}.partial"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+    os.replace(partial, path)

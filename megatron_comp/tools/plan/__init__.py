@@ -1,16 +1,18 @@
 """`megatron-comp plan`: predicted time to first token, stock and compressed, and whether to compress; no GPU needed."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ...policy import CompressionPolicy
-from ...wire.codec import Codec, parse_codec
+from ...wire.codec import parse_codec
 from ...wire.cost import step_codecs
-from ...wire.figures import Figures, Link
 from .. import output
+from ..drop.blocks import dropped_blocks, layers_that_drop
 from . import measured, published
-from .hardware import GPUS, WIRES, Shares, figures_for, gpu_of, wire_of
-from .models import MODELS, load
+from .figures import figures_of
+from .hardware import GPUS, WIRES, Shares, gpu_of
+from .models import MODELS, Model, load
 from .predict import Job, compute_seconds, sums
 
 CODECS = ("mxfp4", "int4:32:fp16:hadamard", "int5:32:fp16:hadamard", "int8:32:fp16")
@@ -46,7 +48,6 @@ which is an assumption: nobody has measured the codecs on a GPU. --calibration t
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
     add = parser.add_argument
     add("--check", action="store_true", help="print the model's error on published measurements, and nothing else")
     add("--model", metavar="M", help="a name below, a checkpoint's folder, or a config.json")
@@ -61,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--calibration", metavar="FILE", help="link and codecs as `megatron-comp calibrate` measured them")
     add("--codec", action="append", metavar="C", help=f"again for more rows (default: {' '.join(CODECS)})")
     add("--policy", metavar="FILE", help="one more row: a policy, as its min_bytes and dropped sums make it")
+    add(
+        "--drop",
+        type=float,
+        metavar="PERCENT",
+        help="two more rows: so much of attention's sums dropped, alone and beside the best codec; and what that adds",
+    )
     add("--measured", metavar="FILE", help="what `bench ttft --json` wrote: print the errors of its rows")
     add("--json", metavar="FILE", help="write config, versions and rows there as one JSON object")
 
@@ -77,6 +84,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} {value}: at least one is needed")
     if (args.gpu is None) == (args.compute_ms is None):
         raise ValueError("give --gpu, one of " + ", ".join(GPUS) + ", or --compute-ms, and not both")
+    if args.drop is not None and not 0 < args.drop <= 100:
+        raise ValueError(f"--drop {args.drop:g}: allowed are percents above 0, up to 100")
     if args.compute_ms is not None and not args.compute_ms > 0:
         raise ValueError(f"--compute-ms {args.compute_ms}: a time above 0 is needed")
     if args.gpu is None and args.calibration is None:
@@ -106,53 +115,49 @@ def _plan(args: argparse.Namespace) -> list[dict]:
     policies = {args.policy: CompressionPolicy.from_file(args.policy)} if args.policy else {}
     for policy in policies.values():
         policy.check_layers(job.model.layers)
+    dropped = blocks_to_drop(job.model, args.drop) if args.drop else []
+    if job.model.experts and (dropped or any(map(dropped_blocks, policies.values()))):
+        raise ValueError(f"--model {args.model}: a mixture of experts cannot do without attention's sums")
     codecs = [codec for name in names for codec in step_codecs(parse_codec(name))]
     codecs += [c for p in policies.values() for name in p.named_codecs() for c in step_codecs(parse_codec(name))]
-    known = _figures(args, codecs)
+    known = figures_of(args, codecs, args.ranks, ITEMSIZES[args.dtype])
     compute = args.compute_ms / 1e3 if args.compute_ms else compute_seconds(job, gpu_of(args.gpu), Shares())
     if args.measured:
         rows = measured.rows(args.measured, job, compute, known)
         output.show(f"plan --measured {args.measured}", measured.COLUMNS, rows)
         return rows
-    rows = [_row("none", "all_reduce", CompressionPolicy(), job, compute, known, None)]
+    tried = [("none", "all_reduce", CompressionPolicy())]
     for name in names:
-        pair = ">" in name
-        for way in ("two_step",) if pair else ("gather_sum", "two_step"):
-            policy = CompressionPolicy(codec=name, algorithm=way, min_bytes=0)
-            rows.append(_row(name, way, policy, job, compute, known, rows[0]))
-    rows += [_row(name, "policy", policy, job, compute, known, rows[0]) for name, policy in policies.items()]
+        for way in ("two_step",) if ">" in name else ("gather_sum", "two_step"):
+            tried.append((name, way, CompressionPolicy(codec=name, algorithm=way, min_bytes=0)))
+    rows = [_row(*each, job, compute, known, compute + sums(job, CompressionPolicy(), known).seconds) for each in tried]
+    stock, best = rows[0]["ttft_ms"] / 1e3, max(range(len(rows)), key=lambda n: rows[n]["speedup_vs_none"])
+    rows += [_row(name, "policy", policy, job, compute, known, stock) for name, policy in policies.items()]
+    with_drops, layers = [], layers_that_drop(dropped)
+    for name, way, policy in [tried[n] for n in dict.fromkeys((0, best)) if dropped]:
+        with_drops.append(_row(name, way, replace(policy, layers=layers), job, compute, known, stock))
     where = f"{args.gpu or 'measured compute'}, {args.wire or args.calibration}"
-    output.show(f"plan: {args.model}, TP={args.ranks}, {args.batch}x{args.tokens} tokens, {where}", COLUMNS, rows)
-    print(advice(rows))
-    return rows
+    title = f"plan: {args.model}, TP={args.ranks}, {args.batch}x{args.tokens} tokens, {where}"
+    output.show(title, COLUMNS, rows + with_drops)
+    print(advice(rows, with_drops))
+    return rows + with_drops
 
 
-def _figures(args: argparse.Namespace, codecs: list[Codec]) -> Figures:
-    """Of the calibration file, of the peaks, or of both: a file's codecs and latencies on a link of another rate."""
-    if not args.calibration:
-        return figures_for(gpu_of(args.gpu), wire_of(args.wire), Shares(), codecs, args.ranks, ITEMSIZES[args.dtype])
-    known = Figures.from_file(args.calibration)
-    if known.ranks != args.ranks:
-        raise ValueError(f"--calibration {args.calibration}: measured with {known.ranks} ranks, not {args.ranks}")
-    return on_wire(known, args.wire) if args.wire else known
+def blocks_to_drop(model: Model, percent: float) -> list[int]:
+    """So much of the blocks, the last ones: which ones makes no difference to the time."""
+    count = round(model.layers * percent / 100)
+    return list(range(model.layers - count, model.layers))
 
 
-def on_wire(known: Figures, text: str) -> Figures:
-    """The same codecs and latencies on a link of this name or rate, or of less where they were measured at less."""
-    wire = wire_of(text)
-    rate = wire.gb_s * 1e9 * wire.reached
-    links = {name: Link(min(rate, link.bytes_per_s), link.latency_s) for name, link in known.links.items()}
-    return replace(known, links=links)
-
-
-def _row(name, algorithm, policy, job, compute, known, base) -> dict:
+def _row(name, algorithm, policy, job, compute, known, stock) -> dict:
+    """stock: seconds to first token with nothing compressed or dropped."""
     made = sums(job, policy, known)
     ttft = compute + made.seconds
     return {
         "codec": name,
         "algorithm": "+".join(sorted(made.algorithms)) or "all_reduce" if algorithm == "policy" else algorithm,
         "ttft_ms": ttft * 1e3,
-        "speedup_vs_none": base["ttft_ms"] / 1e3 / ttft if base else 1.0,
+        "speedup_vs_none": stock / ttft,
         "share_of_sums": made.seconds / ttft,
         "compressed": made.compressed,
         "kept": 2 * job.model.layers - made.compressed - made.dropped,
@@ -160,16 +165,28 @@ def _row(name, algorithm, policy, job, compute, known, base) -> dict:
     }
 
 
-def advice(rows: list[dict]) -> str:
-    """One sentence: whether to compress, and with what."""
+def advice(rows: list[dict], with_drops: Sequence[dict] = ()) -> str:
+    """One sentence: whether to compress, and with what; with rows that drop sums, another: what that would add."""
     base, best = rows[0], max(rows, key=lambda row: row["speedup_vs_none"])
     share = f"sums take {base['share_of_sums']:.0%} of the time to first token"
     if best["speedup_vs_none"] < WORTH:
-        return f"Leave compression off: {share} without it, and nothing here is predicted to gain 5 %."
-    what = f"{best['codec']} by {best['algorithm']}"
-    if best["dropped"]:
-        what += f", {best['dropped']} sums dropped"
+        said = f"Leave compression off: {share} without it, and nothing here is predicted to gain 5 %."
+        best = base
+    else:
+        what = f"{best['codec']} by {best['algorithm']}"
+        if best["dropped"]:
+            what += f", {best['dropped']} sums dropped"
+        said = (
+            f"Compress with {what}: {best['ttft_ms']:.0f} ms instead of {base['ttft_ms']:.0f} predicted, "
+            f"{best['speedup_vs_none']:.2f} times as fast, since {share} without it; measure its quality first."
+        )
+    if not with_drops:
+        return said
+    dropped = with_drops[0] if best is base else with_drops[-1]
+    (before,) = (r for r in rows if (r["codec"], r["algorithm"]) == (dropped["codec"], dropped["algorithm"]))
+    beside = "alone" if before is base else f"beside {before['codec']} by {before['algorithm']}"
     return (
-        f"Compress with {what}: {best['ttft_ms']:.0f} ms instead of {base['ttft_ms']:.0f} predicted, "
-        f"{best['speedup_vs_none']:.2f} times as fast, since {share} without it; measure its quality first."
+        f"{said} Dropping {dropped['dropped']} of attention's sums {beside}: {dropped['ttft_ms']:.0f} ms predicted, "
+        f"{before['ttft_ms'] / dropped['ttft_ms']:.2f} times as fast as without; `megatron-comp drop` measures its "
+        "quality."
     )

@@ -4,6 +4,7 @@ Peaks are the makers'. Shares and fixed costs are assumptions, the same for ever
 the systems that it is checked on, and says to which rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...wire.codec import Codec
@@ -93,11 +94,17 @@ class Shares:
     layer_us: float = 200.0
 
 
-def figures_for(gpu: Gpu, wire: Wire, shares: Shares, codecs: list[Codec], ranks: int, itemsize: int = 2) -> Figures:
-    """What sums are predicted from. A ring takes N - 1 hops a pass, a gather or an all-to-all as many."""
+def links_of(wire: Wire, ranks: int) -> dict[str, Link]:
+    """A ring takes N - 1 hops a pass, a gather or an all-to-all as many."""
     rate, hop = wire.gb_s * 1e9 * wire.reached, wire.hop_us * 1e-6 * (ranks - 1)
     links = {"all_reduce": Link(rate, 2 * hop)}
-    links |= {name: Link(rate, hop) for name in ("reduce_scatter", "all_gather", "all_to_all")}
+    return links | {name: Link(rate, hop) for name in ("reduce_scatter", "all_gather", "all_to_all")}
+
+
+def figures_for(
+    gpu: Gpu, wire: Wire, shares: Shares, codecs: Sequence[Codec], ranks: int, itemsize: int = 2
+) -> Figures:
+    """What sums are predicted from."""
     memory = gpu.memory_gb_s * 1e9 * shares.codec
     costs = {}
     for codec in codecs:
@@ -107,4 +114,4 @@ def figures_for(gpu: Gpu, wire: Wire, shares: Shares, codecs: list[Codec], ranks
         costs[str(codec)] = CodecCost(
             fixed, (itemsize + in_message) / memory, fixed, (in_message + itemsize / ranks) / memory
         )
-    return Figures(links, costs, MARGIN, {"ranks": ranks, "device": "cuda"}, "assumed from peaks")
+    return Figures(links_of(wire, ranks), costs, MARGIN, {"ranks": ranks, "device": "cuda"}, "assumed from peaks")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ...policy import CompressionPolicy
 from ...wire.figures import Figures
+from .figures import on_wire
 from .predict import Job, sums
 
 COLUMNS = {
@@ -24,8 +25,6 @@ def rows(file: str, job: Job, compute: float, known: Figures) -> list[dict]:
 
     Raises ValueError for a file that `bench ttft --json` did not write, or without a row of so many ranks and tokens.
     """
-    from . import on_wire
-
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         found = [{key: row[key] for key in NEEDED} | {"algorithm": row.get("algorithm")} for row in content["rows"]]
@@ -36,7 +35,7 @@ def rows(file: str, job: Job, compute: float, known: Figures) -> list[dict]:
         if (row["tp"], row["prompt_tokens"]) != (job.tp, job.tokens):
             continue
         there = known if row["link"] in ("local", "unshaped", "network") else on_wire(known, row["link"])
-        seconds = compute + sums(job, _policy(row), there).seconds
+        seconds = compute + sums(job, _policy(row, file), there).seconds
         stock = compute + sums(job, CompressionPolicy(), there).seconds
         made.append(
             {
@@ -54,11 +53,16 @@ def rows(file: str, job: Job, compute: float, known: Figures) -> list[dict]:
     return made
 
 
-def _policy(row: dict) -> CompressionPolicy:
+def _policy(row: dict, file: str) -> CompressionPolicy:
     """Of a codec's name, every sum compressed as the row says; or of a policy file."""
     if row["policy"] == "none":
         return CompressionPolicy()
     if Path(row["policy"]).is_file():
         return CompressionPolicy.from_file(row["policy"])
     algorithm = row["algorithm"] if row["algorithm"] in ("gather_sum", "two_step") else "auto"
-    return CompressionPolicy(codec=row["policy"], algorithm=algorithm, min_bytes=0)
+    try:
+        return CompressionPolicy(codec=row["policy"], algorithm=algorithm, min_bytes=0)
+    except ValueError:
+        raise ValueError(
+            f"--measured {file}: row of {row['policy']}: neither a codec nor a policy file that is there"
+        ) from None

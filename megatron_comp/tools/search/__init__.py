@@ -6,9 +6,10 @@
     3. Truth (`tune.py`): the chosen policy runs on the text with real compressed sums; the budget is moved until what
        is measured is just within the bound.
 
-`two_step` rounds twice: each phase of each place then is an item of its own. `--paper` instead tries one codec for all
-places, as arXiv 2411.09510 did (`paper.py`). With `--state` every step is kept in a file, and the same command goes on
-from it; searches with another bound or algorithm use the same measurements.
+`two_step` rounds twice: each phase of each place then is an item of its own. `--with-drop` may also leave out the sum
+after attention, and minimises predicted time on a link in the place of bits (`with_drop.py`). `--paper` tries one codec
+for all places, as arXiv 2411.09510 did (`paper.py`). With `--state` every step is kept in a file, and the same command
+goes on from it; searches with another bound, algorithm, link or distilled weights use the same measurements.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from ...version import __version__
 from .. import output, session
+from . import options
 from .bound import MAX_INCREASE_PCT, Bound
 from .candidates import CANDIDATES, parse_candidates
 from .results import report
@@ -29,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="DIR", help="folder of a Hugging Face Llama or Mixtral checkpoint"
     )
     parser.add_argument("--tp", type=int, required=True, metavar="N", help="tensor-parallel ranks, 2 or more")
-    parser.add_argument("--text", required=True, metavar="FILE", help="calibration text: not the one to be judged by")
-    parser.add_argument("--tokens", type=int, default=4096, metavar="K", help="how much of it (default 4096)")
-    parser.add_argument("--context", type=int, default=512, metavar="L", help="in windows of so many (default 512)")
+    session.add_text(parser, 4096, "calibration text: not the one to be judged by")
     bound = parser.add_mutually_exclusive_group()
     bound.add_argument("--max-kl", type=float, metavar="X", help="bound: nats a token, to the uncompressed model")
     bound.add_argument("--max-perplexity-increase", type=float, metavar="P", help="bound: percent")
@@ -59,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state", metavar="FILE", help="keep every step there, and go on from it")
     parser.add_argument("--figure", metavar="FILE", help="draw bits against KL of every tried point")
     parser.add_argument("--csv", metavar="FILE", help="write the rows there")
-    parser.add_argument("--json", metavar="FILE", help="write config, versions and rows there as one JSON object")
     parser.add_argument(
         "--paper",
         action="store_true",
@@ -69,24 +68,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token-dispatcher", choices=session.TOKEN_DISPATCHERS, default="allgather", help="of a Mixtral"
     )
-    parser.add_argument("--dtype", choices=session.DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=300,
-        metavar="SECONDS",
-        help="after which a rank that hears nothing from another fails (default 300)",
-    )
+    options.add_arguments(parser)
+    session.add_dtype(parser)
+    session.add_run_arguments(parser)
 
 
 def check(args: argparse.Namespace) -> None:
     session.check_files(args)
     if args.tp < 2:
         raise ValueError(f"--tp {args.tp}: one rank sums nothing; 2 or more have something to compress")
-    if not 2 <= args.context <= args.tokens:
-        raise ValueError(f"--context {args.context}: allowed are 2 to --tokens {args.tokens}")
-    if not Path(args.text).is_file():
-        raise ValueError(f"--text {args.text}: no such file")
+    session.check_text(args)
     for option in ("out", "state", "figure", "csv"):
         output.check_file(f"--{option}", getattr(args, option))
     if args.max_kl is None and args.max_perplexity_increase is None and not args.paper:
@@ -97,28 +88,42 @@ def check(args: argparse.Namespace) -> None:
     if args.paper and (args.codec or args.algorithm != "gather_sum"):
         raise ValueError("--paper has its own candidates and sums by gather_sum: leave --codec and --algorithm out")
     parse_candidates(args.codec)
+    options.check(args)
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..drop.exchange import Exchange
+    from ..drop.weights import write_blocks
     from ..evaluate import read_windows
     from .measure import Calibration
     from .mixed import search_mixed
     from .paper import search_uniform
     from .state import State
+    from .with_drop import Words, search_with_drop
 
     check(args)
     candidates = parse_candidates(args.codec or list(CANDIDATES))
     with session.opened(args) as (model, tokenizer):
         windows = read_windows(args, tokenizer)
-        state = State(args.state, _settings(args, candidates, next(model.parameters()).dtype))
+        dtype = next(model.parameters()).dtype
+        state = State(args.state, _settings(args, candidates, dtype))
         if state.continued and output.is_first_rank():
             print(f"search: going on from {args.state}", flush=True)
-        calibration = Calibration(model, windows, state)
+        exchange = Exchange(model, args.model, args.distilled) if args.distilled else None
+        calibration = Calibration(model, windows, state, exchange)
         if args.paper:
             found = search_uniform(calibration, _bound(args), args.min_bytes)
+        elif args.with_drop:
+            figures = options.figures(args, candidates, dtype.itemsize)
+            if output.is_first_rank() and (warning := options.untimed(figures, candidates)):
+                print(warning, flush=True)
+            words = Words(candidates, args.algorithm, options.job(args, dtype.itemsize), figures)
+            found = search_with_drop(calibration, _bound(args), words, args.min_bytes)
         else:
             found = search_mixed(calibration, _bound(args), candidates, args.algorithm, args.min_bytes)
     if output.is_first_rank():
+        if found.distilled:
+            write_blocks(args.distilled, found.distilled, args.weights_out)
         report(args, found, list(state.seen["points"].values()), state.settings)
 
 
@@ -139,7 +144,7 @@ def _settings(args: argparse.Namespace, candidates: tuple, dtype) -> dict:
         "tokens": args.tokens,
         "context": args.context,
         "dtype": str(dtype).removeprefix("torch."),
-        "search": "paper" if args.paper else "mixed",
+        "search": "paper" if args.paper else "with drop" if args.with_drop else "mixed",
         "candidates": [] if args.paper else [str(codec) for codec in candidates],
         "megatron_comp": __version__,
     }

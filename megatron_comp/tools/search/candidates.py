@@ -1,6 +1,6 @@
 """Which codecs a search may choose from, and the items of its knapsack."""
 
-from ...policy import CompressionPolicy
+from ...policy import DROP, CompressionPolicy
 from ...wire.codec import Codec, CodecPair, parse_codec
 from .solve import Choice
 
@@ -58,12 +58,25 @@ def bits_per_value(picked: dict[tuple, Choice], rows: list[dict], steps: int) ->
 
 
 def policy_of(picked: dict[tuple, Choice], algorithm: str, min_bytes: int | str = 0) -> CompressionPolicy:
-    """In as few words as the layers allow."""
+    """Of a choice for each (layer, site, step)."""
     names: dict[tuple[int, str], str] = {}
     for (layer, site, _), choice in picked.items():
         first = names.get((layer, site))
-        names[layer, site] = choice.name if first in (None, choice.name) else f"{first}>{choice.name}"
-    sites = {site: _most_common(n for (_, s), n in names.items() if s == site) for _, site in names}
+        names[layer, site] = choice.name if first is None else joined_name(first, choice.name)
+    return policy_of_names(names, algorithm, min_bytes)
+
+
+def joined_name(first: str, second: str) -> str:
+    """Of the codecs of both phases of `two_step`."""
+    return first if first == second else f"{first}>{second}"
+
+
+def policy_of_names(names: dict[tuple[int, str], str], algorithm: str, min_bytes: int | str = 0) -> CompressionPolicy:
+    """Of a policy's word for each (layer, site), in as few words as the layers allow."""
+    sites = {
+        site: _most_common([n for (_, s), n in names.items() if s == site and n != DROP] or ["none"])
+        for _, site in names
+    }
     default = _most_common(sites.values())
     layers: dict[int, dict[str, str]] = {}
     for (layer, site), name in names.items():
@@ -77,7 +90,9 @@ def policy_of(picked: dict[tuple, Choice], algorithm: str, min_bytes: int | str 
         sites={site: name for site, name in sites.items() if name != default},
         layers=_ranges(layers),
     )
-    assert all(policy.codec_name(layer, site, "prefill") == name for (layer, site), name in names.items())
+    for (layer, site), name in names.items():
+        assert policy.codec_name(layer, site, "prefill") == ("none" if name == DROP else name)
+        assert site != "attention" or policy.drops(layer) == (name == DROP)
     return policy
 
 

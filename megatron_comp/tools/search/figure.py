@@ -1,46 +1,65 @@
 """The frontier that a search found, drawn from its rows."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 KINDS = {
     "mixed": "mixed, measured",
+    "mixed+drop": "mixed, with drops, measured",
     "preset": "one codec everywhere, measured",
     "format": "one codec everywhere, measured",
     "baseline": "simulated baseline",
 }
-MARKERS = ("o", "s", "s", "^")
+MARKERS = ("o", "D", "s", "s", "^")
+NAMED = ("preset", "format", "baseline")
+COSTS = {
+    "bits_per_value": "bits a value on the wire, scales included",
+    "sums_ms": "predicted time of all sums of a prompt, ms",
+}
 
 
-def draw(rows: list[dict], curve: list[tuple[float, float]], bound_kl: float | None, title: str, path: str) -> None:
-    """Bits a value against KL, of every tried point; named where it is not one of the search's own.
+def draw(
+    rows: list[dict],
+    curves: Mapping[str, list[tuple[float, float]]],
+    bound_kl: float | None,
+    title: str,
+    path: str,
+    cost: str = "bits_per_value",
+) -> None:
+    """`cost` of a row against its KL, of every tried point of the kinds above.
 
-    curve: (bits, predicted KL) of the best trades.
+    curves: by name, (cost, predicted KL) of the best trades.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot(title=title)
-    if curve:
-        axes.plot(*zip(*curve), color="C0", linewidth=1, label="mixed, predicted from sensitivities")
+    rows = [row for row in rows if row["kind"] in KINDS]
+    for turn, (name, curve) in enumerate(curves.items()):
+        label = f"{name}, predicted from sensitivities"
+        axes.plot(*zip(*curve), color=f"C{turn}", linewidth=1, label=label)
     for turn, (kind, label) in enumerate(KINDS.items()):
-        places = [(row["bits_per_value"], row["kl"], row["name"]) for row in rows if row["kind"] == kind]
+        places = [(row[cost], row["kl"], row["name"]) for row in rows if row["kind"] == kind]
         if places:
-            bits, kls, names = zip(*places)
-            axes.scatter(bits, kls, s=22, color=f"C{turn}", marker=MARKERS[turn], zorder=3, label=label)
-            for *place, name in places if kind != "mixed" else ():
+            costs, kls, names = zip(*places)
+            axes.scatter(costs, kls, s=22, color=f"C{turn}", marker=MARKERS[turn], zorder=3, label=label)
+            for *place, name in places if kind in NAMED else ():
                 axes.annotate(name, place, (5, 4), textcoords="offset points", fontsize="small")
     if chosen := [row for row in rows if row["chosen"]]:
-        place = chosen[0]["bits_per_value"], chosen[0]["kl"]
-        axes.scatter(*place, s=120, facecolors="none", edgecolors="C3", zorder=4, label="written to the policy")
+        place, name = (chosen[0][cost], chosen[0]["kl"]), chosen[0]["name"]
+        axes.scatter(
+            *place, s=120, facecolors="none", edgecolors="C3", zorder=4, label=f"written to the policy: {name}"
+        )
     if bound_kl:
         axes.axhline(bound_kl, color="black", linewidth=0.8, linestyle="--", label="bound")
     kls = [row["kl"] for row in rows if row["kl"] > 0]
-    bits = [row["bits_per_value"] for row in rows]
+    costs = [row[cost] for row in rows]
+    margin = 0.15 * (max(costs) - min(costs)) or 0.5
     axes.set(
         yscale="log",
         ylim=(min(kls) / 2, max(kls) * 2),
-        xlim=(min(bits) - 0.4, max(bits) + 0.8),
-        xlabel="bits a value on the wire, scales included",
+        xlim=(min(costs) - margin, max(costs) + 2 * margin),
+        xlabel=COSTS[cost],
         ylabel="KL to the uncompressed model, nats a token",
     )
     axes.grid(alpha=0.3)

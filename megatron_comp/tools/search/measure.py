@@ -1,17 +1,18 @@
 """What a policy does to a model on the calibration text, with real compressed sums over the real ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from ...inference.generate import logits
 from ...layers.apply import apply_compression, remove_compression, stats
 from ...policy import CompressionPolicy
 from .. import output
-from ..metrics import Prediction, Quality
+from ..comparison import Comparison
+from ..drop.exchange import Exchange
+from ..drop.measure import key_of
 from .sensitivity import attach_probes, measure_window
 from .state import State
 
@@ -19,48 +20,58 @@ from .state import State
 class Calibration:
     """A model, a text, and what was measured of them. windows: int64 `[windows, context]`.
 
-    Each rank keeps its part of the uncompressed model's log-probabilities, 4 bytes for each scored token and entry of
-    its part of the vocabulary.
+    exchange: distilled weights of blocks that do without attention's sum, if there are any.
     """
 
-    def __init__(self, model: torch.nn.Module, windows: torch.Tensor, state: State) -> None:
-        self.model, self.windows, self.state = model, windows, state
-        embedding = model.embedding.word_embeddings
-        self._vocab_start, self._group = embedding.vocab_start_index, embedding.tp_group
-        self._baseline: list[Prediction] = []
+    def __init__(
+        self, model: torch.nn.Module, windows: torch.Tensor, state: State, exchange: Exchange | None = None
+    ) -> None:
+        self.model, self.windows, self.state, self.exchange = model, windows, state, exchange
+        self._comparison = Comparison(model, windows)
+        self._base_nll: float | None = None
 
     @property
     def tokens(self) -> int:
         """That are scored: all but the first of each window."""
-        return len(self.windows) * (self.windows.shape[1] - 1)
+        return self._comparison.tokens
 
-    def sensitivity(self, candidates: tuple) -> list[dict]:
-        """A row for each place: `layer`, `site`, `values` of a sum, `nbytes[candidate]`, `damage[step][candidate]`."""
+    def sensitivity(self, candidates: tuple, joined: bool = False) -> list[dict]:
+        """A row for each place: `layer`, `site`, `values` of a sum, `nbytes[candidate]`, `damage[step][candidate]`;
+        with `joined`, for an MLP also what that is in a block that drops attention's sum."""
         seen = self.state.seen["sensitivity"] or {"windows": 0, "rows": []}
         done = seen["windows"]
         if done == len(self.windows):
             return seen["rows"]
         bar = tqdm(total=len(self.windows), initial=done, desc="sensitivity", unit="window", disable=_silent())
-        probes = attach_probes(self.model, candidates)
+        probes = attach_probes(self.model, candidates, joined)
         for probe, row in zip(probes, seen["rows"]):
-            probe.damage += torch.tensor(row["damage"], dtype=torch.float64)
+            probe.go_on(row)
         for number in range(done, len(self.windows)):
             measure_window(self.model, self.windows[number], number)
-            rows = [
-                {"layer": p.layer, "site": p.site, "values": p.values, "nbytes": p.nbytes, "damage": p.damage.tolist()}
-                for p in probes
-            ]
-            self.state.seen["sensitivity"] = seen = _of_first_rank({"windows": number + 1, "rows": rows})
+            seen = _of_first_rank({"windows": number + 1, "rows": [probe.row() for probe in probes]})
+            self.state.seen["sensitivity"] = seen
             self.state.save()
             bar.update()
         bar.close()
         remove_compression(self.model)
         return seen["rows"]
 
-    def point(self, name: str, kind: str, policy: CompressionPolicy, predicted_kl: float | None = None) -> dict:
-        """What `policy` does, measured at most once. name, kind and predicted_kl: for tables and figures."""
+    def point(
+        self,
+        name: str,
+        kind: str,
+        policy: CompressionPolicy,
+        predicted_kl: float | None = None,
+        distilled: Collection[int] = (),
+    ) -> dict:
+        """What `policy` does, measured at most once. name, kind and predicted_kl: for tables and figures.
+
+        distilled: blocks that have the weights of `exchange`.
+        """
         said = {"name": name, "kind": kind, "algorithm": policy.algorithm, "predicted_kl": predicted_kl}
-        return self._measured(str(policy), said, lambda: _applied(self.model, policy))
+        said |= {"policy": str(policy), "distilled": sorted(distilled)}
+        key = key_of(policy, self.exchange.path if distilled else None, distilled)
+        return self._measured(key, said, lambda: self._applied(policy, distilled))
 
     def simulated(self, name: str, bits_per_value: float, rounded: Callable) -> dict:
         """The same of something that is no codec: `rounded(model)` is a context in which the model rounds its sums."""
@@ -76,15 +87,11 @@ class Calibration:
     def _measured(self, key: str, said: dict, compressed: Callable) -> dict:
         points = self.state.seen["points"]
         if key not in points:
-            self._measure_baseline()
+            self._comparison.measure_full()
+            if self._base_nll is None:
+                self._base_nll = self._comparison.full_nll()
             with compressed() as bits_per_value:
-                quality = Quality()
-                for window, baseline in zip(
-                    tqdm(self.windows, said["name"], disable=_silent()), self._baseline, strict=True
-                ):
-                    predicted = self._predict(window)
-                    targets = window[1:].to(predicted.best.device)
-                    quality.add(predicted, baseline, targets, self._vocab_start, self._group)
+                quality = self._comparison.quality(said["name"])
                 bits = bits_per_value()
             points[key] = _of_first_rank(
                 {
@@ -99,26 +106,15 @@ class Calibration:
             self.state.save()
         return points[key]
 
-    def _measure_baseline(self) -> None:
-        if self._baseline:
-            return
+    @contextmanager
+    def _applied(self, policy: CompressionPolicy, distilled: Collection[int]):
+        if distilled:
+            self.exchange.use(distilled)
+        apply_compression(self.model, policy)
+        yield lambda: stats(self.model).bits_per_value
         remove_compression(self.model)
-        quality = Quality()
-        for window in tqdm(self.windows, "uncompressed", disable=_silent()):
-            said = self._predict(window)
-            self._baseline.append(said)
-            quality.add(said, said, window[1:].to(said.best.device), self._vocab_start, self._group)
-        self._base_nll = quality.nll / quality.tokens
-
-    def _predict(self, window: torch.Tensor) -> Prediction:
-        return Prediction.of(logits(self.model, window[None])[0, :-1], self._vocab_start, self._group)
-
-
-@contextmanager
-def _applied(model: torch.nn.Module, policy: CompressionPolicy):
-    apply_compression(model, policy)
-    yield lambda: stats(model).bits_per_value
-    remove_compression(model)
+        if distilled:
+            self.exchange.use()
 
 
 def _of_first_rank(measured: dict) -> dict:

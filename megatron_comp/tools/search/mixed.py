@@ -25,4 +25,4 @@ def search_mixed(
         calibration.point(codec, "preset", uniform(codec, algorithm))
     values = steps * sum(place["values"] for place in places)
     curve = [(8 * cost / values, damage) for cost, damage in zip(*frontier.curve(), strict=True)]
-    return Found(policy_of(picked, algorithm, min_bytes), point, bound, curve)
+    return Found(policy_of(picked, algorithm, min_bytes), point, bound, {"mixed": curve})

@@ -91,4 +91,4 @@ def search_uniform(calibration: Calibration, bound: Bound, min_bytes: int | str)
             f"{bound} is kept by none of the paper's formats: {best} comes nearest with {bound.of(points[best]):.4g}"
         )
     chosen = min(able, key=lambda codec: (points[codec]["bits_per_value"], bound.of(points[codec])))
-    return Found(uniform(chosen, "gather_sum", min_bytes), points[chosen], bound, [])
+    return Found(uniform(chosen, "gather_sum", min_bytes), points[chosen], bound)

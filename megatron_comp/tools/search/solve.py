@@ -6,6 +6,7 @@ rounded up to larger units, and what is found costs at most a unit an item too m
 """
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,9 @@ MAX_UNITS = 60_000
 
 @dataclass(frozen=True)
 class Choice:
-    """What an item may be: `name` for whoever reads the answer, `cost` in bytes, `damage` in nats a token."""
+    """What an item may be: `name` for whoever reads the answer, `cost` in any unit, `damage` in nats a token."""
 
-    name: str
+    name: Hashable
     cost: int
     damage: float
 
@@ -28,7 +29,7 @@ class Frontier:
 
     def __init__(self, items: dict[object, list[Choice]]) -> None:
         self.keys = list(items)
-        self._choices = [_undominated(choices) for choices in items.values()]
+        self._choices = [undominated(choices) for choices in items.values()]
         self._least = sum(choices[0].cost for choices in self._choices)
         spans = [[choice.cost - choices[0].cost for choice in choices] for choices in self._choices]
         self.unit = max(math.gcd(*(cost for span in spans for cost in span)), 1)
@@ -42,7 +43,7 @@ class Frontier:
         """`damage[u]`: the least at `u` units or fewer; `_taken[item][u]`: which choice the best at exactly so many
         units of this and the earlier items ends with."""
         damage = np.zeros(states)  # nothing chosen yet costs nothing, and may leave units unused
-        self._taken = np.zeros((len(self.keys), states), dtype=np.uint8)
+        self._taken = np.zeros((len(self.keys), states), dtype=np.uint16)
         for taken, choices, units in zip(self._taken, self._choices, self._units, strict=True):
             best = np.full(states, np.inf)
             for number, (choice, cost) in enumerate(zip(choices, units, strict=True)):
@@ -68,7 +69,7 @@ class Frontier:
         return self.cheapest(self.least_damage)
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
-        """(costs in bytes, least damages) of every trade."""
+        """(costs, least damages) of every trade."""
         return self._least + self.unit * np.arange(len(self.damage)), self.damage
 
     def _chosen(self, units: int) -> dict[object, Choice]:
@@ -80,7 +81,7 @@ class Frontier:
         return {key: picked[key] for key in self.keys}
 
 
-def _undominated(choices: list[Choice]) -> list[Choice]:
+def undominated(choices: list[Choice]) -> list[Choice]:
     """By rising cost and falling damage."""
     kept: list[Choice] = []
     for choice in sorted(choices, key=lambda choice: (choice.cost, choice.damage)):

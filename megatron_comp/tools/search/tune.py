@@ -1,4 +1,4 @@
-"""From sensitivities to the policy of fewest bits that really keeps the bound."""
+"""From sensitivities to the cheapest policy that really keeps the bound."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ MAX_TRIES = 10
 
 
 def tune(frontier: Frontier, bound: Bound, measure: Callable[[dict[tuple, Choice]], dict]) -> tuple[dict, dict]:
-    """(choices, point) of fewest bits among those that `measure` finds within `bound`.
+    """(choices, point) of least cost among those that `measure` finds within `bound`.
 
     Damages predict KL to some ten percent. So the predicted budget is moved, by the ratio of limit to measured cost and
     between budgets known to be too much and too little, until what is measured is just within the limit.
@@ -48,7 +48,11 @@ def tune(frontier: Frontier, bound: Bound, measure: Callable[[dict[tuple, Choice
                 f"{point['bits_per_value']:.3f} bits a value; allow more, or give --codec with more bits"
             )
         within.append((picked, point))
-    return min(within, key=lambda each: (each[1]["bits_per_value"], each[1]["kl"]))
+    return min(within, key=lambda each: (total_cost(each[0]), each[1]["kl"]))
+
+
+def total_cost(picked: dict[tuple, Choice]) -> int:
+    return sum(choice.cost for choice in picked.values())
 
 
 def _next(budget: float, low: float, high: float, ratio: float) -> float:

@@ -20,17 +20,17 @@ INLINE float peak(float a, float b)
     return float_of(larger(bits_of(a) & MAGNITUDE_BITS, bits_of(b) & MAGNITUDE_BITS));
 }
 
-/* One number per block: neighbours are joined, then pairs of pairs, and so on. */
+/* One number per block of so many: neighbours are joined, then pairs of pairs, and so on; nothing is done for 1. */
 #define DEFINE_FOLD(operation)                                                                                         \
     NOINLINE void operation##_of_pairs(const float *restrict in, int pairs, float *restrict out)                       \
     {                                                                                                                  \
         for (int i = 0; i < pairs; i++)                                                                                \
             out[i] = operation(in[2 * i], in[2 * i + 1]);                                                              \
     }                                                                                                                  \
-    static void fold_##operation(const float *x, const Codec *c, const Tile *t, float *out)                            \
+    static void fold_##operation(const float *x, int block, const Tile *t, float *out)                                 \
     {                                                                                                                  \
-        float *to = t->work, *other = to + t->blocks * c->block / 2;                                                   \
-        for (int n = t->blocks * c->block / 2; n >= t->blocks; n /= 2) {                                               \
+        float *to = t->work, *other = to + t->blocks * block / 2;                                                      \
+        for (int n = t->blocks * block / 2; n >= t->blocks; n /= 2) {                                                  \
             operation##_of_pairs(x, n, n == t->blocks ? out : to);                                                     \
             x = to, to = other, other = (float *)x;                                                                    \
         }                                                                                                              \

@@ -57,9 +57,9 @@ static void take_zero_points(const Codec *c, Tile *t)
     const double top = c->max_value;
     const float share = (top + 1) / (2 * top + 1), ratio = top / (top + 1);
     set_dead(c, t, t->x, INFINITY);
-    fold_least(t->x, c, t, t->low);
+    fold_least(t->x, c->block, t, t->low);
     set_dead(c, t, t->x, -INFINITY);
-    fold_greatest(t->x, c, t, t->high);
+    fold_greatest(t->x, c->block, t, t->high);
     for (int b = 0; b < t->blocks; b++) {
         const int some = t->low[b] <= t->high[b];
         const float low = some ? t->low[b] : 0, high = some ? t->high[b] : 0;

@@ -1,0 +1,45 @@
+"""Weights of a file in the place of a built model's own."""
+
+from collections.abc import Collection
+
+import torch
+
+from ...inference import checkpoint
+from ...inference.hf import check_extra
+from ...inference.model import reload_layers
+from ...layers.apply import remove_compression
+from ...policy import CompressionPolicy
+from .weights import blocks_in
+
+
+class Exchange:
+    """A file's weights in blocks of a built model, and the model's own in them again.
+
+    blocks: of the file. Raises ValueError for a file of another number of ranks or with tensors of no layer, and for a
+    model of a Megatron checkpoint, whose blocks are not read one by one.
+    """
+
+    def __init__(self, model: torch.nn.Module, model_dir: str, path: str) -> None:
+        if checkpoint.find(model_dir):
+            raise ValueError(
+                f"{model_dir} is a checkpoint of Megatron's: weights of blocks go with one of Hugging Face's"
+            )
+        check_extra(path, model.config.tensor_model_parallel_size)
+        self.model, self.model_dir, self.path, self.blocks = model, model_dir, path, blocks_in(path)
+        self._used: set[int] = set()
+
+    def blocks_for(self, policy: CompressionPolicy) -> set[int]:
+        """Those of the file whose sum a policy drops: elsewhere its weights are wrong."""
+        return {block for block in self.blocks if policy.drops(block)}
+
+    def use(self, blocks: Collection[int] = ()) -> None:
+        """The file's weights in these blocks and in no others. Takes compression away if that changes anything."""
+        back, new = self._used - set(blocks), set(blocks) - self._used
+        if not (back or new):
+            return
+        remove_compression(self.model)
+        if back:
+            reload_layers(self.model, self.model_dir, back)
+        if new:
+            reload_layers(self.model, self.model_dir, new, self.path)
+        self._used = set(blocks)
