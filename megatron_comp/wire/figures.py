@@ -5,8 +5,9 @@ The file is YAML:
     schema: 1
     measured: {ranks: 3, hosts: 1, backend: gloo, device: cpu, dtype: float32, ...}   # and versions, date
     links:                              # seconds of a call = latency_s + bytes that a rank receives / bytes_per_s
-      all_reduce: {bytes_per_s: 1.2e9, latency_s: 1.0e-4}       # the stock collectives, their bytes those of a ring
-      reduce_scatter: ...
+      all_reduce:                       # the stock collectives, their bytes those of a ring
+        {bytes_per_s: 1.2e9, latency_s: 1.0e-4, points: [[4096, 1.1e-4], [65536, 1.3e-4]]}   # (bytes, seconds) of the
+      reduce_scatter: ...                                        # smaller messages, ascending; if absent, none
       all_gather: ...                                            # of messages
       all_to_all: ...
     codecs:                             # seconds of a call = its fixed_s + values * its s_per_value
@@ -15,6 +16,7 @@ The file is YAML:
     hidden: 0.8                         # of the shorter of codec and wire, what sums in many chunks hide; if absent, 1
 """
 
+import bisect
 import math
 import os
 from collections.abc import Mapping
@@ -37,13 +39,26 @@ MARGIN = 0.1
 
 @dataclass(frozen=True)
 class Link:
-    """A collective's time, by the bytes that each rank receives."""
+    """A collective's time, by the bytes that each rank receives.
+
+    points: measured (bytes, seconds), ascending; up to the last of them times are interpolated, beyond it they lie on
+    the line. No line holds for all sizes: switches and shapers let the first bytes pass faster than those that follow.
+    """
 
     bytes_per_s: float
     latency_s: float
+    points: tuple[tuple[float, float], ...] = ()
 
     def seconds(self, nbytes: float) -> float:
-        return self.latency_s + nbytes / self.bytes_per_s
+        place = bisect.bisect_right(self.points, nbytes, key=lambda point: point[0])
+        if place == len(self.points):
+            return self.latency_s + nbytes / self.bytes_per_s
+        if len(self.points) == 1:
+            return self.points[0][1]
+        (low, fast), (high, slow) = self.points[max(place - 1, 0) :][:2]
+        between = fast + (slow - fast) * (nbytes - low) / (high - low)
+        # Below the first point the same line, as far as latencies can be: neither negative nor more than all its time.
+        return between if place else min(max(between, fast * nbytes / low), fast)
 
 
 @dataclass(frozen=True)
@@ -122,12 +137,8 @@ class Figures:
         if measured.get("device") not in DEVICES:
             raise ValueError(f"measured: device: {measured.get('device')!r} is not one of {', '.join(DEVICES)}")
         links = {
-            name: Link(**_numbers(f"links: {name}", numbers, Link))
-            for name, numbers in _mapping("links", content["links"], LINKS).items()
+            name: _link(f"links: {name}", words) for name, words in _mapping("links", content["links"], LINKS).items()
         }
-        for name, link in links.items():
-            if not link.bytes_per_s:
-                raise ValueError(f"links: {name}: bytes_per_s: a link of 0 bytes a second")
         codecs = {
             str(Codec.parse(name)): CodecCost(**_numbers(f"codecs: {name}", numbers, CodecCost))
             for name, numbers in _mapping("codecs", content["codecs"]).items()
@@ -146,7 +157,7 @@ class Figures:
         content = {
             "schema": SCHEMA,
             "measured": dict(self.measured),
-            "links": {name: asdict(link) for name, link in self.links.items()},
+            "links": {name: asdict(link) | {"points": [*map(list, link.points)]} for name, link in self.links.items()},
             "codecs": {name: asdict(cost) for name, cost in self.codecs.items()},
             "margin": self.margin,
             "hidden": self.hidden,
@@ -210,6 +221,22 @@ def _mapping(where: str, value: object, keys: tuple[str, ...] | None = None) -> 
         if key not in value:
             raise ValueError(f"{prefix}{key} is missing")
     return value
+
+
+def _link(where: str, value: object) -> Link:
+    words = dict(_mapping(where, {"points": []} | value if isinstance(value, dict) else value))
+    points, place = words.pop("points", None), f"{where}: points"
+    if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
+        raise ValueError(f"{place}: {points!r} is not a list of [bytes, seconds]")
+    points = tuple(tuple(_number(place, number) for number in point) for point in points)
+    sizes = [0.0, *(size for size, _ in points)]
+    if any(size <= before for before, size in zip(sizes, sizes[1:])):
+        raise ValueError(f"{place}: {sizes[1:]} bytes do not ascend from above 0")
+    names = ("bytes_per_s", "latency_s")
+    numbers = {key: _number(f"{where}: {key}", number) for key, number in _mapping(where, words, names).items()}
+    if not numbers["bytes_per_s"]:
+        raise ValueError(f"{where}: bytes_per_s: a link of 0 bytes a second")
+    return Link(**numbers, points=points)
 
 
 def _numbers(where: str, value: object, cls: type) -> dict[str, float]:

@@ -12,7 +12,7 @@ from megatron_comp.wire.figures import ASSUMED, LINKS, VARIABLE, CodecCost, Figu
 MXFP4, INT8 = Codec.parse("mxfp4"), Codec.parse("int8:32:fp16")
 MEASURED = {"ranks": 3, "hosts": 1, "backend": "gloo", "device": "cpu"}
 EXAMPLE = Figures(
-    {name: Link(1e9 + place, place * 1e-5) for place, name in enumerate(LINKS)},
+    {name: Link(1e9 + place, place * 1e-5, ((10.0, 1e-5), (20.0, 2e-5))[:place]) for place, name in enumerate(LINKS)},
     {str(MXFP4): CodecCost(1e-5, 2e-9, 3e-5, 1e-9), str(INT8): CodecCost(2e-5, 1e-9, 1e-5, 5e-9)},
     0.25,
     MEASURED,
@@ -35,8 +35,17 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["figures.yaml"]
 
 
-def test_times_are_lines():
+def test_times_beyond_the_points_are_a_line():
     assert Link(1e6, 0.5).seconds(3_000_000) == 3.5
+    assert Link(1e6, 0.5, ((10, 0.1), (1000, 0.2))).seconds(3_000_000) == 3.5
+
+
+def test_times_between_points_lie_between_theirs():
+    link = Link(1e6, 0.5, ((100, 0.1), (1000, 1.0), (2000, 3.0)))
+    assert [link.seconds(n) for n in (0, 50, 100, 500, 1000, 1500)] == pytest.approx([0, 0.05, 0.1, 0.5, 1, 2])
+    assert Link(1e6, 0.5, ((100, 0.1),)).seconds(50) == 0.1
+    assert Link(1e6, 0.5, ((100, 0.3), (200, 0.2))).seconds(50) == 0.3
+    assert Link(1e6, 0.5, ((100, 0.1), (200, 0.9))).seconds(50) == 0.05
 
 
 def test_a_codec_that_was_not_measured_is_as_slow_as_the_slowest():
@@ -75,6 +84,14 @@ def links(**changed):
         (
             content(links=links(all_gather={"bytes_per_s": 0, "latency_s": 0})),
             r"links: all_gather: bytes_per_s: a link of 0 bytes",
+        ),
+        (
+            content(links=links(all_gather={"bytes_per_s": 1, "latency_s": 0, "points": [[8]]})),
+            r"links: all_gather: points: \[\[8\]\] is not a list of \[bytes, seconds\]",
+        ),
+        (
+            content(links=links(all_gather={"bytes_per_s": 1, "latency_s": 0, "points": [[8, 1], [8, 2]]})),
+            r"links: all_gather: points: \[8.0, 8.0\] bytes do not ascend",
         ),
         (content(codecs={}), r"codecs: none was measured"),
         (content(codecs={"mxfp5": content()["codecs"]["mxfp4"]}), r"codec 'mxfp5' is neither"),

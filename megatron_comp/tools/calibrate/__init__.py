@@ -18,9 +18,9 @@ CODECS = ("mxfp4", "nvfp4", "int4:32:fp16", "int4:32:fp16:hadamard", "int5:32:fp
 
 LINK_COLUMNS = {
     "collective": ("collective", ""),
-    "latency_us": ("latency, us", ".1f"),
-    "mbit_per_s": ("Mbit/s received", ".0f"),
-    "worst_misfit_pct": ("worst misfit, %", ".0f"),
+    "smallest_us": ("smallest size, us", ".1f"),
+    "largest_ms": ("largest, ms", ".2f"),
+    "mbit_per_s": ("Mbit/s beyond", ".0f"),
 }
 CODEC_COLUMNS = {
     "codec": ("codec", ""),
@@ -37,11 +37,11 @@ CODEC_COLUMNS = {
 EPILOG = f"""\
 Each round times, in turn and from a common start, stock all-reduce and reduce-scatter, all-gather and all-to-all of
 bytes, and every codec's encode and decode, at tensors of [tokens, hidden] for each --tokens; and whole compressed sums,
-which the predictions are held against. A sample is the time of the slowest rank; a line (fixed cost, cost a byte or
-value) is laid through the medians, least in relative error; a collective's line meets the largest size's. Fixed costs
-include what Python takes.
+which the predictions are held against. A sample is the time of the slowest rank. Between the medians of collectives
+times are interpolated, beyond the largest they grow by a line; a codec's line (fixed cost, cost a value) is that of
+least relative error. Fixed costs include what Python takes.
 
-The file holds these lines, and the margin that a prediction must gain before `min_bytes: auto` compresses: so much that
+The file holds these, and the margin that a prediction must gain before `min_bytes: auto` compresses: so much that
 every whole sum that took longer than stock here would have been kept, at least 10 %; and what share of codec or wire,
 whichever is shorter, sums in chunks hide, from sums of the largest size in one piece and in {CHUNKS}. Runs of a group
 like this one (ranks, machines, backend, device, network interface) find it by themselves; {VARIABLE} names
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     init_parallel(args.tp, args.timeout)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     timings = measure(setting, device)
-    figures, misfits = fit.figures(setting, timings, _about(args, setting, device))
+    figures = fit.figures(setting, timings, _about(args, setting, device))
     agreed = [figures]
     dist.broadcast_object_list(agreed)  # all ranks go by one and the same
     (figures,) = agreed
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         about = figures.measured
         path = args.out or default_path(about["ranks"], about["hosts"], about["backend"], about["device"])
         figures.write(path)
-        _show(setting, timings, figures, misfits, args)
+        _show(setting, timings, figures, args)
         print(f"figures: {path}")
     destroy_parallel()
 
@@ -127,13 +127,13 @@ def _about(args: argparse.Namespace, setting: Setting, device: torch.device) -> 
     }
 
 
-def _show(setting, timings, figures, misfits, args) -> None:
+def _show(setting, timings, figures, args) -> None:
     links = [
         {
             "collective": name,
-            "latency_us": link.latency_s * 1e6,
+            "smallest_us": link.points[0][1] * 1e6,
+            "largest_ms": link.points[-1][1] * 1e3,
             "mbit_per_s": link.bytes_per_s * 8e-6,
-            "worst_misfit_pct": misfits[name] * 100,
         }
         for name, link in figures.links.items()
     ]

@@ -1,4 +1,5 @@
-"""From times to figures: a line through each operation's medians, and a margin for what lines get wrong."""
+"""From times to figures: links as they were measured, a line through each codec's medians, and a margin for what the
+sum of these gets wrong."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,8 +31,7 @@ def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def line_to_largest(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """The same, but through the last point, of the largest size.
 
-    Links are no lines: a switch or a shaper lets the first bytes pass faster than those that follow. What a prefill
-    sends is as long as the largest size or longer, and goes by that rate; small sizes then say what a call costs.
+    For what is longer than the largest size: that goes by its rate, and small sizes say what a call costs.
     """
     largest, longest = points[-1]
     # Of fixed * (1 - x / largest) + longest * x / largest, held against t.
@@ -42,16 +42,15 @@ def line_to_largest(points: Sequence[tuple[float, float]]) -> tuple[float, float
     return fixed, (longest - fixed) / largest
 
 
-def figures(setting: Setting, timings: Timings, about: Mapping[str, object]) -> tuple[Figures, dict[str, float]]:
-    """The figures, and by collective the largest relative error of its line."""
-    ranks = about["ranks"]
-    links, misfits = {}, {}
+def figures(setting: Setting, timings: Timings, about: Mapping[str, object]) -> Figures:
+    ranks, links = about["ranks"], {}
     for name in LINKS:
-        points = [(_received(setting, name, shape, ranks), timings.median(name, shape)) for shape in setting.shapes]
+        # By size, since very small shapes send messages of one and the same least size.
+        taken = {_received(setting, name, shape, ranks): timings.median(name, shape) for shape in setting.shapes}
+        points = sorted((float(size), seconds) for size, seconds in taken.items())
         latency, per_byte = line_to_largest(points)
         # A link whose time does not grow with size still has some rate: it took no more than a tenth of the largest.
-        links[name] = Link(1 / max(per_byte, 0.1 * points[-1][1] / points[-1][0]), latency)
-        misfits[name] = max(abs(links[name].seconds(x) / t - 1) for x, t in points)
+        links[name] = Link(1 / max(per_byte, 0.1 * points[-1][1] / points[-1][0]), latency, tuple(points))
     codecs = {}
     for name, codec in setting.codecs.items():
         parts = []
@@ -61,7 +60,7 @@ def figures(setting: Setting, timings: Timings, about: Mapping[str, object]) -> 
     unproven = Figures(links, codecs, 0.0, about, "just measured")
     unproven = replace(unproven, hidden=_hidden(setting, timings, unproven))
     margin = max(MARGIN, *(_lost(setting, timings, unproven, shape) for shape in setting.shapes))
-    return replace(unproven, margin=margin), misfits
+    return replace(unproven, margin=margin)
 
 
 def _received(setting: Setting, name: str, shape: tuple[int, int], ranks: int) -> float:
