@@ -39,6 +39,7 @@ def draw_curve(rows: list[dict], path: str) -> None:
         right.plot(percents, [row["kl"] for row in line], marker="o", label=label)
     left.axhline(3, color="black", linewidth=0.8, linestyle="--")
     left.set(ylabel="increase of perplexity, %", yscale="symlog")
+    left.set_ylim(bottom=min(row["perplexity_increase_pct"] for row in rows) - 0.5)
     right.set(ylabel="KL to the full model, nats a token", yscale="symlog")
     right.set_yscale("symlog", linthresh=0.01)
     for axes in (left, right):
