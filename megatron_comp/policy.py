@@ -32,8 +32,8 @@ class Decision:
     codec: Codec | CodecPair | None
     algorithm: str = "auto"
     reason: str = ""
-    chunks: int | None = None
-    """Of a sum that is given as one tensor; None: by its size."""
+    chunks: int = 1
+    """Of a sum that is given as one tensor."""
     parts: int = 1
     """Of a sum whose parts are computed one after the other."""
 

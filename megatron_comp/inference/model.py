@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from . import checkpoint, cpu, hf
+from . import checkpoint, cpu, hf, shards
 from .attention import CausalAttention
 
 RNG_SEED = 1  # Megatron wants its generators seeded, though inference draws no numbers
@@ -112,7 +112,7 @@ def build_model(
     model = GPTModel(
         config=_transformer_config(config, tp, dtype, sequence_parallel, token_dispatcher),
         transformer_layer_spec=_block_spec(config),
-        vocab_size=hf.padded_vocab_size(config, tp),
+        vocab_size=shards.padded_vocab_size(config, tp),
         max_sequence_length=max_sequence_length or longest,
         share_embeddings_and_output_weights=config.tie_word_embeddings,
         position_embedding_type="rope",
@@ -158,15 +158,15 @@ def _split_problem(config, tp: int) -> str | None:
         return f"is neither a multiple nor a divisor of {groups} key-value heads"
     if ffn % tp:
         return f"does not divide intermediate_size {ffn}"
-    qkv_rows = (heads + 2 * groups) * hf.head_dim(config)
+    qkv_rows = (heads + 2 * groups) * shards.head_dim(config)
     if qkv_rows % tp:
         return f"does not divide the {qkv_rows} rows of the fused query, key and value projection"
     return None
 
 
-def _share() -> hf.Share:
+def _share() -> shards.Share:
     """This rank's part of every weight."""
-    return hf.Share(
+    return shards.Share(
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_expert_model_parallel_rank(),
@@ -183,7 +183,7 @@ def _transformer_config(
         ffn_hidden_size=config.intermediate_size,
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_key_value_heads,
-        kv_channels=hf.head_dim(config),
+        kv_channels=shards.head_dim(config),
         normalization="RMSNorm",
         layernorm_epsilon=config.rms_norm_eps,
         activation_func=F.silu,
@@ -198,7 +198,7 @@ def _transformer_config(
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         perform_initialization=False,  # every parameter is read from the checkpoint
-        **(_mixture_options(config, token_dispatcher) if hf.is_mixture(config) else {}),
+        **(_mixture_options(config, token_dispatcher) if shards.is_mixture(config) else {}),
         # Fusions that need CUDA, and gain nothing without biases and dropout.
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -227,7 +227,7 @@ def _block_spec(config) -> TransformerBlockSubmodules:
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = CausalAttention
-    if hf.is_mixture(config):
+    if shards.is_mixture(config):
         # Saved under its own name, as with Transformer Engine: only a dense MLP has this norm in its first linear.
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     return TransformerBlockSubmodules(layer_specs=[layer] * config.num_hidden_layers, layer_norm=RMSNorm)

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import (
 from ..policy import PHASES, CompressionPolicy, Decision
 from ..wire import exchange
 from ..wire.codec import Codec
-from ..wire.collectives import PendingAllReduce, part_rows
+from ..wire.collectives import PendingAllReduce
 from ..wire.cost import choose_algorithm, choose_chunks, received_bytes, received_bytes_scatter, ring_bytes, step_codecs
 from ..wire.figures import ASSUMED, Figures
 from .mappings import (
@@ -110,9 +110,7 @@ class ReductionSite:
         partial: of the partial sum's shape, type and device; its values are not read.
         """
         if type(self) is ReductionSite:  # others reduce something else than what they are given
-            decision = self._decide(partial, group)
-            if decision.parts > 1:
-                return part_rows(partial.shape, decision.codec, group.size(), 1, decision.parts)
+            return exchange.chunk_rows(partial.shape[:-1].numel(), group.size(), self._decide(partial, group).parts)
         return [partial.shape[:-1].numel()]
 
     def reduce_parts(
@@ -190,12 +188,10 @@ class ReductionSite:
             return decision
         algorithm = choose_algorithm(partial.shape, decision.codec, ranks, decision.algorithm, self.figures)
         how = partial.shape, decision.codec, ranks, algorithm, self.figures
-        chunks, parts, of_bytes = None, 1, exchange.overlap_bytes(partial.device)
-        if self.figures.codecs:
-            chunks = choose_chunks(*how, exchange.chunk_bytes(partial.device))
-        if of_bytes:
-            # What computing a part hides of the wire comes on top of what is predicted here, of codec and wire alone.
-            parts = choose_chunks(*how, of_bytes)
+        chunks = choose_chunks(*how, exchange.chunk_bytes(partial.device))
+        of_bytes = exchange.overlap_bytes(partial.device)
+        # What computing a part hides of the wire comes on top of what is predicted here, of codec and wire alone.
+        parts = choose_chunks(*how, of_bytes) if of_bytes else 1
         return replace(decision, algorithm=algorithm, chunks=chunks, parts=parts)
 
     def _keep(self, partial: torch.Tensor, ranks: int, passes: int, decision: Decision) -> Traffic:

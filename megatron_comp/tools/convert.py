@@ -108,9 +108,9 @@ def convert(model_dir: str, out: Path, dtype_name: str) -> dict:
 
 def parameter_count(config) -> int:
     """Of the whole model."""
-    from ..inference import hf
+    from ..inference import shards
 
-    pieces = [piece for pieces in hf.plan(config, hf.WHOLE).values() for piece in pieces]
+    pieces = [piece for pieces in shards.plan(config, shards.WHOLE).values() for piece in pieces]
     return sum(math.prod(stop - start for start, stop in (p.rows, p.columns or (0, 1))) for p in pieces)
 
 

@@ -41,24 +41,12 @@ def run(args: argparse.Namespace) -> None:
     settings = check(args)
     with session.opened(args) as (model, tokenizer):
         windows = read_windows(args, tokenizer)
-        rows = evaluate(model, windows, settings, args.weights and _exchange(args, model, settings))
+        exchange = session.exchange(args, model, settings)
+        rows = evaluate(model, windows, settings, exchange)
     if output.is_first_rank():
         scored = f"{len(windows)} windows of {args.context} tokens, TP={args.tp}"
         output.show(f"evaluate: {Path(args.text).name}, {scored}", COLUMNS, rows)
         output.write_json(args.json, vars(args), rows)
-
-
-def _exchange(args: argparse.Namespace, model, settings: list[session.Setting]):
-    """Raises ValueError if none of the settings drops the sum of a block of which there are weights."""
-    from .drop.exchange import Exchange
-
-    exchange = Exchange(model, args.model, args.weights)
-    if not any(exchange.blocks_for(setting.policy) for setting in settings):
-        raise ValueError(
-            f"--weights {args.weights}: for blocks without attention's sum, and no --policy drops that of one of them "
-            f"({', '.join(map(str, sorted(exchange.blocks)))})"
-        )
-    return exchange
 
 
 def evaluate(model, windows, settings: list[session.Setting], exchange=None) -> list[dict]:

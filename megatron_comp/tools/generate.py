@@ -38,7 +38,9 @@ def check(args: argparse.Namespace) -> list[session.Setting]:
 
 def run(args: argparse.Namespace) -> None:
     (setting,) = check(args)
-    with session.opened(args, args.weights) as (model, tokenizer):
+    with session.opened(args) as (model, tokenizer):
+        if exchange := session.exchange(args, model, [setting]):
+            exchange.use(exchange.blocks_for(setting.policy))
         row = generate_row(model, tokenizer, setting, args.prompt, args.max_new_tokens)
     if output.is_first_rank():
         print(row["text"], end="\n\n")

@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         metavar="FILE",
-        help="safetensors whose weights take the place of the model's own, such as `megatron-comp drop distill` writes "
-        "for a number of ranks; `evaluate` uses them in the blocks alone whose sum a policy drops",
+        help="safetensors whose weights take the place of the model's own in the blocks whose sum a policy drops, as "
+        "`megatron-comp drop distill` writes for a number of ranks",
     )
     add_dtype(parser)
     add_run_arguments(parser)
@@ -144,6 +144,15 @@ def check_files(args: argparse.Namespace) -> None:
 def check_model(args: argparse.Namespace) -> None:
     if not Path(args.model).is_dir():
         raise ValueError(f"--model {args.model}: no such folder")
+
+
+def exchange(args: argparse.Namespace, model, settings: list[Setting]):
+    """`drop.exchange.Exchange` of --weights; None without. Raises ValueError if no setting has use for them."""
+    if not args.weights:
+        return None
+    from .drop.exchange import Exchange
+
+    return Exchange.for_policies(model, args.model, args.weights, [setting.policy for setting in settings])
 
 
 @contextmanager

@@ -13,7 +13,6 @@ decoded. Rows share no blocks and every element is summed in rank order, so bits
 """
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -21,7 +20,7 @@ import torch.distributed as dist
 
 from . import exchange
 from .codec import Codec, CodecPair, parse_codec
-from .cost import choose_algorithm, scatter_rows, slice_rows, step_codecs
+from .cost import choose_algorithm, most_chunks, scatter_rows, slice_rows, step_codecs
 
 # A chunk under way: each `next` carries it to where its bytes are on the wire again, the last one to its sum.
 Chunk = Iterator[bool]
@@ -49,7 +48,7 @@ class PendingSum:
 class PendingAllReduce(PendingSum):
     """An all-reduce into `out` `[..., hidden]` whose rows come in parts, from the first to the last, by `push`.
 
-    row_counts: rows of each part, from `part_rows`, which keeps bytes and bits those of one piece.
+    row_counts: rows of each part, from `exchange.chunk_rows`, which keeps bytes and bits those of one piece.
     algorithm: not `auto`.
     """
 
@@ -100,7 +99,8 @@ def all_reduce(
     algorithm = choose_algorithm(x.shape, codec, ranks, algorithm)
     if ranks == 1 or x.numel() == 0:
         return PendingSum(x) if async_op else x
-    rows = part_rows(x.shape, codec, ranks, exchange.chunk_bytes(x.device), chunks)
+    chunks = chunks or most_chunks(x.shape, codec, ranks, exchange.chunk_bytes(x.device))
+    rows = exchange.chunk_rows(x.shape[:-1].numel(), ranks, chunks)
     pending = PendingAllReduce(x.new_empty(x.shape), rows, codec, group, algorithm)
     for part in x.detach().reshape(-1, x.shape[-1]).split(rows):
         pending.push(part, async_op or len(rows) > 1)
@@ -134,19 +134,12 @@ def reduce_scatter(
         # All slices are cut alike, where the longest one is; shorter ones end early.
         longest = max(slices, key=len).shape
         nbytes = ranks * codec.message_bytes(longest)
-        counts = exchange.chunk_rows(longest[:-1].numel(), 1, nbytes, exchange.chunk_bytes(x.device))
+        chunks = exchange.most_chunks(longest[:-1].numel(), 1, nbytes, exchange.chunk_bytes(x.device))
+        counts = exchange.chunk_rows(longest[:-1].numel(), 1, chunks)
         cuts = list(zip(*(_split(part.reshape(-1, x.shape[-1]), counts) for part in slices), strict=True))
         for parts, part_of_out in zip(cuts, _split(out.view(-1, x.shape[-1]), counts), strict=True):
             pending.start(_scatter_sum(parts, part_of_out, codec, group, async_op or len(counts) > 1))
     return pending if async_op else pending.wait()
-
-
-def part_rows(
-    shape: Sequence[int], codec: Codec | CodecPair, ranks: int, chunk_bytes: int, chunks: int | None = None
-) -> list[int]:
-    """Into how many rows each an `[..., hidden]` tensor is cut: messages of about `chunk_bytes`, or `chunks`."""
-    nbytes = max(each.message_bytes(shape) for each in step_codecs(codec))
-    return exchange.chunk_rows(math.prod(shape[:-1]), ranks, nbytes, 1 if chunks else chunk_bytes, chunks)
 
 
 def _gather_sum(

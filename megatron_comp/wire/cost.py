@@ -87,8 +87,7 @@ def choose_chunks(
     chunk_bytes: int,
 ) -> int:
     """Into how many chunks, of a message of at least `chunk_bytes` each, a sum by `algorithm` goes."""
-    nbytes = max(each.message_bytes(shape) for each in step_codecs(codec))
-    most = len(exchange.chunk_rows(math.prod(shape[:-1]), ranks, nbytes, chunk_bytes))
+    most = most_chunks(shape, codec, ranks, chunk_bytes)
     if not figures.codecs:
         return most
 
@@ -97,6 +96,12 @@ def choose_chunks(
         return wire + work - _hidden(wire, work, chunks, figures)
 
     return min(range(1, most + 1), key=seconds)
+
+
+def most_chunks(shape: Sequence[int], codec: Codec | CodecPair, ranks: int, chunk_bytes: int) -> int:
+    """Into how many chunks, of a message of at least `chunk_bytes` each, an all-reduce can go."""
+    nbytes = max(each.message_bytes(shape) for each in step_codecs(codec))
+    return exchange.most_chunks(math.prod(shape[:-1]), ranks, nbytes, chunk_bytes)
 
 
 def _hidden(wire: float, work: float, chunks: int, figures: Figures) -> float:
@@ -125,7 +130,7 @@ def scatter_seconds(shape: Sequence[int], codec: Codec, ranks: int, figures: Fig
     values, cost = math.prod(shape), figures.cost(codec)
     nbytes = codec.message_bytes(shape)
     wire = figures.links["all_to_all"].seconds((ranks - 1) / ranks * nbytes)
-    chunks = len(exchange.chunk_rows(math.prod(shape[:-1]) // ranks, 1, nbytes, figures.chunk_bytes))
+    chunks = exchange.most_chunks(math.prod(shape[:-1]) // ranks, 1, nbytes, figures.chunk_bytes)
     work = _encode(cost, values, chunks * ranks) + _decode(cost, values, chunks)
     return wire + work - _hidden(wire, work, chunks, figures)
 

@@ -31,14 +31,19 @@ OVERLAP_BYTES = {"cpu": 128 * 1024}
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def chunk_rows(rows: int, slices: int, nbytes: int, of_bytes: int, most: int | None = None) -> list[int]:
-    """How many of a message's `rows` each chunk of at least `of_bytes` has, from things equal on all ranks.
+def most_chunks(rows: int, slices: int, nbytes: int, of_bytes: int) -> int:
+    """Into how many chunks of at least `of_bytes` a message goes, from things equal on all ranks.
 
-    slices: how many ranks the rows of one chunk are dealt out to. nbytes: of the message in one piece. most: chunks.
+    slices: how many ranks the rows of one chunk are dealt out to. nbytes: of the message in one piece.
     """
+    return max(1, min(nbytes // of_bytes, MAX_CHUNKS, rows // (ALIGNMENT * slices)))
+
+
+def chunk_rows(rows: int, slices: int, count: int) -> list[int]:
+    """How many of a message's `rows` each of `count` chunks has, or of fewer where there are not rows enough."""
     unit = ALIGNMENT * slices
     units = rows // unit
-    count = min(nbytes // of_bytes, MAX_CHUNKS if most is None else most, units)
+    count = min(count, units)
     if count < 2:
         return [rows]
     chunks = [(units // count + (number < units % count)) * unit for number in range(count)]

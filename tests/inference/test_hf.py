@@ -10,7 +10,7 @@ from checkpoints import tiny_llama
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
-from megatron_comp.inference import hf
+from megatron_comp.inference import hf, shards
 
 
 def tensors_of(folder):
@@ -21,15 +21,15 @@ def fill(folder, rank, tp):
     """This rank's parameters, loaded into a stand-in of the model's shapes."""
     config = hf.read_config(folder)
     parameters = {}
-    for name, pieces in hf.plan(config, hf.Share(rank, tp)).items():
+    for name, pieces in shards.plan(config, shards.Share(rank, tp)).items():
         shape = [sum(p.rows[1] - p.rows[0] for p in pieces)]
         if "norm" not in name:
             shape.append(pieces[0].columns[1] - pieces[0].columns[0])
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-            shape[0] = hf.padded_vocab_size(config, tp) // tp
+            shape[0] = shards.padded_vocab_size(config, tp) // tp
         parameters[name] = torch.full(shape, float("nan"))
     model = SimpleNamespace(named_parameters=parameters.items)
-    hf.load_weights(model, folder, config, hf.Share(rank, tp))
+    hf.load_weights(model, folder, config, shards.Share(rank, tp))
     return parameters
 
 
@@ -49,7 +49,7 @@ def test_ranks_together_hold_the_checkpoint(tiny, name, tp):
     assert torch.equal(embedding[: config.vocab_size], theirs["model.embed_tokens.weight"])
     assert not embedding[config.vocab_size :].any()
     assert ("output_layer.weight" in ranks[0]) is not config.tie_word_embeddings
-    dim, groups = hf.head_dim(config), config.num_key_value_heads
+    dim, groups = shards.head_dim(config), config.num_key_value_heads
     for layer in range(config.num_hidden_layers):
         ours, hugging_face = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         q, k, v = (theirs[f"{hugging_face}self_attn.{part}_proj.weight"] for part in "qkv")
@@ -108,8 +108,8 @@ def test_shards_are_opened_only_when_needed(tiny, monkeypatch):
     monkeypatch.setattr(hf, "safe_open", lambda path, **kwargs: opened.append(path.name) or real(path, **kwargs))
     checkpoint = hf.Checkpoint(tiny["llama3"].folder)
     assert opened == [] and len(set(checkpoint._file_of.values())) > 3
-    checkpoint.read(hf.Piece("model.norm.weight", (96,), (0, 96)))
-    checkpoint.read(hf.Piece("model.norm.weight", (96,), (0, 96)))
+    checkpoint.read(shards.Piece("model.norm.weight", (96,), (0, 96)))
+    checkpoint.read(shards.Piece("model.norm.weight", (96,), (0, 96)))
     assert len(opened) == 1
 
 

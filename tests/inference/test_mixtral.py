@@ -15,7 +15,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import MixtralForCausalLM
 
-from megatron_comp.inference import hf
+from megatron_comp.inference import hf, shards
 from megatron_comp.inference.generate import generate, logits
 from megatron_comp.inference.model import build_model, check_tensor_parallel, init_parallel
 
@@ -23,7 +23,7 @@ SHARES = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (3, 4), (1, 8)]  # TP 
 
 
 def shares(tp, ep):
-    return [hf.Share(rank, tp, expert_rank, ep) for expert_rank in range(ep) for rank in range(tp)]
+    return [shards.Share(rank, tp, expert_rank, ep) for expert_rank in range(ep) for rank in range(tp)]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_ranks_together_plan_every_expert_once(folders, tp, ep, fused):
     config = hf.read_config(folders["experts"])
     seen, shapes = {}, {}
     for share in shares(tp, ep):
-        for name, pieces in hf.plan(config, share, fused).items():
+        for name, pieces in shards.plan(config, share, fused).items():
             for piece in pieces:
                 if ".mlp." not in name:
                     continue
@@ -87,7 +87,7 @@ def parameters(folder, share):
     config, made = hf.read_config(folder), {}
     with hf.Checkpoint(folder) as checkpoint:
         fused = any("gate_up_proj" in name for name in checkpoint.names)
-        for name, pieces in hf.plan(config, share, fused).items():
+        for name, pieces in shards.plan(config, share, fused).items():
             made[name] = torch.cat([checkpoint.read(piece) for piece in pieces])
     return made
 

@@ -7,6 +7,8 @@ import sys
 import commands
 import pytest
 import torch
+from characters import character_llama
+from drops import LENGTH, small_llama
 
 from megatron_comp import cli
 
@@ -74,3 +76,29 @@ def error_line(capsys):
         return line
 
     return line
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """Folder of a tiny random Llama whose tokens are characters."""
+    return character_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, sotu_text):
+    """A short text for it."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(sotu_text.read_text()[:400])
+    return file
+
+
+@pytest.fixture(scope="module")
+def two_blocks(tmp_path_factory):
+    """Folder of one with two blocks and key-value heads enough to be grouped."""
+    return small_llama(tmp_path_factory.mktemp("two_blocks"))
+
+
+@pytest.fixture(scope="module")
+def drop_text(sotu_text):
+    """Options that name its text."""
+    return ("--text", sotu_text, *LENGTH)

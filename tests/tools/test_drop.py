@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from drops import LAYERS, LENGTH, RANKS, command, distilled, small_llama
+from drops import LAYERS, RANKS, command, distilled
 from ranks import run_ranks
 
 import megatron_comp as mc
@@ -16,28 +16,18 @@ from megatron_comp.tools.drop.measure import Measured
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return small_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def text(sotu_text):
-    return ("--text", sotu_text, *LENGTH)
-
-
-@pytest.fixture(scope="module")
-def weights(llama, text, tmp_path_factory):
+def weights(two_blocks, drop_text, tmp_path_factory):
     """File of distilled weights of both blocks."""
     folder = tmp_path_factory.mktemp("distilled")
-    assert distilled(llama, text, folder, "0-1", "both.safetensors") == 0
+    assert distilled(two_blocks, drop_text, folder, "0-1", "both.safetensors") == 0
     return folder / "both.safetensors"
 
 
-def test_sensitivity_and_curve(llama, text, weights, tmp_path):
+def test_sensitivity_and_curve(two_blocks, drop_text, weights, tmp_path):
     """The whole way on real ranks; interrupted after the first of its files was half done."""
     files = {name: tmp_path / name for name in ("s.json", "s.state", "s.png", "c.json", "c.state", "c.csv", "c.png")}
     measured = ("--state", files["s.state"], "--figure", files["s.png"], "--json", files["s.json"])
-    common = ("--model", llama, "--tp", RANKS, *text)
+    common = ("--model", two_blocks, "--tp", RANKS, *drop_text)
     command(RANKS, "sensitivity", *common, *measured, "--thresholds", "0", "1e9")
     rows = json.loads(files["s.json"].read_text())["rows"]
     state = json.loads(files["s.state"].read_text())
@@ -140,7 +130,7 @@ def test_lists_of_blocks():
         (("curve", "--tp", 2, "--distilled", "no"), "--distilled no: no such file"),
     ],
 )
-def test_mistakes_are_one_line(llama, text, tmp_path, monkeypatch, capsys, words, told):
+def test_mistakes_are_one_line(two_blocks, drop_text, tmp_path, monkeypatch, capsys, words, told):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["drop", *map(str, words), "--model", str(llama), *map(str, text)]) == 2
+    assert cli.main(["drop", *map(str, words), "--model", str(two_blocks), *map(str, drop_text)]) == 2
     assert told in capsys.readouterr().err

@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
-from drops import IDS, RANKS, small_llama, streamed
+from drops import IDS, RANKS, streamed
 from ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -13,11 +12,6 @@ from megatron_comp.inference.generate import logits
 from megatron_comp.inference.model import build_model, init_parallel
 from megatron_comp.tools.drop.block import split_columns, split_mlp
 from megatron_comp.tools.drop.training import Recipe, distill
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return small_llama(tmp_path_factory.mktemp("llama"))
 
 
 def layer_outputs(rank, world_size, folder):
@@ -32,9 +26,9 @@ def layer_outputs(rank, world_size, folder):
     return made
 
 
-def test_blocks_compute_what_ranks_do(llama):
-    ((block, x, out, rope),) = streamed(llama)
-    ((x_ranks, stock), (_, dropped)) = run_ranks(layer_outputs, RANKS, llama)[0]
+def test_blocks_compute_what_ranks_do(two_blocks):
+    ((block, x, out, rope),) = streamed(two_blocks)
+    ((x_ranks, stock), (_, dropped)) = run_ranks(layer_outputs, RANKS, two_blocks)[0]
     expected = [t.transpose(0, 1) for t in (x_ranks, stock, dropped)]
     # The same sums in fp32 in another order.
     torch.testing.assert_close(x, expected[0], atol=1e-4, rtol=1e-4)
@@ -43,9 +37,9 @@ def test_blocks_compute_what_ranks_do(llama):
     assert (expected[2] - expected[1]).abs().max() > 0.1
 
 
-def test_gradients_come_from_a_ranks_own_mlp(llama):
+def test_gradients_come_from_a_ranks_own_mlp(two_blocks):
     """With the output's other parts cut off, a rank's heads learn from its own part of the MLP and from no other's."""
-    ((block, x, _, rope),) = streamed(llama)
+    ((block, x, _, rope),) = streamed(two_blocks)
     layer = block.modules_of
     heads_of = [slice(0, 48), slice(48, 96)]
     with torch.enable_grad():
@@ -64,12 +58,12 @@ def trained(folder, recipe):
     return block.named(), log, summary
 
 
-def test_distillation_learns_and_is_deterministic(llama):
+def test_distillation_learns_and_is_deterministic(two_blocks):
     recipe = Recipe(RANKS, epochs=6, batch=2, learning_rate=3e-3)
-    first, log, summary = trained(llama, recipe)
-    again, *_ = trained(llama, recipe)
-    other, *_ = trained(llama, replace(recipe, seed=2))
-    assert first.keys() == {name for name in load_file(llama / "model.safetensors") if ".layers.1." in name}
+    first, log, summary = trained(two_blocks, recipe)
+    again, *_ = trained(two_blocks, recipe)
+    other, *_ = trained(two_blocks, replace(recipe, seed=2))
+    assert first.keys() == {name for name in load_file(two_blocks / "model.safetensors") if ".layers.1." in name}
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
     assert [line["epoch"] for line in log] == list(range(6)) and log[-1]["loss"] < log[0]["loss"]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from drops import LAYERS, LENGTH, RANKS, command, distilled, logits_with_weights, small_llama, streamed
+from drops import LAYERS, RANKS, command, distilled, logits_with_weights, streamed
 from ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -13,21 +13,16 @@ from megatron_comp.tools.drop import heads
 from megatron_comp.tools.drop.criteria import CRITERIA
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return small_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def text(sotu_text):
-    return ("--text", sotu_text, *LENGTH)
-
-
-def test_grouped_heads_leave_the_stock_model_as_it_was(llama, text, tmp_path):
+def test_grouped_heads_leave_the_stock_model_as_it_was(two_blocks, drop_text, tmp_path):
     """Orders of key-value heads that differ from the model's change it by rounding alone, and a dropped sum by more."""
     file, rows = tmp_path / "g.safetensors", tmp_path / "g.json"
     criteria = ("--criterion", "similar-norm", "--json", rows)
-    assert command(1, "group", "--model", llama, "--tp", RANKS, *text, "--blocks", "0-1", "--out", file, *criteria) == 0
+    assert (
+        command(
+            1, "group", "--model", two_blocks, "--tp", RANKS, *drop_text, "--blocks", "0-1", "--out", file, *criteria
+        )
+        == 0
+    )
     found = json.loads(rows.read_text())["rows"]
     assert {row["criterion"] for row in found} == {"own", *CRITERIA}
     assert all(sorted(row["order"].split()) == list("0123") for row in found)
@@ -35,19 +30,19 @@ def test_grouped_heads_leave_the_stock_model_as_it_was(llama, text, tmp_path):
     assert [row["criterion"] for row in written] == ["similar-norm"] * LAYERS
     assert any(row["order"] != "0 1 2 3" for row in written)
     drop = {"0-1": {"attention": "drop"}}
-    stock, dropped, grouped, grouped_dropped = run_ranks(logits_with_weights, RANKS, llama, file, drop)[0]
+    stock, dropped, grouped, grouped_dropped = run_ranks(logits_with_weights, RANKS, two_blocks, file, drop)[0]
     torch.testing.assert_close(grouped, stock, atol=2e-4, rtol=1e-4)
     assert (grouped_dropped - dropped).abs().max() > 0.01
     start = ("--start", file)
-    assert distilled(llama, text, tmp_path, "1", "w.safetensors", *start) == 0
+    assert distilled(two_blocks, drop_text, tmp_path, "1", "w.safetensors", *start) == 0
     assert load_file(tmp_path / "w.safetensors").keys() == {
-        n for n in load_file(llama / "model.safetensors") if ".1." in n
+        n for n in load_file(two_blocks / "model.safetensors") if ".1." in n
     }
 
 
-def test_the_error_that_orders_are_chosen_by_is_the_ranks_own(llama):
+def test_the_error_that_orders_are_chosen_by_is_the_ranks_own(two_blocks):
     """The error that is told of an order is that of a block whose weights stand so."""
-    ((block, x, out, rope),) = streamed(llama)
+    ((block, x, out, rope),) = streamed(two_blocks)
     for found in heads.candidates(block, x, out, rope, RANKS).values():
         moved = block.replaced(heads.permuted_attention(block, found["order"]))
         assert found["mse"] == pytest.approx((moved(x, rope, RANKS) - out).square().mean().item(), rel=1e-4)
@@ -77,8 +72,8 @@ def test_distances_are_those_of_the_scores():
     torch.testing.assert_close(distances, torch.tensor([[0.0, expected], [expected, 0.0]]))
 
 
-def test_scores_are_causal_means(llama):
-    ((block, x, _, rope),) = streamed(llama)
+def test_scores_are_causal_means(two_blocks):
+    ((block, x, _, rope),) = streamed(two_blocks)
     scores = block.attention_scores(x, rope)
     assert scores.shape == (8, 24, 24) and scores.triu(1).abs().max() == 0
     torch.testing.assert_close(scores.sum(-1), torch.ones(8, 24))

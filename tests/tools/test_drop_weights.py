@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from drops import LENGTH, RANKS, distilled, logits_with_weights, small_llama
+from drops import RANKS, distilled, logits_with_weights
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -16,26 +16,16 @@ from megatron_comp.inference.model import build_model, init_parallel
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return small_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def text(sotu_text):
-    return ("--text", sotu_text, *LENGTH)
-
-
-@pytest.fixture(scope="module")
-def weights(llama, text, tmp_path_factory):
+def weights(two_blocks, drop_text, tmp_path_factory):
     """Folder with what `distill` writes of both blocks."""
     folder = tmp_path_factory.mktemp("distilled")
     more = ("--json", folder / "d.json", "--log", folder / "log.csv", "--policy-out", folder / "policy.yaml")
-    assert distilled(llama, text, folder, "0-1", "both.safetensors", *more) == 0
+    assert distilled(two_blocks, drop_text, folder, "0-1", "both.safetensors", *more) == 0
     return folder
 
 
-def test_files_of_distillation(llama, weights):
-    stock, ours = load_file(llama / "model.safetensors"), load_file(weights / "both.safetensors")
+def test_files_of_distillation(two_blocks, weights):
+    stock, ours = load_file(two_blocks / "model.safetensors"), load_file(weights / "both.safetensors")
     assert ours.keys() == {name for name in stock if ".layers." in name}
     assert all(ours[name].shape == stock[name].shape for name in ours)
     rows = json.loads((weights / "d.json").read_text())["rows"]
@@ -46,22 +36,22 @@ def test_files_of_distillation(llama, weights):
     assert [policy.drops(layer) for layer in range(3)] == [True, True, False]
 
 
-def test_distillation_goes_on_where_it_was(llama, text, weights, tmp_path, capsys):
-    assert distilled(llama, text, tmp_path, "0", "w.safetensors") == 0
-    assert distilled(llama, text, tmp_path, "0-1", "w.safetensors") == 0
+def test_distillation_goes_on_where_it_was(two_blocks, drop_text, weights, tmp_path, capsys):
+    assert distilled(two_blocks, drop_text, tmp_path, "0", "w.safetensors") == 0
+    assert distilled(two_blocks, drop_text, tmp_path, "0-1", "w.safetensors") == 0
     ours, at_once = load_file(tmp_path / "w.safetensors"), load_file(weights / "both.safetensors")
     assert ours.keys() == at_once.keys() and all(torch.equal(ours[name], at_once[name]) for name in ours)
-    assert distilled(llama, text, tmp_path, "0-1", "w.safetensors", "--seed", 5) == 2
+    assert distilled(two_blocks, drop_text, tmp_path, "0-1", "w.safetensors", "--seed", 5) == 2
     assert "is there already" in capsys.readouterr().err
 
 
-def test_distilled_weights_load_beside_the_model(llama, weights, tmp_path):
+def test_distilled_weights_load_beside_the_model(two_blocks, weights, tmp_path):
     """As a checkpoint would that holds them in the place of its own."""
-    shutil.copytree(llama, tmp_path / "merged")
-    tensors = load_file(llama / "model.safetensors") | load_file(weights / "both.safetensors")
+    shutil.copytree(two_blocks, tmp_path / "merged")
+    tensors = load_file(two_blocks / "model.safetensors") | load_file(weights / "both.safetensors")
     save_file(tensors, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
     drop = {"0-1": {"attention": "drop"}}
-    ranks = run_ranks(logits_with_weights, RANKS, llama, weights / "both.safetensors", drop)
+    ranks = run_ranks(logits_with_weights, RANKS, two_blocks, weights / "both.safetensors", drop)
     merged = run_ranks(logits_with_weights, RANKS, tmp_path / "merged", None, drop)[0]
     for made in ranks:
         assert torch.equal(made[2], merged[0]) and torch.equal(made[3], merged[1])
@@ -79,7 +69,7 @@ def refused(rank, world_size, folder, file, text_file):
     return said
 
 
-def test_weights_of_other_ranks_or_no_weights_are_refused(llama, weights, sotu_text):
-    ((ranks, no_weights, missing),) = run_ranks(refused, 1, llama, weights / "both.safetensors", sotu_text)
+def test_weights_of_other_ranks_or_no_weights_are_refused(two_blocks, weights, sotu_text):
+    ((ranks, no_weights, missing),) = run_ranks(refused, 1, two_blocks, weights / "both.safetensors", sotu_text)
     assert "are for 2 tensor-parallel ranks, not for 1" in ranks
     assert "no safetensors file" in no_weights and "no such file" in missing

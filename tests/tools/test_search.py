@@ -5,23 +5,10 @@ import shutil
 
 import pytest
 import yaml
-from characters import character_llama
 from searches import CODECS, LENGTH, rows_of, search
 
 from megatron_comp import cli
 from megatron_comp.policy import CompressionPolicy
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return character_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory, sotu_text):
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(sotu_text.read_text()[:400])
-    return file
 
 
 def mixed(folder, llama, text, *arguments, **options):

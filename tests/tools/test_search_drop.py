@@ -5,7 +5,7 @@ import json
 import oracles
 import pytest
 import torch
-from characters import character_llama, character_tokenizer
+from characters import character_tokenizer
 from checkpoints import tiny_mixtral
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -19,18 +19,6 @@ from megatron_comp.tools.search.state import State
 from megatron_comp.wire.codec import parse_codec
 
 BOUND, PROMPT = 0.12, 64
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return character_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory, sotu_text):
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(sotu_text.read_text()[:400])
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +161,7 @@ def test_mixtures_of_experts_are_refused_with_the_reason(text, tmp_path):
 
 def test_weights_need_a_policy_that_drops_their_blocks(llama, text, weights, command, tmp_path):
     (tmp_path / "policy.yaml").write_text("layers: {0: {attention: drop}}\n")
-    words = ("evaluate", "--model", llama, "--tp", 2, "--text", text, *LENGTH, "--weights", weights)
-    done = command(*words, "--policy", tmp_path / "policy.yaml")
-    assert done.returncode == 2 and "no --policy drops that of one of them (1, 2)" in done.stderr
+    common = ("--model", llama, "--tp", 2, "--weights", weights, "--policy", tmp_path / "policy.yaml")
+    for words in (("evaluate", "--text", text, *LENGTH), ("generate", "--prompt", "We")):
+        done = command(*words, *common)
+        assert done.returncode == 2 and "no --policy drops that of one of them (1, 2)" in done.stderr

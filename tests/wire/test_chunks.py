@@ -33,9 +33,10 @@ SIZES = [1 << 30, 2000, 1]
     of_bytes=st.integers(1, 1 << 22),
 )
 def test_chunks_make_up_the_rows(rows, slices, nbytes, of_bytes):
-    chunks = exchange.chunk_rows(rows, slices, nbytes, of_bytes)
+    most = exchange.most_chunks(rows, slices, nbytes, of_bytes)
+    chunks = exchange.chunk_rows(rows, slices, most)
     assert sum(chunks) == rows
-    assert len(chunks) <= max(1, min(nbytes // of_bytes, exchange.MAX_CHUNKS))
+    assert len(chunks) == most <= max(1, min(nbytes // of_bytes, exchange.MAX_CHUNKS))
     if len(chunks) > 1:
         assert all(count and count % (16 * slices) == 0 for count in chunks[:-1])
         # Alike, but for the rows that are left over.
@@ -44,19 +45,21 @@ def test_chunks_make_up_the_rows(rows, slices, nbytes, of_bytes):
 
 
 def test_a_number_of_chunks_that_is_asked_for():
-    assert exchange.chunk_rows(1000, 1, 10, 1, 3) == [336, 336, 328]
-    assert exchange.chunk_rows(1000, 1, 1 << 30, 1, 1) == [1000]
-    assert len(exchange.chunk_rows(1 << 20, 4, 1 << 30, 1, 40)) == 40
-    assert exchange.chunk_rows(100, 2, 1 << 30, 1, 40) == [32, 32, 36]
+    assert exchange.chunk_rows(1000, 1, 3) == [336, 336, 328]
+    assert exchange.chunk_rows(1000, 1, 1) == [1000]
+    assert len(exchange.chunk_rows(1 << 20, 4, 40)) == 40
+    assert exchange.chunk_rows(100, 2, 40) == [32, 32, 36]
 
 
 def test_how_many_chunks():
     """At least so many bytes each, and never more than the largest number."""
-    assert exchange.chunk_rows(1000, 1, 1023, 512) == [1000]
-    assert exchange.chunk_rows(1000, 1, 1024, 512) == [496, 504]
-    assert len(exchange.chunk_rows(1 << 20, 4, 1 << 30, 1)) == exchange.MAX_CHUNKS
-    assert exchange.chunk_rows(127, 4, 1 << 30, 1) == [127]
-    assert exchange.chunk_rows(128, 4, 1 << 30, 1) == [64, 64]
+    assert exchange.most_chunks(1000, 1, 1023, 512) == 1
+    assert exchange.most_chunks(1000, 1, 1024, 512) == 2
+    assert exchange.chunk_rows(1000, 1, 2) == [496, 504]
+    assert exchange.most_chunks(1 << 20, 4, 1 << 30, 1) == exchange.MAX_CHUNKS
+    assert exchange.most_chunks(127, 4, 1 << 30, 1) == 1
+    assert exchange.most_chunks(128, 4, 1 << 30, 1) == 2
+    assert exchange.chunk_rows(128, 4, 2) == [64, 64]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
@@ -65,7 +68,7 @@ def test_chunks_are_the_message_in_bytes_and_slices(name, ranks):
     """Also where sections are padded: all of the padding is in the last chunk."""
     codec = parse_codec(name)
     for rows, hidden in itertools.product((16 * ranks, 200, 1013), (1, 33, 576)):
-        chunks = exchange.chunk_rows(rows, ranks, 1 << 30, 1)
+        chunks = exchange.chunk_rows(rows, ranks, exchange.MAX_CHUNKS)
         assert sum(codec.message_bytes((count, hidden)) for count in chunks) == codec.message_bytes((rows, hidden))
         for rank in range(ranks):
             mine = [slice_rows((count, hidden), ranks)[rank] for count in chunks]

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from ...wire import exchange
 from ...wire.codec import CodecPair
 from ...wire.collectives import all_reduce
 from ...wire.cost import choose_algorithm, choose_chunks, received_bytes, ring_bytes
@@ -78,9 +79,7 @@ def _entries(setting, x: torch.Tensor, ranks: int, group, figures: Figures) -> I
             chosen = choose_algorithm(x.shape, codec, ranks, algorithm, figures)
             # The first rank's slice is as long as any, and so is what it receives.
             bytes_on_wire = received_bytes(x.shape, codec, ranks, chosen, 0)
-            chunks = None
-            if figures.codecs:
-                chunks = choose_chunks(x.shape, codec, ranks, chosen, figures, figures.chunk_bytes)
+            chunks = choose_chunks(x.shape, codec, ranks, chosen, figures, exchange.chunk_bytes(x.device))
             yield Entry(name, chosen, bytes_on_wire, partial(all_reduce, x, codec, group, chosen, chunks=chunks))
 
 

@@ -4,8 +4,8 @@ sum of these gets wrong."""
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from ...wire import exchange
 from ...wire.codec import Codec
-from ...wire.collectives import part_rows
 from ...wire.cost import pays, ring_bytes, stock_seconds, sum_seconds, wire_and_work
 from ...wire.figures import LINKS, MARGIN, CodecCost, Figures, Link
 from .measure import CHUNKS, Setting, Timings
@@ -76,7 +76,7 @@ def _hidden(setting: Setting, timings: Timings, unproven: Figures) -> float:
     saved = could = 0.0
     shape, ranks = setting.shapes[-1], unproven.ranks
     for name, codec in setting.codecs.items():
-        count = len(part_rows(shape, codec, ranks, 1, CHUNKS))
+        count = len(exchange.chunk_rows(shape[0], ranks, CHUNKS))
         for way in ("gather_sum", "two_step"):
             whole, cut = (timings.median("pieces", shape, name, way, chunks) for chunks in (1, CHUNKS))
             how = shape, codec, ranks, way, unproven

@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator
 import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from ...inference.hf import Checkpoint, Piece, is_mixture
+from ...inference.hf import Checkpoint
+from ...inference.shards import Piece, is_mixture
 
 
 class Block(torch.nn.Module):

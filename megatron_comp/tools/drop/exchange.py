@@ -1,6 +1,6 @@
 """Weights of a file in the place of a built model's own."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 
@@ -27,6 +27,17 @@ class Exchange:
         check_extra(path, model.config.tensor_model_parallel_size)
         self.model, self.model_dir, self.path, self.blocks = model, model_dir, path, blocks_in(path)
         self._used: set[int] = set()
+
+    @classmethod
+    def for_policies(cls, model: torch.nn.Module, model_dir: str, path: str, policies: Iterable[CompressionPolicy]):
+        """Raises ValueError also if none of the policies drops the sum of a block of which there are weights."""
+        made = cls(model, model_dir, path)
+        if not any(made.blocks_for(policy) for policy in policies):
+            raise ValueError(
+                f"--weights {path}: for blocks without attention's sum, and no --policy drops that of one of them "
+                f"({', '.join(map(str, sorted(made.blocks)))})"
+            )
+        return made
 
     def blocks_for(self, policy: CompressionPolicy) -> set[int]:
         """Those of the file whose sum a policy drops: elsewhere its weights are wrong."""

@@ -1,0 +1,144 @@
+"""Which rows and columns of which tensors of a Hugging Face checkpoint make up each parameter of a rank.
+
+Names and slices alone: `hf.py` reads them.
+"""
+
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """A block of a checkpoint tensor: `tensor[rows[0]:rows[1], columns[0]:columns[1]]`; vectors have no columns.
+
+    index: which of the matrices in a tensor of three dimensions.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    rows: tuple[int, int]
+    columns: tuple[int, int] | None = None
+    index: int | None = None
+
+
+class Share(NamedTuple):
+    """Which part of every split tensor a rank owns, and which of the experts."""
+
+    rank: int
+    tp: int
+    expert_rank: int = 0
+    ep: int = 1
+
+    def of(self, size: int) -> tuple[int, int]:
+        """Its rows or columns of `size`, first and last (exclusive)."""
+        return size * self.rank // self.tp, size * (self.rank + 1) // self.tp
+
+    def experts(self, count: int) -> range:
+        return range(count * self.expert_rank // self.ep, count * (self.expert_rank + 1) // self.ep)
+
+
+WHOLE = Share(0, 1)
+
+
+def head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def padded_vocab_size(config, tp: int) -> int:
+    """The vocabulary rounded up to a multiple of `tp`."""
+    return -(-config.vocab_size // tp) * tp
+
+
+def plan(config, share: Share, fused_experts: bool = False) -> dict[str, list[Piece]]:
+    """The parameters of Megatron's GPTModel on one rank, each as pieces to stack along dim 0.
+
+    A parameter with fewer rows in its pieces than it has itself ends in zeros (the padded vocabulary).
+    fused_experts: the checkpoint has all experts of a layer in one tensor.
+    """
+    hidden = config.hidden_size
+    query_size = config.num_attention_heads * head_dim(config)
+
+    def vector(name: str) -> list[Piece]:
+        return [Piece(name, (hidden,), (0, hidden))]
+
+    def vocabulary(name: str) -> list[Piece]:
+        start, stop = share.of(padded_vocab_size(config, share.tp))
+        rows = min(start, config.vocab_size), min(stop, config.vocab_size)
+        return [Piece(name, (config.vocab_size, hidden), rows, (0, hidden))] if rows[0] < rows[1] else []
+
+    parameters = {"embedding.word_embeddings.weight": vocabulary("model.embed_tokens.weight")}
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        parameters |= {
+            ours + "input_layernorm.weight": vector(theirs + "input_layernorm.weight"),
+            ours + "self_attention.linear_qkv.weight": _fused_qkv(config, theirs + "self_attn.", share),
+            ours + "self_attention.linear_proj.weight": [
+                Piece(theirs + "self_attn.o_proj.weight", (hidden, query_size), (0, hidden), share.of(query_size))
+            ],
+            ours + "pre_mlp_layernorm.weight": vector(theirs + "post_attention_layernorm.weight"),
+        }
+        mlp = _mixture if is_mixture(config) else _mlp
+        parameters |= mlp(config, ours + "mlp.", theirs, share, fused_experts)
+    parameters["decoder.final_layernorm.weight"] = vector("model.norm.weight")
+    if not config.tie_word_embeddings:
+        parameters["output_layer.weight"] = vocabulary("lm_head.weight")
+    return parameters
+
+
+def is_mixture(config) -> bool:
+    return config.model_type == "mixtral"
+
+
+def _mlp(config, ours: str, theirs: str, share: Share, _fused: bool) -> dict[str, list[Piece]]:
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    names = [f"{theirs}mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+    return _gated(ours, share.of(ffn), [(name, (ffn, hidden)) for name in names[:2]], (names[2], (hidden, ffn)))
+
+
+def _mixture(config, ours: str, theirs: str, share: Share, fused: bool) -> dict[str, list[Piece]]:
+    """Router and this rank's experts: `block_sparse_moe.experts.E.w1 w2 w3`, or all experts in `mlp.experts.*`."""
+    hidden, ffn, count = config.hidden_size, config.intermediate_size, config.num_local_experts
+    block = theirs + ("mlp." if fused else "block_sparse_moe.")
+    parameters = {ours + "router.weight": [Piece(block + "gate.weight", (count, hidden), (0, count), (0, hidden))]}
+    for place, expert in enumerate(share.experts(count)):
+        name = f"{ours}experts.local_experts.{place}."
+        if fused:
+            both, down = (count, 2 * ffn, hidden), (count, hidden, ffn)
+            gate_up = [(block + "experts.gate_up_proj", both)] * 2
+            parameters |= _gated(name, share.of(ffn), gate_up, (block + "experts.down_proj", down), expert)
+        else:
+            w1, w2, w3 = (f"{block}experts.{expert}.w{n}.weight" for n in (1, 2, 3))
+            gate_up = [(w1, (ffn, hidden)), (w3, (ffn, hidden))]
+            parameters |= _gated(name, share.of(ffn), gate_up, (w2, (hidden, ffn)))
+    return parameters
+
+
+def _gated(ours: str, part: tuple[int, int], gate_up: list, down: tuple, index: int | None = None) -> dict:
+    """fc1 as gate rows over up rows, fc2 as columns. With `index`, gate and up stand in one tensor, up second."""
+    (gate, shape), (up, _) = gate_up
+    hidden, ffn = shape[-1], down[1][-1]
+    second = 0 if index is None else ffn
+    return {
+        ours + "linear_fc1.weight": [
+            Piece(gate, shape, part, (0, hidden), index),
+            Piece(up, shape, (second + part[0], second + part[1]), (0, hidden), index),
+        ],
+        ours + "linear_fc2.weight": [Piece(*down, (0, hidden), part, index)],
+    }
+
+
+def _fused_qkv(config, prefix: str, share: Share) -> list[Piece]:
+    """This rank's rows of Megatron's fused projection: for each group its query heads, its key head, its value head.
+
+    With more ranks than groups a share may begin and end inside a group, and even inside a head.
+    """
+    dim, groups, hidden = head_dim(config), config.num_key_value_heads, config.hidden_size
+    per_group = {"q": config.num_attention_heads // groups * dim, "k": dim, "v": dim}
+    start, stop = share.of(groups * sum(per_group.values()))
+    pieces, position = [], 0
+    for group in range(groups):
+        for part, rows in per_group.items():
+            first, last = max(start - position, 0), min(stop - position, rows)
+            if first < last:
+                block = group * rows + first, group * rows + last
+                pieces.append(Piece(f"{prefix}{part}_proj.weight", (groups * rows, hidden), block, (0, hidden)))
+            position += rows
+    return pieces
