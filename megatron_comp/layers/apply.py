@@ -17,6 +17,7 @@ from ..version import __version__
 from ..wire.codec import parse_codec
 from ..wire.cost import step_codecs
 from ..wire.figures import ASSUMED, Figures, find_figures
+from .overlap import OverlappedLayer, can_overlap, end_overlap, overlap
 from .places import find_places, reductions, restore
 from .site import Phase, ReductionSite, SiteStats, Traffic
 from .sync_drop import SyncDropLayer, check_block, drop_sync, dropped_blocks, restore_sync
@@ -93,6 +94,9 @@ def apply_compression(
         place.attach(ReductionSite(policy, place.layer, place.site, phase, timing, allow_training, of_group))
     for layer in dropped_blocks(model, policy):
         drop_sync(layer)
+    for layer in model.modules():
+        if can_overlap(layer):
+            overlap(layer)
     model.compression_hook = model.register_forward_pre_hook(_phase_hook(phase), with_kwargs=True)
     logger.info("megatron_comp: %d reductions of %s under policy %s", len(places), type(model).__name__, policy)
     return model
@@ -106,6 +110,8 @@ def remove_compression(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         if isinstance(module, SyncDropLayer):
             restore_sync(module)
+        elif isinstance(module, OverlappedLayer):
+            end_overlap(module)
         restore(module)
         if hook := module.__dict__.pop("compression_hook", None):
             hook.remove()

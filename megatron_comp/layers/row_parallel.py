@@ -58,9 +58,9 @@ class CompressedRowParallelLinear(RowParallelLinear):
     def forward(self, input_: torch.Tensor):
         if self.reduction is None:
             return super().forward(input_)
-        if self._can_overlap(input_):
+        if self.reduction.takes_parts:
             out = input_.new_empty(*input_.shape[:-1], self.output_size)
-            rows = self.reduction.part_rows(out, self.tp_group)
+            rows = self.part_rows(out)
             if len(rows) > 1:
                 inputs = input_.reshape(-1, 1, input_.shape[-1]).split(rows)
                 partials = (super(CompressedRowParallelLinear, self).forward(each)[0] for each in inputs)
@@ -69,16 +69,18 @@ class CompressedRowParallelLinear(RowParallelLinear):
         reduce = self.reduction.reduce_scatter if self.sequence_parallel else self.reduction.reduce
         return reduce(output, self.tp_group, self.training), bias
 
-    def _can_overlap(self, input_: torch.Tensor) -> bool:
-        """Whether rows may be multiplied in parts, so that one part is sent while the next is computed.
+    def part_rows(self, out: torch.Tensor) -> list[int]:
+        """Rows of the parts that may be computed and sent one by one; a single part where they may not.
 
         Not decoded tokens, which are too few; not where a backward would have to know of the parts, where autocast
         makes a type that only the result tells, or under sequence parallelism, where every part would have rows of all
-        ranks' slices.
+        ranks' slices. out: of the shape, type and device of what all parts give.
         """
-        if torch.is_grad_enabled() or self.sequence_parallel or torch.is_autocast_enabled(input_.device.type):
-            return False
-        return input_.shape[:-1].numel() >= 2 * exchange.ALIGNMENT
+        rows = out.shape[:-1].numel()
+        whole = torch.is_grad_enabled() or self.sequence_parallel or torch.is_autocast_enabled(out.device.type)
+        if whole or rows < 2 * exchange.ALIGNMENT:
+            return [rows]
+        return self.reduction.part_rows(out, self.tp_group)
 
 
 def check_reducible(linear: RowParallelLinear, codecs: set[str]) -> None:

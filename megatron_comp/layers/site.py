@@ -3,7 +3,8 @@
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -81,6 +82,8 @@ class ReductionSite:
     allow_training: bool = False
     figures: Figures = ASSUMED
     stats: SiteStats = field(init=False)
+    takes_parts: ClassVar[bool] = True
+    """Whether a linear may give its output in parts, by `reduce_parts`."""
     _decisions: dict[tuple, Decision] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -105,13 +108,11 @@ class ReductionSite:
         )
 
     def part_rows(self, partial: torch.Tensor, group: torch.distributed.ProcessGroup) -> list[int]:
-        """Rows of the parts to give to `reduce_parts`; a single part where `reduce` is to have the whole.
+        """Rows of the parts in which a sum may go; a single part where it goes in one piece.
 
         partial: of the partial sum's shape, type and device; its values are not read.
         """
-        if type(self) is ReductionSite:  # others reduce something else than what they are given
-            return exchange.chunk_rows(partial.shape[:-1].numel(), group.size(), self._decide(partial, group).parts)
-        return [partial.shape[:-1].numel()]
+        return exchange.chunk_rows(partial.shape[:-1].numel(), group.size(), self._decide(partial, group).parts)
 
     def reduce_parts(
         self,
@@ -124,11 +125,9 @@ class ReductionSite:
 
         rows: of each part, from `part_rows`. Counted as one call; seconds are those that nothing was computed in.
         """
-        decision = self._decide(out, group)
-        traffic = self._compress(out, group, decision)
-        pending = PendingAllReduce(out, rows, decision.codec, group, decision.algorithm)
+        pending, traffic = self._begin(out, rows, group)
         for part in parts:
-            self._timed(traffic, lambda part=part: pending.push(part))
+            self._push(part, pending, traffic)
         return self._timed(traffic, pending.wait)
 
     def reduce_scatter(
@@ -158,6 +157,10 @@ class ReductionSite:
             _count(traffic, partial),
             lambda: compressed_reduce_scatter_to_sequence_parallel_region(partial, codec, group, splits),
         )
+
+    def turned(self, cls: type["ReductionSite"], **more) -> "ReductionSite":
+        """The same place as one of a subclass, whose counters start at zero."""
+        return cls(**{each.name: getattr(self, each.name) for each in fields(self) if each.init}, **more)
 
     def codec_names(self) -> set[str]:
         """Names of the codecs that this place compresses in, in one phase or another."""
@@ -193,6 +196,21 @@ class ReductionSite:
         # What computing a part hides of the wire comes on top of what is predicted here, of codec and wire alone.
         parts = choose_chunks(*how, of_bytes) if of_bytes else 1
         return replace(decision, algorithm=algorithm, chunks=chunks, parts=parts)
+
+    def _begin(
+        self, out: torch.Tensor, rows: Sequence[int], group: torch.distributed.ProcessGroup
+    ) -> tuple[PendingAllReduce, Traffic]:
+        """A sum into `out`, the parts of which are still to be pushed; counted now."""
+        decision = self._decide(out, group)
+        pending = PendingAllReduce(out, rows, decision.codec, group, decision.algorithm)
+        return pending, self._compress(out, group, decision)
+
+    def _push(self, part: torch.Tensor, pending: PendingAllReduce, traffic: Traffic) -> None:
+        def push() -> None:
+            pending.push(part)
+            pending.advance()
+
+        self._timed(traffic, push)
 
     def _keep(self, partial: torch.Tensor, ranks: int, passes: int, decision: Decision) -> Traffic:
         nbytes = partial.numel() * partial.element_size()

@@ -14,7 +14,8 @@ all queries, keys and values that are computed from it and stay in a cache; and 
 and a sum that has the same bits on every rank. Nothing that is kept beyond the block depends on h_i.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from megatron.core.ssm.mamba_layer import MambaLayer
@@ -25,6 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from ..policy import DROP, CompressionPolicy
 from . import transformer_engine
+from .overlap import OverlappedLayer, OverlappedSum
 from .places import find_places
 from .row_parallel import CompressedRowParallelLinear
 from .site import ReductionSite
@@ -42,6 +44,7 @@ NEEDED = {
 class DroppedSum(ReductionSite):
     """Attention's place in a block without that sum: the partial sum stays as it is, and is kept for the MLP's sum."""
 
+    takes_parts: ClassVar[bool] = False
     left: torch.Tensor | None = None
 
     def reduce(self, partial: torch.Tensor, group: torch.distributed.ProcessGroup, training: bool) -> torch.Tensor:
@@ -57,23 +60,24 @@ class DroppedSum(ReductionSite):
         self.left = partial.clone()
         return partial
 
-    def take(self) -> torch.Tensor:
-        """The last partial sum, once."""
-        left, self.left = self.left, None
-        return left
+    def take(self, like: torch.Tensor) -> torch.Tensor:
+        """The next rows of the last partial sum, as many as of `like`; each once."""
+        rows, self.left = _cut(self.left, like)
+        return rows
 
 
 @dataclass(slots=True)
-class JoinedSum(ReductionSite):
+class JoinedSum(OverlappedSum):
     """The MLP's place in that block: its partial sums and attention's in one message."""
 
+    takes_parts: ClassVar[bool] = False  # of a linear: they would lack attention's
     dropped: DroppedSum | None = None
 
     def reduce(self, partial: torch.Tensor, group: torch.distributed.ProcessGroup, training: bool) -> torch.Tensor:
-        return ReductionSite.reduce(self, self.dropped.take() + partial, group, training)
+        return OverlappedSum.reduce(self, self.dropped.take(partial) + partial, group, training)
 
 
-class SyncDropLayer(TransformerLayer):
+class SyncDropLayer(OverlappedLayer):
     """Megatron's layer without the sum after attention; parameters, checkpoints and arguments are the stock class's.
 
     `apply_compression` turns layers into it, by a policy's `layers: {5: {attention: drop}}`. In a hand-written layer
@@ -102,8 +106,8 @@ class SyncDropLayer(TransformerLayer):
         """`residual`: Megatron's is h_i, to which this rank's Y_i, summed by now, would be added a second time."""
         if self.drops:
             bias = _bias(self.self_attention.linear_proj)
-            residual = self.block_input if bias is None else self.block_input + bias
-            self.block_input = None
+            rows, self.block_input = _cut(self.block_input, residual)
+            residual = rows if bias is None else rows + bias
         return super()._forward_post_mlp(mlp_output_with_bias, residual, *args, **kwargs)
 
 
@@ -128,8 +132,8 @@ def drop_sync(layer: torch.nn.Module) -> None:
     if layer.tp_group.size() == 1:
         return
     proj, fc2 = layer.self_attention.linear_proj, layer.mlp.linear_fc2
-    proj.reduction = _turned(proj.reduction, DroppedSum)
-    fc2.reduction = _turned(fc2.reduction, JoinedSum, dropped=proj.reduction)
+    proj.reduction = proj.reduction.turned(DroppedSum)
+    fc2.reduction = fc2.reduction.turned(JoinedSum, dropped=proj.reduction)
     if type(layer) is TransformerLayer:
         layer.__class__ = SyncDropLayer
         layer.was_stock = True
@@ -145,7 +149,7 @@ def restore_sync(layer: SyncDropLayer) -> None:
 
 
 def _problem(layer: torch.nn.Module) -> str | None:
-    if type(layer) not in (TransformerLayer, SyncDropLayer):
+    if type(layer) not in (TransformerLayer, OverlappedLayer, SyncDropLayer):
         return f"{type(layer).__name__} is no TransformerLayer of Megatron's"
     if not hasattr(TransformerLayer, "_forward_post_mlp"):
         return "this Megatron-Core's layer cannot be told what to add last; 0.16 and newer can"
@@ -173,5 +177,7 @@ def _bias(linear: torch.nn.Module) -> torch.Tensor | None:
     return bias if bias is not None and bias.numel() else None
 
 
-def _turned(site: ReductionSite, cls: type, **more) -> ReductionSite:
-    return cls(**{each.name: getattr(site, each.name) for each in fields(site) if each.init}, **more)
+def _cut(rows: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As many of `[..., hidden]` rows, from the first, as `like` has, in its shape; and the others."""
+    flat, count = rows.reshape(-1, rows.shape[-1]), like.shape[:-1].numel()
+    return flat[:count].view(like.shape), flat[count:] if count < len(flat) else None

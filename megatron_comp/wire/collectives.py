@@ -61,14 +61,39 @@ class PendingAllReduce(PendingSum):
         algorithm: str,
     ) -> None:
         super().__init__(out)
-        self._parts = iter(out.view(-1, out.shape[-1]).split(list(row_counts)))
+        parts = out.view(-1, out.shape[-1]).split(list(row_counts))
+        self._to_push, self._to_take = iter(parts), iter(parts)
         self._sum = _gather_sum if algorithm == "gather_sum" else _two_step
         self._codec, self._group = codec, group
+        self._in_second_exchange = 0  # how many of the parts under way, the oldest ones
 
     def push(self, part: torch.Tensor, async_op: bool = True) -> None:
         """`[..., hidden]`: the next rows, encoded and on their way when this returns; they may be overwritten then."""
-        out = next(self._parts)
+        out = next(self._to_push)
         self.start(self._sum(part.detach().reshape(out.shape), out, self._codec, self._group, async_op))
+
+    def advance(self) -> None:
+        """In `two_step`: all parts but the newest go to their second exchange, to be on the wire in what is done next.
+
+        The newest is on the wire meanwhile.
+        """
+        self._to_second_exchange(len(self._chunks) - 1)
+
+    def take(self) -> torch.Tensor | None:
+        """The sum of the first part that was not taken yet, `[rows, hidden]`; None after the last, and that ends it."""
+        if not self._chunks:
+            return None
+        # The next part's second exchange begins before this one's is waited for.
+        self._to_second_exchange(min(2, len(self._chunks)))
+        next(self._chunks.pop(0), None)
+        self._in_second_exchange -= 1
+        return next(self._to_take)
+
+    def _to_second_exchange(self, count: int) -> None:
+        if self._sum is _two_step:
+            for chunk in self._chunks[self._in_second_exchange : count]:
+                next(chunk)
+        self._in_second_exchange = max(self._in_second_exchange, count)
 
 
 def all_reduce(
