@@ -99,11 +99,13 @@ class OverlappedLayer(TransformerLayer):
 
     def _forward_mlp(self, hidden_states, *args, **kwargs):
         """hidden_states: `[sequence, batch, hidden]`, without attention's sum where that is pending."""
-        if not self._may_overlap():
+        attention, fc2 = getattr(self.self_attention.linear_proj, "reduction", None), self.mlp.linear_fc2
+        may_overlap = self._may_overlap()
+        if not may_overlap and getattr(attention, "pending", None) is None:
             return super()._forward_mlp(hidden_states, *args, **kwargs)
-        attention, fc2 = self.self_attention.linear_proj.reduction, self.mlp.linear_fc2
         hidden = hidden_states.reshape(-1, 1, hidden_states.shape[-1])
-        rows, completed = fc2.part_rows(hidden), _completed(hidden, attention)
+        rows = fc2.part_rows(hidden) if may_overlap else [len(hidden)]
+        completed = _completed(hidden, attention)
         try:
             if len(rows) == 1:
                 for _ in completed:

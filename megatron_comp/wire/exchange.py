@@ -23,8 +23,8 @@ OTHER_CHUNK_BYTES = 4 * 1024 * 1024
 MAX_CHUNKS = 16
 # The same of a message that is computed in parts, one of which is sent while others are computed; only on devices where
 # that was measured to be faster. SmolLM2, prefill of 1024 tokens in bf16, N = 2 on two cores, 307 KB a message, layers
-# overlapped: in 2, 3, 4, 6 parts 0.97, 0.98, 1.04, 1.18 of the time in one piece at 100 Mbit/s; 1.01, 1.06 in 2, 3 parts
-# at 300 Mbit/s, where cores are short, not the link: there a calibration's `hidden` takes one.
+# overlapped: in 2, 3, 4, 6 parts 0.97, 0.98, 1.04, 1.18 of the time in one piece at 100 Mbit/s; in 2 and 3 parts 1.01
+# and 1.06 at 300 Mbit/s, where cores are short, not the link: there a calibration's `hidden` takes one.
 OVERLAP_BYTES = {"cpu": 128 * 1024}
 
 # Renamed in torch 2.13, where the old name warns.

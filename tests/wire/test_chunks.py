@@ -16,7 +16,7 @@ from sums import Wire, digest, expected_gather_sum, expected_two_step, tensor
 
 from megatron_comp.wire import exchange
 from megatron_comp.wire.codec import parse_codec
-from megatron_comp.wire.collectives import all_reduce, reduce_scatter
+from megatron_comp.wire.collectives import PendingAllReduce, all_reduce, reduce_scatter
 from megatron_comp.wire.cost import received_bytes, received_bytes_scatter, slice_rows
 
 CODECS = ["mxfp4", "nvfp4", "int5:32:fp16:hadamard", "fp5_e2m2:8:e5m0", "int4:128:fp16:asym:spike", "mxfp4>mxfp8"]
@@ -190,6 +190,33 @@ def test_the_exchange_starts_at_the_call():
             "gather_sum": (["_allgather_base_"] * 2, []),
             "two_step": (["alltoall_base_"] * 2, ["_allgather_base_"] * 2),
         }
+
+
+def taken(rank, ranks):
+    """By (algorithm, advanced or not): the sum in one piece, the parts that were taken, and the rest waited for."""
+    x, made = tensor(0, rank, (5, 60, 96), torch.float32), {}
+    rows = exchange.chunk_rows(300, ranks, 4)
+    for case in itertools.product(("gather_sum", "two_step"), (False, True)):
+        out = torch.empty_like(x)
+        pending = PendingAllReduce(out, rows, parse_codec("mxfp4"), None, case[0])
+        for part in x.view(300, 96).split(rows):
+            pending.push(part.clone())
+            if case[1]:
+                pending.advance()
+        first = pending.take()
+        at_once = torch.equal(first, out.view(300, 96)[: rows[0]])
+        rest = [pending.take() for _ in rows[2:]]
+        pending.wait()  # the last one
+        whole = all_reduce(x, "mxfp4", None, case[0], chunks=1)
+        made[case] = at_once, torch.equal(out, whole), [len(part) for part in rest], pending.take()
+    return rows, made
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_parts_are_taken_as_they_arrive(ranks):
+    for rows, made in run_ranks(taken, ranks):
+        assert len(rows) == 4 and len(made) == 4
+        assert all(case == (True, True, rows[1:3], None) for case in made.values()), made
 
 
 def hanging(rank, ranks, algorithm):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ...wire.codec import Codec, CodecPair, parse_codec
 from ...wire.cost import ALGORITHMS
-from .. import output
+from .. import output, session
 from . import figure, links, options, sums
 
 CODECS = ("mxfp4", "int4:32:fp16:hadamard", "int8:32:fp16")
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shape", action="append", metavar="ROWSxHIDDEN", help=f"of a rank's tensor; {again} (default {SHAPE})")
     add("--dtype", choices=options.DTYPES, default="bf16", help="of the tensors (default bf16)")
     add("--repeats", type=int, default=15, metavar="N", help="rounds (default 15)")
-    add("--timeout", type=float, default=300, metavar="SECONDS", help="for a rank that hears nothing (default 300)")
+    session.add_timeout(parser)
     options.add_files(parser, "the times")
 
 
@@ -95,8 +95,7 @@ def check(args: argparse.Namespace) -> Setting:
     links.check(args)
     options.check_files(args)
     options.at_least_one(args, "repeats")
-    if not 0 < args.timeout < 1e7:
-        raise ValueError(f"--timeout {args.timeout}: allowed are seconds above 0 and below 10 million")
+    session.check_timeout(args)
     world = int(os.environ.get("WORLD_SIZE", 0))
     counts = sorted(set(args.ranks or [world or 2]))
     if counts[0] < 2 or world and counts[-1] > world:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ...wire.codec import Codec
 from ...wire.cost import sum_seconds
 from ...wire.figures import VARIABLE, default_path
-from .. import output
+from .. import output, session
 from . import fit
 from .measure import CHUNKS, DTYPES, Setting, measure
 
@@ -67,9 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hidden", type=int, default=4096, metavar="H", help="values a row (default 4096)")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on a GPU, else float32")
     add("--rounds", type=int, default=9, metavar="K", help="how often everything is timed (default 9)")
-    add("--timeout", type=float, default=300, metavar="SECONDS", help="of a collective (default 300)")
     add("--out", metavar="FILE", help="write the figures there (default: where later runs of such a group look)")
-    add("--json", metavar="FILE", help="write config, versions and rows there as one JSON object")
+    session.add_run_arguments(parser)
 
 
 def check(args: argparse.Namespace) -> Setting:
@@ -81,8 +80,7 @@ def check(args: argparse.Namespace) -> Setting:
     tokens = sorted(set(args.tokens or (1, 8, 64, 512)))
     if len(tokens) < 2 or tokens[0] < 1:
         raise ValueError(f"--tokens {' '.join(map(str, tokens))}: two different sizes above 0 are needed at least")
-    if not 0 < args.timeout < 1e7:
-        raise ValueError(f"--timeout {args.timeout}: allowed are seconds above 0 and below 10 million")
+    session.check_timeout(args)
     output.check_file("--json", args.json)
     output.check_file("--out", args.out)
     dtype = args.dtype
