@@ -5,7 +5,7 @@
               value, half of the square since attention is causal; the head of the vocabulary for one token a prompt
     sums      `megatron_comp.wire.cost`, for each layer and site as the policy decides; a dropped one takes nothing
 
-Nothing is overlapped between the two, as in Megatron's stock layers.
+The two follow each other, as in Megatron's stock layers; what `layers/overlap.py` gains on a CPU is not counted.
 """
 
 from dataclasses import dataclass
