@@ -93,7 +93,7 @@ def draw_times(
         colors = [f"C{place % 10}" for place in places]
         bars = axes.barh(places, times, 0.7, xerr=whiskers, color=colors, ecolor="gray")
         axes.bar_label(
-            bars, [f"{row[time]:.4g} ({row[speedup]:.2f}x)" for row in its_rows], padding=4, fontsize="small"
+            bars, [f"{_short(row[time])} ({row[speedup]:.2f}x)" for row in its_rows], padding=4, fontsize="small"
         )
         for place, row in zip(places, its_rows):
             if share := row.get("share_of_wire_limit"):
@@ -112,3 +112,8 @@ def draw_times(
 def _circumstances(row: dict) -> str:
     versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "megatron_comp") if row[name])
     return f"{row['device']}; {versions}; {row['date']}"
+
+
+def _short(milliseconds: float) -> str:
+    """Four digits, and all that are before the point."""
+    return f"{milliseconds:.4g}" if milliseconds < 1000 else f"{milliseconds:.0f}"
