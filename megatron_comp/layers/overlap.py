@@ -11,7 +11,7 @@ The layer waits for a part of each sum, not for both of them. What travels is wh
 products of fewer rows may round otherwise where a BLAS chooses the order of its additions by shape.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,18 +57,10 @@ class OverlappedSum(ReductionSite):
         self._push(partial, self.pending, self.traffic)
         return torch.zeros_like(partial)
 
-    def reduce_parts(
-        self,
-        parts: Iterable[torch.Tensor],
-        rows: Sequence[int],
-        out: torch.Tensor,
-        group: torch.distributed.ProcessGroup,
-    ) -> torch.Tensor:
+    def _end(self, pending: PendingAllReduce, out: torch.Tensor, traffic: Traffic) -> torch.Tensor:
         if not self.defers:
-            return ReductionSite.reduce_parts(self, parts, rows, out, group)
-        self.begin(out, rows, group)
-        for part in parts:
-            self._push(part, self.pending, self.traffic)
+            return ReductionSite._end(self, pending, out, traffic)
+        self.pending, self.traffic = pending, traffic
         return torch.zeros_like(out)
 
     def arriving(self) -> Iterator[torch.Tensor]:

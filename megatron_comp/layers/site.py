@@ -128,7 +128,7 @@ class ReductionSite:
         pending, traffic = self._begin(out, rows, group)
         for part in parts:
             self._push(part, pending, traffic)
-        return self._timed(traffic, pending.wait)
+        return self._end(pending, out, traffic)
 
     def reduce_scatter(
         self,
@@ -211,6 +211,10 @@ class ReductionSite:
             pending.advance()
 
         self._timed(traffic, push)
+
+    def _end(self, pending: PendingAllReduce, out: torch.Tensor, traffic: Traffic) -> torch.Tensor:
+        """What is returned of a sum into `out` whose parts are all on their way."""
+        return self._timed(traffic, pending.wait)
 
     def _keep(self, partial: torch.Tensor, ranks: int, passes: int, decision: Decision) -> Traffic:
         nbytes = partial.numel() * partial.element_size()

@@ -5,8 +5,8 @@ import torch
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from models import policy
+from order import Order
 from ranks import run_ranks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_comp as mc
 from megatron_comp.inference.model import init_parallel
@@ -23,19 +23,6 @@ SETTINGS = {
     # Of the whole partial sum, which each of its parts falls short of.
     "min_bytes": {"codec": "mxfp4", "min_bytes": 150 * 2 * OUTPUT * 4},
 }
-
-
-class Order(TorchDispatchMode):
-    """What comes after what: `m`ultiplications and e`x`changes."""
-
-    def __init__(self):
-        super().__init__()
-        self.order = ""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        self.order += {"mm": "m", "_allgather_base_": "x", "alltoall_base_": "x", "allreduce_": "a"}.get(name, "")
-        return function(*args, **(kwargs or {}))
 
 
 def linear(ranks, site=None, sequence_parallel=False, **kwargs):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from models import LAYERS, biased_model, inside_view, policy
+from order import Order
 from ranks import run_ranks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_comp as mc
 from megatron_comp.inference.generate import generate, logits
@@ -28,19 +28,6 @@ SETTINGS = {
     "dropped, two_step": {"codec": "int8:32:fp16", "algorithm": "two_step"} | DROP,
 }
 WHOLE, PART = 1 << 30, 2000
-
-
-class Order(TorchDispatchMode):
-    """What comes after what: `m`ultiplications and e`x`changes."""
-
-    def __init__(self):
-        super().__init__()
-        self.order = ""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        self.order += {"mm": "m", "_allgather_base_": "x", "alltoall_base_": "x", "allreduce_": "a"}.get(name, "")
-        return function(*args, **(kwargs or {}))
 
 
 def run(model, bytes_of_a_part, **words):
