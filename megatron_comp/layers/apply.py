@@ -224,7 +224,7 @@ def _say_figures(figures: Figures, policy: CompressionPolicy, ranks: int) -> Non
     for codec in sorted(map(str, (codec for codec in codecs if not figures.knows(codec)))):
         logger.warning(
             "megatron_comp: %s has no time of %s, which is taken to be as slow as the slowest there; "
-            "`megatron-comp calibrate --codec` measures it",
+            "`megatron-comp calibrate --policy` measures it",
             figures.source,
             codec,
         )

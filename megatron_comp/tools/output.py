@@ -45,7 +45,7 @@ def show_one(title: str, columns: dict[str, tuple[str, str]], row: dict) -> None
 def _print(table: Table) -> None:
     console = Console()
     # Where the output is no terminal there is no width to keep to, and a table is never cut.
-    (console if console.is_terminal else Console(width=200)).print(table)
+    (console if console.is_terminal else Console(width=500)).print(table)
 
 
 def write_json(path: str | None, config: dict, rows: list[dict]) -> None:

@@ -103,3 +103,17 @@ def test_what_is_derived_from_times():
     assert encode["times_empty"] == pytest.approx(10)
     copy, encode = measure._rows([entries[0], entries[2]], [(0.002,), (0.004,)], (4, 64), setting)
     assert copy["times_empty"] is encode["times_empty"] is None
+
+
+def test_speedup_of_turns():
+    """By medians; what a whole turn was slow by is in neither; few draws decide where noise is large."""
+    slow = [1.0, 5.0, 2.0, 1.0, 3.0, 1.0, 8.0, 2.0]
+    assert timing.speedup(slow, [each / 2 for each in slow]) == pytest.approx((2.0, 2.0, 2.0))
+    assert timing.speedup([3.0], [2.0]) == pytest.approx((1.5, 1.5, 1.5))
+    generator = torch.Generator().manual_seed(1)
+    base, other = (1 + 0.1 * torch.randn(400, generator=generator).double() for _ in range(2))
+    faster, low, high = timing.speedup(base.tolist(), other.tolist())
+    # The median of 400 normal samples scatters by 1.25 * 0.1 / 20, the ratio of two by sqrt(2) more: 0.0089.
+    assert low < 1 < high and low < faster < high and 2 < (high - low) / 0.0089 < 6
+    few = timing.speedup(base[:16].tolist(), other[:16].tolist())
+    assert few[2] - few[1] > 2 * (high - low)

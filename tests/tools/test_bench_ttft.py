@@ -18,7 +18,8 @@ from megatron_comp.tools import session
 from megatron_comp.tools.bench import links, ttft
 
 COLUMNS = ["policy", "algorithm", "tp", "link", "prompt_tokens", "dtype", "dropped", "ttft_ms"]
-COLUMNS += ["p20_ms", "p80_ms", "speedup_vs_none", "bytes_per_rank"]
+COLUMNS += ["p20_ms", "p80_ms", "speedup_vs_none", "speedup_low", "speedup_high", "bytes_per_rank"]
+DECODE = ["decode_ms", "decode_speedup", "decode_speedup_low", "decode_speedup_high"]
 LAYERS, HIDDEN = 3, 96
 
 
@@ -27,7 +28,7 @@ def tiny(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("tiny"), num_hidden_layers=LAYERS, hidden_size=HIDDEN)
 
 
-def measured(_rank, ranks, folder, tokens, runs):
+def measured(_rank, ranks, folder, tokens, runs, new_tokens):
     from megatron_comp.inference.generate import generate
     from megatron_comp.inference.model import build_model, destroy_parallel, init_parallel
 
@@ -46,16 +47,16 @@ def measured(_rank, ranks, folder, tokens, runs):
         settings.append(session.Setting(algorithm, CompressionPolicy(codec="mxfp4", algorithm=algorithm, min_bytes=0)))
     settings.append(session.Setting("drop", replace(settings[1].policy, layers={0: {"attention": "drop"}, 1: "none"})))
     try:
-        return ttft.measure(build_model(folder), settings, tokens, runs), seen
+        return ttft.measure(build_model(folder), settings, tokens, runs, new_tokens), seen
     finally:
         module.generate = generate
         destroy_parallel()
 
 
 def test_rows(tiny):
-    (rows, seen), *_ = run_ranks(measured, 2, tiny, 8, 3, init=False)
-    assert seen == [(8, 1, True)] * 4 * 4  # a prefill of the whole prompt, each setting once more than is counted
-    assert [list(row) for row in rows] == [COLUMNS] * 4
+    (rows, seen), *_ = run_ranks(measured, 2, tiny, 8, 3, 4, init=False)
+    assert seen == [(8, 1, True)] * 4 + [(8, 4, True)] * 3 * 4  # the whole prompt; what is not counted only once
+    assert [list(row) for row in rows] == [COLUMNS + DECODE] * 4
     assert [(row["policy"], row["algorithm"]) for row in rows] == [
         ("none", "all_reduce"),
         *zip(*[("gather_sum", "two_step")] * 2),
@@ -72,6 +73,16 @@ def test_rows(tiny):
         assert (row["tp"], row["prompt_tokens"], row["dtype"], row["link"]) == (2, 8, "float32", "local")
         assert 0 < row["p20_ms"] <= row["ttft_ms"] <= row["p80_ms"]
         assert row["speedup_vs_none"] == pytest.approx(rows[0]["ttft_ms"] / row["ttft_ms"])
+        assert row["speedup_low"] <= row["speedup_vs_none"] <= row["speedup_high"]
+        assert row["decode_speedup"] == pytest.approx(rows[0]["decode_ms"] / row["decode_ms"])
+        assert row["decode_speedup_low"] <= row["decode_speedup"] <= row["decode_speedup_high"]
+        assert row["decode_ms"] < row["ttft_ms"] * 8
+
+
+def test_prefill_alone(tiny):
+    (rows, seen), *_ = run_ranks(measured, 2, tiny, 8, 1, 1, init=False)
+    assert seen == [(8, 1, True)] * 2 * 4 and [list(row) for row in rows] == [COLUMNS] * 4
+    assert (rows[1]["speedup_low"], rows[1]["speedup_high"]) == (rows[1]["speedup_vs_none"],) * 2  # of a single turn
 
 
 def test_command_with_policies(command, tmp_path):
@@ -106,6 +117,7 @@ def test_command_with_policies(command, tmp_path):
     [
         (["--tokens", "0"], r"--tokens 0: at least one"),
         (["--runs", "0"], r"--runs 0: at least one"),
+        (["--new-tokens", "0"], r"--new-tokens 0: at least one"),
         (["--link", "1"], r"--link '1' is no rate of a link"),
         (["--codec", "mxfp5"], r"codec 'mxfp5' is neither a preset"),
         (["--policy", "nowhere.yaml"], r"nowhere.yaml"),

@@ -1,5 +1,6 @@
 """`megatron-comp calibrate`: lines through times, the size from which compression pays, and a run on real ranks."""
 
+import argparse
 import io
 import json
 from contextlib import redirect_stdout
@@ -139,6 +140,23 @@ def test_advice():
     assert _advice(rows, 8, 0.1).startswith("Compress: c3 was 3.00 times") and "12,288 bytes" in _advice(rows, 8, 0.1)
 
 
+def test_codecs_of_policies(tmp_path):
+    """Those of all layers, sites and phases, both of a pair; the default ones where nobody names any."""
+
+    def codecs(*arguments):
+        parser = argparse.ArgumentParser()
+        calibrate.add_arguments(parser)
+        return [*calibrate.check(parser.parse_args(["--ranks", "2", *arguments])).codecs]
+
+    (tmp_path / "a.yaml").write_text("codec: mxfp4\nlayers: {1: {attention: drop, mlp: 'int8:32:fp16>int4:32:fp16'}}\n")
+    (tmp_path / "b.yaml").write_text("codec: none\nphases: {prefill: mxfp8}\n")
+    a, b = (f"--policy={tmp_path / name}.yaml" for name in "ab")
+    mxfp4, mxfp8 = (str(Codec.parse(name)) for name in ("mxfp4", "mxfp8"))
+    assert sorted(codecs(a)) == sorted([mxfp4, "int8:32:fp16", "int4:32:fp16"])
+    assert codecs("--codec=nvfp4", b) == ["nvfp4", mxfp8]
+    assert codecs() == [*calibrate.CODECS]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -147,6 +165,7 @@ def test_advice():
         (["--ranks", "2", "--tokens", "8", "--tokens", "8"], "--tokens 8: two different sizes"),
         (["--ranks", "2", "--codec", "mxfp4>mxfp8"], "mxfp4>mxfp8"),
         (["--ranks", "2", "--codec", "mxfp5"], "codec 'mxfp5'"),
+        (["--ranks", "2", "--policy", "nowhere.yaml"], "nowhere.yaml"),
         (["--ranks", "2", "--out", "nowhere/figures.yaml"], "--out nowhere/figures.yaml"),
     ],
 )

@@ -94,8 +94,8 @@ def bytes_per_second() -> float | None:
     return rate and rate / 8
 
 
-def slowest(seconds: list[list[float]], device: torch.device) -> list[list[float]]:
-    """The longest over all ranks, place by place: a call lasts until its last rank is done."""
+def slowest(seconds: list[list], device: torch.device) -> list[list]:
+    """Nested lists, of the longest over all ranks in each place: a call lasts until its last rank is done."""
     longest = torch.tensor(seconds, dtype=torch.float64, device=device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     return longest.tolist()

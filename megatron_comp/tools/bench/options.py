@@ -37,7 +37,7 @@ def at_least_one(args: argparse.Namespace, *options: str) -> None:
     """Raises ValueError for the first of these options whose number is less."""
     for option in options:
         if getattr(args, option) < 1:
-            raise ValueError(f"--{option} {getattr(args, option)}: at least one is needed")
+            raise ValueError(f"--{option.replace('_', '-')} {getattr(args, option)}: at least one is needed")
 
 
 def shape(text: str, example: str) -> tuple[int, int]:

@@ -108,3 +108,17 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     shares = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     found = torch.tensor(seconds, dtype=torch.float64).quantile(shares) * 1e3
     return dict(zip(("median_ms", "p20_ms", "p80_ms"), found.tolist()))
+
+
+def speedup(baseline: list[float], seconds: list[float]) -> tuple[float, float, float]:
+    """How many times as fast as the baseline: by the medians, and from where to where with 95 % confidence.
+
+    Both lists are of the same turns, in which the two ran one after the other: turns are drawn again (bootstrap), so
+    that what made a whole turn slow counts for neither. Of fewer than some ten turns the interval is too narrow.
+    """
+    samples = torch.tensor([baseline, seconds], dtype=torch.float64)
+    draws = torch.randint(len(seconds), (2000, len(seconds)), generator=torch.Generator().manual_seed(0))
+    baselines, medians = samples[:, draws].quantile(0.5, dim=-1)
+    low, high = (baselines / medians).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    baseline_median, median = samples.quantile(0.5, dim=-1).tolist()
+    return baseline_median / median, low, high

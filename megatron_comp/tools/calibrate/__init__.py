@@ -7,8 +7,9 @@ import socket
 import torch
 import torch.distributed as dist
 
-from ...wire.codec import Codec
-from ...wire.cost import sum_seconds
+from ...policy import CompressionPolicy
+from ...wire.codec import Codec, parse_codec
+from ...wire.cost import step_codecs, sum_seconds
 from ...wire.figures import VARIABLE, default_path
 from .. import output, session
 from . import fit
@@ -56,7 +57,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add = parser.add_argument
     add("--ranks", dest="tp", type=int, required=True, metavar="N", help="ranks of the group")
-    add("--codec", action="append", metavar="C", help=f"a codec; give it again for more (default: {' '.join(CODECS)})")
+    add(
+        "--codec",
+        action="append",
+        default=[],
+        metavar="C",
+        help=f"a codec; give it again for more (default, without --policy: {' '.join(CODECS)})",
+    )
+    add(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML policy whose codecs to measure, all of them; give it again for more",
+    )
     add(
         "--tokens",
         type=int,
@@ -86,8 +100,15 @@ def check(args: argparse.Namespace) -> Setting:
     dtype = args.dtype
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    codecs = {name: Codec.parse(name) for name in args.codec or CODECS}
+    named = [*args.codec, *(name for file in args.policy for name in _codecs_of(file))]
+    codecs = {name: Codec.parse(name) for name in named or CODECS}
     return Setting(codecs, [(count, args.hidden) for count in tokens], dtype, args.rounds)
+
+
+def _codecs_of(policy_file: str) -> list[str]:
+    """Names of all codecs that a policy may compress in; a pair's are two."""
+    names = CompressionPolicy.from_file(policy_file).named_codecs()
+    return sorted({str(codec) for name in names for codec in step_codecs(parse_codec(name))})
 
 
 def run(args: argparse.Namespace) -> None:

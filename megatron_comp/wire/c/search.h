@@ -67,7 +67,7 @@ static void take_errors(const Codec *c, Tile *t)
 /* Of all candidates the one of least squared error, the first of equals. */
 static void search_scales(const Codec *c, Tile *t)
 {
-    fold_peak(t->x, c->block, t, t->power);
+    largest_magnitudes(t->x, c->block, t, t->power);
     for (int b = 0; b < t->blocks; b++) {
         const uint32_t power = (254u << 23) - (bits_of(t->power[b]) & INFINITY_BITS);
         t->power[b] = float_of(larger(1u << 23, smaller(power, 253u << 23)));

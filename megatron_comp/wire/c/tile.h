@@ -38,7 +38,7 @@ static void encode_tile(const Codec *c, Tile *t, uint8_t *message)
     const int64_t block = t->column / c->block;
     if (c->hadamard_factor)
         hadamard(c, t, t->x);
-    fold_peak(t->x, c->block, t, t->need);
+    largest_magnitudes(t->x, c->block, t, t->need);
     clear_bad_blocks(c, t);
 
     if (c->spike) {
@@ -53,7 +53,7 @@ static void encode_tile(const Codec *c, Tile *t, uint8_t *message)
     if (c->spike || c->asym)
         set_dead(c, t, t->x, 0);
     if (c->spike && !c->asym)
-        fold_peak(t->x, c->block, t, t->need);
+        largest_magnitudes(t->x, c->block, t, t->need);
 
     t->row_scale = 1;
     if (c->row_scaled) {
