@@ -16,7 +16,15 @@ from ..policy import PHASES, CompressionPolicy, Decision
 from ..wire import exchange
 from ..wire.codec import Codec
 from ..wire.collectives import PendingAllReduce
-from ..wire.cost import choose_algorithm, choose_chunks, received_bytes, received_bytes_scatter, ring_bytes, step_codecs
+from ..wire.cost import (
+    choose_algorithm,
+    choose_chunks,
+    choose_parts,
+    received_bytes,
+    received_bytes_scatter,
+    ring_bytes,
+    step_codecs,
+)
 from ..wire.figures import ASSUMED, Figures
 from .mappings import (
     compressed_reduce_from_tensor_model_parallel_region,
@@ -192,10 +200,7 @@ class ReductionSite:
         algorithm = choose_algorithm(partial.shape, decision.codec, ranks, decision.algorithm, self.figures)
         how = partial.shape, decision.codec, ranks, algorithm, self.figures
         chunks = choose_chunks(*how, exchange.chunk_bytes(partial.device))
-        of_bytes = exchange.overlap_bytes(partial.device)
-        # What computing a part hides of the wire comes on top of what is predicted here, of codec and wire alone.
-        parts = choose_chunks(*how, of_bytes) if of_bytes else 1
-        return replace(decision, algorithm=algorithm, chunks=chunks, parts=parts)
+        return replace(decision, algorithm=algorithm, chunks=chunks, parts=choose_parts(*how, partial.device))
 
     def _begin(
         self, out: torch.Tensor, rows: Sequence[int], group: torch.distributed.ProcessGroup

@@ -16,6 +16,8 @@ taken as are predicted fastest, within what the message's size allows, or as man
 import math
 from collections.abc import Sequence
 
+import torch
+
 from . import exchange
 from .codec import Codec, CodecPair
 from .figures import ASSUMED, CodecCost, Figures
@@ -96,6 +98,17 @@ def choose_chunks(
         return wire + work - _hidden(wire, work, chunks, figures)
 
     return min(range(1, most + 1), key=seconds)
+
+
+def choose_parts(
+    shape: Sequence[int], codec: Codec | CodecPair, ranks: int, algorithm: str, figures: Figures, device: torch.device
+) -> int:
+    """Into how many parts of its rows a sum goes whose layer computes meanwhile; 1 where that is not done.
+
+    What computing hides of the wire comes on top of what is predicted here, of codec and wire alone.
+    """
+    of_bytes = exchange.overlap_bytes(device)
+    return choose_chunks(shape, codec, ranks, algorithm, figures, of_bytes) if of_bytes else 1
 
 
 def most_chunks(shape: Sequence[int], codec: Codec | CodecPair, ranks: int, chunk_bytes: int) -> int:

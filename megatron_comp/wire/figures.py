@@ -98,9 +98,14 @@ class Figures:
         return self.measured.get("ranks")
 
     @property
+    def device(self) -> torch.device:
+        """What was measured; without that a GPU."""
+        return torch.device(self.measured.get("device", "cuda"))
+
+    @property
     def chunk_bytes(self) -> int:
         """Of a message, in each chunk."""
-        return exchange.chunk_bytes(torch.device(self.measured.get("device", "cuda")))
+        return exchange.chunk_bytes(self.device)
 
     def knows(self, codec: Codec) -> bool:
         """Whether this codec's time was measured, or none was."""

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -87,6 +88,24 @@ def test_sums_by_hand():
     assert (made.compressed, made.dropped) == (3, 1)
     assert made.seconds == pytest.approx(2 * stock + 3 * message)
     assert sums(Job(TINY, 1, 1, 16), CompressionPolicy(**words), FIGURES).seconds == 0
+
+
+def test_sums_that_layers_overlap_by_hand():
+    """On a CPU, in eight parts: codec and an eighth of the wire, as long as MLPs compute no less than that hides."""
+    model, cost = Model(3, 1024, 2048, 16, 16, 64, 100), CodecCost(0.0, 1e-9, 0.0, 1e-9)
+    known = replace(FIGURES, codecs={str(Codec.parse("mxfp4")): cost})
+    job, values, message = Job(model, 2, 1, 2048), 2048 * 1024, 2048 * (512 + 32)
+    policy = CompressionPolicy(codec="mxfp4", algorithm="gather_sum", min_bytes=0)
+    wire, work = message / 1e6, values * 3e-9
+    hidden_by_chunks = work * (1 - 1 / 4)  # of 256 KiB; codec and wire hide each other
+    alone = 6 * (wire + work - hidden_by_chunks)
+    assert sums(job, policy, known).seconds == pytest.approx(alone)
+    assert sums(job, policy, known, 100.0).seconds == pytest.approx(6 * (work + wire / 8))
+    share = 3 * 2048 / (3 * 2048 + 4 * 1024)
+    assert sums(job, policy, known, 1.0).seconds == pytest.approx(alone - share)
+    for other in (replace(job, model=replace(model, experts=8, active=2)), job):
+        there = known if other.model.experts else replace(known, measured={"ranks": 2, "device": "cuda"})
+        assert sums(other, policy, there, 100.0).seconds == sums(other, policy, there).seconds
 
 
 def test_a_policy_is_gated_by_the_prediction():

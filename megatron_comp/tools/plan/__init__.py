@@ -151,7 +151,7 @@ def blocks_to_drop(model: Model, percent: float) -> list[int]:
 
 def _row(name, algorithm, policy, job, compute, known, stock) -> dict:
     """stock: seconds to first token with nothing compressed or dropped."""
-    made = sums(job, policy, known)
+    made = sums(job, policy, known, compute)
     ttft = compute + made.seconds
     return {
         "codec": name,

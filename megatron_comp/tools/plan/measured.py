@@ -35,7 +35,7 @@ def rows(file: str, job: Job, compute: float, known: Figures) -> list[dict]:
         if (row["tp"], row["prompt_tokens"]) != (job.tp, job.tokens):
             continue
         there = known if row["link"] in ("local", "unshaped", "network") else on_wire(known, row["link"])
-        seconds = compute + sums(job, _policy(row, file), there).seconds
+        seconds = compute + sums(job, _policy(row, file), there, compute).seconds
         stock = compute + sums(job, CompressionPolicy(), there).seconds
         made.append(
             {

@@ -30,6 +30,11 @@ class Model:
         return 3 * self.hidden * self.ffn
 
     @property
+    def share_of_mlps(self) -> float:
+        """Of a dense layer's weights, and so of its compute but for attention's scores."""
+        return self.mlp_weights / (self.mlp_weights + self.attention_weights)
+
+    @property
     def sites(self) -> tuple[str, str]:
         """Where each layer sums partial results, in a policy's words."""
         return ("attention", "experts" if self.experts else "mlp")

@@ -5,13 +5,15 @@
               value, half of the square since attention is causal; the head of the vocabulary for one token a prompt
     sums      `megatron_comp.wire.cost`, for each layer and site as the policy decides; a dropped one takes nothing
 
-The two follow each other, as in Megatron's stock layers; what `layers/overlap.py` gains on a CPU is not counted.
+The two follow each other, as in Megatron's stock layers, but on a CPU, where layers overlap (`layers/overlap.py`): of a
+sum in n parts the wire takes 1/n then, as long as the MLPs' compute is not shorter than what it hides.
 """
 
 from dataclasses import dataclass
 
 from ...policy import DROP, CompressionPolicy
-from ...wire.cost import choose_algorithm, stock_seconds, sum_seconds
+from ...wire.codec import Codec, CodecPair
+from ...wire.cost import choose_algorithm, choose_parts, stock_seconds, sum_seconds, wire_and_work
 from ...wire.figures import Figures
 from .hardware import Gpu, Shares
 from .models import Model
@@ -64,9 +66,9 @@ class Sums:
     algorithms: frozenset[str]
 
 
-def sums(job: Job, policy: CompressionPolicy, figures: Figures) -> Sums:
-    """Every layer's and site's, as the policy decides."""
-    seconds, compressed, dropped, algorithms = 0.0, 0, 0, set()
+def sums(job: Job, policy: CompressionPolicy, figures: Figures, compute: float = 0.0) -> Sums:
+    """Every layer's and site's, as the policy decides. compute: seconds of all else, which may hide some of them."""
+    seconds, hidden, compressed, dropped, algorithms = 0.0, 0.0, 0, 0, set()
     if job.tp == 1:
         return Sums(0.0, 0, 0, frozenset())
     stock = stock_seconds(job.shape[0] * job.shape[1] * job.itemsize, job.tp, figures)
@@ -87,7 +89,20 @@ def sums(job: Job, policy: CompressionPolicy, figures: Figures) -> Sums:
                 seconds += stock
             else:
                 way = choose_algorithm(job.shape, decision.codec, job.tp, decision.algorithm, figures)
-                seconds += sum_seconds(job.shape, decision.codec, job.tp, way, figures)
+                its_seconds = sum_seconds(job.shape, decision.codec, job.tp, way, figures)
+                seconds += its_seconds
+                hidden += its_seconds - _in_parts(job, decision.codec, way, figures)
                 compressed += 1
                 algorithms.add(way)
+    seconds -= max(0.0, min(hidden, compute * job.model.share_of_mlps))
     return Sums(seconds, compressed, dropped, frozenset(algorithms))
+
+
+def _in_parts(job: Job, codec: Codec | CodecPair, way: str, figures: Figures) -> float:
+    """Seconds of a sum that its layer does not compute in, if there is enough to compute."""
+    how = job.shape, codec, job.tp, way, figures
+    parts = 1 if job.model.experts else choose_parts(*how, figures.device)
+    if parts == 1:
+        return sum_seconds(*how)
+    wire, work = wire_and_work(*how, parts)
+    return work + wire / parts
