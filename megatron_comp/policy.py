@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from .wire.codec import Codec, CodecPair, parse_codec
-from .wire.cost import ALGORITHMS, pays
+from .wire.cost import ALGORITHMS, pays, step_codecs
 from .wire.figures import ASSUMED, Figures
 
 SITES = ("attention", "mlp", "experts", "shared_experts")
@@ -135,15 +135,16 @@ class CompressionPolicy:
         """Whether a layer does without attention's sum, in every phase."""
         return self._codecs_of_layers.get(layer, {}).get("attention") == DROP
 
-    def named_codecs(self) -> set[str]:
-        """Every codec's name in the policy, whether a model has its place or not."""
+    def codecs(self) -> list[Codec]:
+        """Every codec in the policy, whether a model has its place or not; both of a pair. In order of their names."""
         of_layers = (name for of_layer in self._codecs_of_layers.values() for name in of_layer.values())
-        return {self.codec, *self.phases.values(), *self.sites.values(), *of_layers} - {"none", DROP}
+        names = {self.codec, *self.phases.values(), *self.sites.values(), *of_layers} - {"none", DROP}
+        return sorted({codec for name in names for codec in step_codecs(parse_codec(name))}, key=str)
 
     @property
     def predicts(self) -> bool:
         """Whether decisions rest on predicted times."""
-        return "auto" in (self.min_bytes, self.algorithm) and bool(self.named_codecs())
+        return "auto" in (self.min_bytes, self.algorithm) and bool(self.codecs())
 
     def check_layers(self, count: int) -> None:
         """Raises ValueError that names a key under `layers` that a model of `count` layers does not have."""

@@ -14,8 +14,6 @@ from megatron.core.tensor_parallel import RowParallelLinear
 
 from ..policy import CompressionPolicy
 from ..version import __version__
-from ..wire.codec import parse_codec
-from ..wire.cost import step_codecs
 from ..wire.figures import ASSUMED, Figures, find_figures
 from .overlap import OverlappedLayer, can_overlap, end_overlap, overlap
 from .places import find_places, reductions, restore
@@ -220,13 +218,12 @@ def _agree_on_figures(hosts: dict, policy: CompressionPolicy) -> dict:
 
 def _say_figures(figures: Figures, policy: CompressionPolicy, ranks: int) -> None:
     logger.info("megatron_comp: sums over %d ranks are predicted from figures %s", ranks, figures.source)
-    codecs = {codec for name in policy.named_codecs() for codec in step_codecs(parse_codec(name))}
-    for codec in sorted(map(str, (codec for codec in codecs if not figures.knows(codec)))):
+    if unknown := [str(codec) for codec in policy.codecs() if not figures.knows(codec)]:
         logger.warning(
-            "megatron_comp: %s has no time of %s, which is taken to be as slow as the slowest there; "
-            "`megatron-comp calibrate --policy` measures it",
+            "megatron_comp: %s has no time of %s, taken to be as slow as the slowest there; "
+            "`megatron-comp calibrate` measures codecs of --policy or --codec",
             figures.source,
-            codec,
+            ", ".join(unknown),
         )
 
 

@@ -99,7 +99,7 @@ class Figures:
 
     @property
     def device(self) -> torch.device:
-        """What was measured; without that a GPU."""
+        """That was measured; a GPU where nothing was."""
         return torch.device(self.measured.get("device", "cuda"))
 
     @property

@@ -13,6 +13,7 @@ from ranks import run_ranks
 import megatron_comp as mc
 from megatron_comp.inference.model import build_model, init_parallel
 from megatron_comp.layers import sync_drop, transformer_engine
+from megatron_comp.wire.codec import Codec
 
 ALL = {f"0-{LAYERS - 1}": {"attention": "drop"}}
 
@@ -178,7 +179,7 @@ def test_a_policy_that_drops():
     words = mc.CompressionPolicy(codec="mxfp4", phases={"decode": "mxfp8"}, layers={"3-5": {"attention": "drop"}})
     assert [layer for layer in range(9) if words.drops(layer)] == [3, 4, 5]
     assert words.codec_name(4, "attention", "decode") == "none" and words.codec_name(4, "mlp", "decode") == "mxfp8"
-    assert words.named_codecs() == {"mxfp4", "mxfp8"}
+    assert words.codecs() == [Codec.parse("mxfp4"), Codec.parse("mxfp8")]
     assert words.digest() != mc.CompressionPolicy(codec="mxfp4", phases={"decode": "mxfp8"}).digest()
     asked = {"layer": 4, "site": "attention", "phase": "decode", "shape": (1, 1, 64), "itemsize": 2}
     assert words.decide(**asked, world_size=2).reason == "drop"

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from ...policy import CompressionPolicy
-from ...wire.codec import Codec, parse_codec
-from ...wire.cost import step_codecs, sum_seconds
+from ...wire.codec import Codec
+from ...wire.cost import sum_seconds
 from ...wire.figures import VARIABLE, default_path
 from .. import output, session
 from . import fit
@@ -100,15 +100,9 @@ def check(args: argparse.Namespace) -> Setting:
     dtype = args.dtype
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    named = [*args.codec, *(name for file in args.policy for name in _codecs_of(file))]
+    named = [*args.codec, *(str(codec) for file in args.policy for codec in CompressionPolicy.from_file(file).codecs())]
     codecs = {name: Codec.parse(name) for name in named or CODECS}
     return Setting(codecs, [(count, args.hidden) for count in tokens], dtype, args.rounds)
-
-
-def _codecs_of(policy_file: str) -> list[str]:
-    """Names of all codecs that a policy may compress in; a pair's are two."""
-    names = CompressionPolicy.from_file(policy_file).named_codecs()
-    return sorted({str(codec) for name in names for codec in step_codecs(parse_codec(name))})
 
 
 def run(args: argparse.Namespace) -> None:

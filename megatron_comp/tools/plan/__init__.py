@@ -119,7 +119,7 @@ def _plan(args: argparse.Namespace) -> list[dict]:
     if job.model.experts and (dropped or any(map(dropped_blocks, policies.values()))):
         raise ValueError(f"--model {args.model}: a mixture of experts cannot do without attention's sums")
     codecs = [codec for name in names for codec in step_codecs(parse_codec(name))]
-    codecs += [c for p in policies.values() for name in p.named_codecs() for c in step_codecs(parse_codec(name))]
+    codecs += [codec for policy in policies.values() for codec in policy.codecs()]
     known = figures_of(args, codecs, args.ranks, ITEMSIZES[args.dtype])
     compute = args.compute_ms / 1e3 if args.compute_ms else compute_seconds(job, gpu_of(args.gpu), Shares())
     if args.measured:
