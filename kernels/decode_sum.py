@@ -10,7 +10,7 @@ import triton.language as tl
 from .blocks import hadamard
 from .format import TILE, WARPS, KernelFormat
 from .numbers import FP16_MAX, element_values, store_rounded, to_float
-from .planes import load_field, places
+from .planes import load_field, offset, places
 from .scales import scale_values
 
 
@@ -47,14 +47,15 @@ def decode_sum_kernel(
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    at = (at, None, True)
     # 32-bit: a 64-bit division takes a hundred instructions.
     program = tl.program_id(0)
-    tiles = tl.cdiv(hidden, TILE).to(tl.int32)
+    tiles = tl.cast(tl.cdiv(hidden, TILE), tl.int32)
     row, tile = (program // tiles).to(tl.int64), program % tiles
     HALF: tl.constexpr = out_ptr.dtype.element_ty == tl.float16
     total_NB, left = sum_tile(messages, message_stride, at, rows, hidden, row, tile, F, RANKS, TILE, ALIGN, HALF)
     place = tl.arange(0, TILE)
-    out = out_ptr + row * hidden + tile * TILE + place
+    out = out_ptr + row * hidden + tl.cast(tile, tl.int64) * TILE + place
     store_rounded(out, total_NB.reshape(TILE), place < left)
 
 
@@ -112,7 +113,7 @@ def decode_tile(
     row_scale = 1.0
     if F.row_scaled:
         ROW_SCALE: tl.constexpr = F.row_scale.first
-        row_scale = tl.load((message + at[ROW_SCALE]).to(tl.pointer_type(tl.float32)) + row)
+        row_scale = tl.load((message + offset(at, ROW_SCALE)).to(tl.pointer_type(tl.float32)) + row)
     scales = scale_values(load_field(blocks, SCALE, N, ALIGN), row_scale, F)
     payload = load_field(values, PAYLOAD, TILE, ALIGN)
     y_NB = element_values(payload.reshape(N, B), F) * scales[:, None]

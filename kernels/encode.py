@@ -20,7 +20,7 @@ from .numbers import (
     to_bits,
     to_float,
 )
-from .planes import places, store_field, store_padding
+from .planes import offset, places, store_field, store_padding
 from .scales import reciprocal_of_power_below, row_scale, scale_codes, scale_values
 
 
@@ -45,9 +45,10 @@ def encode_kernel(
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    at = (at, None, True)
     # 32-bit: a 64-bit division takes a hundred instructions.
     program = tl.program_id(0)
-    tiles = tl.cdiv(hidden, TILE).to(tl.int32)
+    tiles = tl.cast(tl.cdiv(hidden, TILE), tl.int32)
     if F.row_scaled:
         # A row's scale comes before the scales of its blocks: the row is read twice, the second time from cache.
         row = program.to(tl.int64)
@@ -134,7 +135,7 @@ def store_row_scale(largest, message, at, rows, row, F: tl.constexpr):
     """The row's scale, stored as fp32; returned as well."""
     scale = row_scale(largest, F)
     SECTION: tl.constexpr = F.row_scale.first
-    tl.store((message + at[SECTION]).to(tl.pointer_type(tl.float32)) + row, scale)
+    tl.store((message + offset(at, SECTION)).to(tl.pointer_type(tl.float32)) + row, scale)
     store_padding((message, at, rows, row, 1, 0, 1), SECTION, 4)
     return scale
 

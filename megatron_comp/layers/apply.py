@@ -17,6 +17,7 @@ from ..version import __version__
 from ..wire.figures import ASSUMED, Figures, find_figures
 from .overlap import OverlappedLayer, can_overlap, end_overlap, overlap
 from .places import find_places, reductions, restore
+from .plans import Plans
 from .site import Phase, ReductionSite, SiteStats, Traffic
 from .sync_drop import SyncDropLayer, check_block, drop_sync, dropped_blocks, restore_sync
 
@@ -86,10 +87,10 @@ def apply_compression(
     figures = _agree_on_figures(hosts, policy)
     remove_compression(model)
 
-    phase = Phase()
+    phase, plans = Phase(), {group: Plans(policy, its_figures) for group, its_figures in figures.items()}
     for place in places:
-        of_group = figures[place.group]
-        place.attach(ReductionSite(policy, place.layer, place.site, phase, timing, allow_training, of_group))
+        shared = figures[place.group], plans[place.group]
+        place.attach(ReductionSite(policy, place.layer, place.site, phase, timing, allow_training, *shared))
     for layer in dropped_blocks(model, policy):
         drop_sync(layer)
     for layer in model.modules():

@@ -79,7 +79,7 @@ def _entries(setting, x: torch.Tensor, ranks: int, group, figures: Figures) -> I
             chosen = choose_algorithm(x.shape, codec, ranks, algorithm, figures)
             # The first rank's slice is as long as any, and so is what it receives.
             bytes_on_wire = received_bytes(x.shape, codec, ranks, chosen, 0)
-            chunks = choose_chunks(x.shape, codec, ranks, chosen, figures, exchange.chunk_bytes(x.device))
+            chunks = choose_chunks(x.shape, codec, ranks, chosen, figures, exchange.chunk_bytes(x.device.type))
             yield Entry(name, chosen, bytes_on_wire, partial(all_reduce, x, codec, group, chosen, chunks=chunks))
 
 
