@@ -49,12 +49,12 @@ def decode_sum_kernel(
 ):
     # 32-bit: a 64-bit division takes a hundred instructions.
     program = tl.program_id(0)
-    tiles = tl.cdiv(hidden, TILE).to(tl.int32)
+    tiles = tl.cast(tl.cdiv(hidden, TILE), tl.int32)
     row, tile = (program // tiles).to(tl.int64), program % tiles
     HALF: tl.constexpr = out_ptr.dtype.element_ty == tl.float16
     total_NB, left = sum_tile(messages, message_stride, at, rows, hidden, row, tile, F, RANKS, TILE, ALIGN, HALF)
     place = tl.arange(0, TILE)
-    out = out_ptr + row * hidden + tile * TILE + place
+    out = out_ptr + row * hidden + tl.cast(tile, tl.int64) * TILE + place
     store_rounded(out, total_NB.reshape(TILE), place < left)
 
 

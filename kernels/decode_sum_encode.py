@@ -57,7 +57,7 @@ def decode_sum_encode_kernel(
 ):
     # 32-bit: a 64-bit division takes a hundred instructions.
     program = tl.program_id(0)
-    tiles = tl.cdiv(hidden, TILE).to(tl.int32)
+    tiles = tl.cast(tl.cdiv(hidden, TILE), tl.int32)
     if OUT.row_scaled:
         row = program.to(tl.int64)
         largest = 0.0

@@ -47,7 +47,7 @@ def encode_kernel(
 ):
     # 32-bit: a 64-bit division takes a hundred instructions.
     program = tl.program_id(0)
-    tiles = tl.cdiv(hidden, TILE).to(tl.int32)
+    tiles = tl.cast(tl.cdiv(hidden, TILE), tl.int32)
     if F.row_scaled:
         # A row's scale comes before the scales of its blocks: the row is read twice, the second time from cache.
         row = program.to(tl.int64)
