@@ -26,27 +26,13 @@ def integer_of(bits):
 def places(message, at, rows, hidden, row, first, left, B: tl.constexpr):
     """The places of a tile's values, of its blocks and of their spikes, two a block.
 
-    The tile has the values `first` to `first + left` of a row of `hidden`, in blocks of B.
+    The tile has the values `first` to `first + left` of a row of `hidden` (int64), in blocks of B.
     """
-    columns, first_block, blocks_left = tl.cast(tl.cdiv(hidden, B), tl.int64), first // B, tl.cdiv(left, B)
-    values = (message, at, rows, row, tl.cast(hidden, tl.int64), first, left)
+    columns, first_block, blocks_left = tl.cdiv(hidden, B), first // B, tl.cdiv(left, B)
+    values = (message, at, rows, row, hidden, first, left)
     blocks = (message, at, rows, row, columns, first_block, blocks_left)
     spikes = (message, at, rows, row, columns * 2, first_block * 2, blocks_left * 2)
     return values, blocks, spikes
-
-
-@triton.jit
-def offset(at, SECTION: tl.constexpr):
-    """Where a section starts.
-
-    at: (offsets, None, any), or of a slice: (offsets in long slices, offsets in short ones, whether it is long).
-    """
-    long, short, is_long = at
-    if short is None:
-        where = long[SECTION]
-    else:
-        where = tl.where(is_long, long[SECTION], short[SECTION])
-    return where
 
 
 @triton.jit
@@ -69,8 +55,8 @@ def load_field(place, FIELD: tl.constexpr, COUNT: tl.constexpr, ALIGN: tl.conste
 def store_padding(place, SECTION: tl.constexpr, row_bytes):
     """The zeros between a section's last row and the next section, if the place is the first one of the message."""
     message, at, rows, row, columns, first, count = place
-    padding = offset(at, SECTION) + rows * row_bytes + tl.arange(0, 16)
-    stop = tl.where(row + first == 0, offset(at, SECTION + 1), 0)
+    padding = at[SECTION] + rows * row_bytes + tl.arange(0, 16)
+    stop = tl.where(row + first == 0, at[SECTION + 1], 0)
     tl.store(message + padding, tl.zeros((16,), tl.uint8), mask=padding < stop)
 
 
@@ -113,7 +99,7 @@ def _pointer(place, SECTION: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constex
     """Of the unit of BITS that holds the place's first code in a section, and the section's bytes a row."""
     message, at, rows, row, columns, first, count = place
     row_bytes = tl.cdiv(columns * WIDTH, 8)
-    ptr = message + offset(at, SECTION) + tl.multiple_of(row * row_bytes, ALIGN) + first * WIDTH // 8
+    ptr = message + at[SECTION] + tl.multiple_of(row * row_bytes, ALIGN) + first * WIDTH // 8
     INTEGER: tl.constexpr = integer_of(BITS)
     return ptr.to(tl.pointer_type(INTEGER)), row_bytes
 

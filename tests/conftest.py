@@ -28,8 +28,13 @@ torch.set_num_threads(1)
 
 def pytest_terminal_summary(terminalreporter):
     """Which Megatron-Core it was: launch/test.sh can be given another one."""
-    folder = importlib.util.find_spec("megatron.core").submodule_search_locations[0]
-    terminalreporter.write_line(f"Megatron-Core {importlib.metadata.version('megatron-core')} in {folder}")
+    # A bare GPU machine has none, and there the name inside of a missing package cannot be looked up.
+    spec = importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core")
+    if spec is None:
+        terminalreporter.write_line("no Megatron-Core")
+    else:
+        folder, version = spec.submodule_search_locations[0], importlib.metadata.version("megatron-core")
+        terminalreporter.write_line(f"Megatron-Core {version} in {folder}")
 
 
 def cached(name, make):

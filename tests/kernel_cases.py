@@ -116,8 +116,8 @@ def turns(codec: str, kernel: int) -> list[tuple[int, tuple[int, int]]]:
 
 def path(fmt: Format, shape: tuple[int, int]) -> tuple[bool, int]:
     """(whether the rows are taken for one long row, bytes that every row of every section starts on)."""
-    flat = gpu._is_flat(fmt, shape)
-    return flat, gpu._sections(fmt, (1, math.prod(shape)) if flat else shape)[1]
+    flat = gpu._is_flat(fmt, shape[1])
+    return flat, gpu._align(fmt, *shape, flat)
 
 
 def tensor(shape: tuple[int, int], dtype: torch.dtype, block: int, seed: int = 0) -> torch.Tensor:
@@ -228,6 +228,29 @@ def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert not places, f"{wrong.sum()} of {wrong.numel()} differ: " + "; ".join(
         f"at {place} {found[tuple(place)].item()!r}, not {expected[tuple(place)].item()!r}" for place in places
     )
+
+
+def check_slices(fmt: Format, rows: tuple[int, ...], hidden: int, dtype: torch.dtype, seed: int = 0) -> None:
+    """All slices at once make the bytes, and from slots the values, of each slice by itself."""
+    x = tensor((sum(rows), hidden), dtype, fmt.block, seed)
+    sizes = [message.layout(fmt, count, hidden).nbytes for count in rows]
+    slots = torch.full((len(rows), max(sizes)), 0xFF, dtype=torch.uint8)
+    expected = torch.empty(x.shape, dtype=dtype)
+    for part, slot, size, total in zip(x.split(rows), slots, sizes, expected.split(rows)):
+        if len(part):
+            reference.encode(part, fmt, slot[:size])
+            # They are messages of sums, which may be infinite in half precision.
+            wide = torch.empty(part.shape)
+            reference.decode_sum(slot[None, :size], fmt, wide)
+            total.copy_(wide)
+    out = Guarded((sum(sizes),), torch.uint8)
+    gpu.encode_slices(x.to(DEVICE), fmt, rows, out.tensor)
+    assert torch.equal(out.tensor.cpu(), torch.cat([slot[:size] for slot, size in zip(slots, sizes)]))
+    assert out.untouched_around()
+    decoded = Guarded(tuple(x.shape), dtype)
+    gpu.decode_slices(slots.to(DEVICE), fmt, rows, decoded.tensor)
+    assert_same_bits(decoded.tensor.cpu(), expected)
+    assert decoded.untouched_around()
 
 
 def check_decode_sum_encode(fmt: Format, messages: torch.Tensor, shape: tuple[int, int], second: Format) -> None:

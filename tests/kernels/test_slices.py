@@ -1,63 +1,58 @@
-"""All slices of a tensor in one launch: the bytes and values of one slice after another."""
+"""All slices of a tensor in one launch: the bytes, and back the values, that each slice has by itself."""
 
 import kernel_cases as cases
 import pytest
 import torch
 
-from megatron_comp.wire import gpu, message, reference
 from megatron_comp.wire.formats import Format
 
-CODECS = ["mxfp4", "nvfp4", "int5:32:fp16:hadamard", "fp5_e2m2:8:e5m0", "flash-int4", "int3:8:fp32:asym:spike"]
-# (slices, rows, hidden): even slices, slices of two lengths, slices without a row, one row each, odd bytes, two tiles.
-DEALT = [(2, 4, 64), (3, 7, 33), (8, 5, 40), (4, 4, 1), (16, 17, 8), (2, 3, 4104)]
+DTYPES = [*cases.DTYPES.values()]
+# As all-reduces and reduce-scatters cut: evenly, long slices before short ones, few rows, and as experts do.
+ROWS = [(2, 2), (2, 2, 1), (1,) * 8, (1, 1, 1, 0, 0), (1,) * 5 + (0,) * 11, (0, 3, 1), (1, 0, 4, 2), (0, 2, 0)]
 
 
-def dealt(rows, slices):
-    return tuple(rows // slices + (number < rows % slices) for number in range(slices))
+@pytest.mark.parametrize("codec", cases.MIXED)
+def test_shapes(codec):
+    fmt, turn = Format.parse(codec), cases.MIXED.index(codec)
+    for i, hidden in enumerate([1, 33, fmt.block * 4, 4096 + 40]):
+        cases.check_slices(fmt, ROWS[(turn + 3 * i) % len(ROWS)], hidden, DTYPES[(turn + i) % 3], seed=turn)
 
 
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("slices, rows, hidden", DEALT)
-def test_messages_of_all_slices(codec, slices, rows, hidden):
-    fmt, counts = Format.parse(codec), dealt(rows, slices)
-    x = cases.tensor((rows, hidden), torch.bfloat16, fmt.block, seed=rows)
-    sizes = [message.layout(fmt, count, hidden).nbytes for count in counts]
-    out = torch.full((sum(sizes),), 0xFF, dtype=torch.uint8)
-    gpu.encode_slices(x, fmt, counts, out)
-    for part, found, size in zip(x.split(counts), out.split(sizes), sizes, strict=True):
-        expected = torch.empty(size, dtype=torch.uint8)
-        if len(part):
-            reference.encode(part, fmt, expected)
-        assert torch.equal(found, expected)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("codec", ["mxfp4", "nvfp4"])
+def test_any_slices(codec, rows):
+    cases.check_slices(Format.parse(codec), rows, 96, torch.bfloat16)
 
 
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("slices, rows, hidden", DEALT)
-def test_values_of_all_slices(codec, slices, rows, hidden):
-    """What stands behind a short message in its slot is never read."""
-    fmt, counts = Format.parse(codec), dealt(rows, slices)
-    dtype = [torch.bfloat16, torch.float32][slices % 2]
-    x = cases.tensor((rows, hidden), dtype, fmt.block, seed=slices)
-    sizes = [message.layout(fmt, count, hidden).nbytes for count in counts]
-    slots = torch.full((slices, sizes[0]), 0xFF, dtype=torch.uint8)
-    expected = torch.empty_like(x)
-    for part, slot, size, values in zip(x.split(counts), slots, sizes, expected.split(counts), strict=True):
-        if len(part):
-            reference.encode(part, fmt, slot[:size])
-            reference.decode_sum(slot[None, :size], fmt, values)
-    out = torch.full_like(x, torch.nan)
-    gpu.decode_slices(slots, fmt, counts, out)
-    cases.assert_same_bits(out, expected)
+@pytest.mark.parametrize("codec", ["mxfp4", "nvfp4"])
+def test_strided_rows(codec):
+    """Rows cut out of longer ones, in slices."""
+    fmt, rows = Format.parse(codec), (2, 0, 1)
+    wide = cases.tensor((3, 128), torch.bfloat16, 32)
+    parts = [cases.encoded(fmt, [part])[0].cpu() for part in wide[:, :64].split(rows) if len(part)]
+    out = cases.Guarded((sum(map(len, parts)),), torch.uint8)
+    cases.gpu.encode_slices(wide.to(cases.DEVICE)[:, :64], fmt, rows, out.tensor)
+    assert torch.equal(out.tensor.cpu(), torch.cat(parts))
+    assert out.untouched_around()
 
 
-def test_uneven_splits():
-    """Of a reduce-scatter by `splits`: slice by slice, in any order of lengths."""
-    fmt, counts, hidden = Format.parse("mxfp4"), (0, 2, 5, 1), 64
-    x = cases.tensor((8, hidden), torch.float32, fmt.block, seed=1)
-    sizes = [message.layout(fmt, count, hidden).nbytes for count in counts]
-    out, expected = (torch.full((sum(sizes),), fill, dtype=torch.uint8) for fill in (0xFF, 0))
-    gpu.encode_slices(x, fmt, counts, out)
-    for part, its_message in zip(x.split(counts), expected.split(sizes), strict=True):
-        if len(part):
-            reference.encode(part, fmt, its_message)
-    assert torch.equal(out, expected)
+def test_a_sum_beyond_half_precision_is_infinite():
+    """40000 + 40000, which came as one message of a sum, as in a stock sum; one rank's message alone is cut."""
+    fmt = Format.parse("mxfp8")
+    message = cases.encoded(fmt, [torch.full((1, 32), 80000.0)])
+    for decode, expected in [
+        (lambda out: cases.gpu.decode_slices(message, fmt, (1,), out), torch.inf),
+        (lambda out: cases.gpu.decode_sum(message, fmt, out), 65504.0),
+    ]:
+        out = torch.empty((1, 32), dtype=torch.float16, device=cases.DEVICE)
+        decode(out)
+        assert (out == expected).all()
+
+
+def test_messages_off_words_are_read_all_the_same():
+    fmt, shape = Format.parse("mxfp4"), (2, 96)
+    messages = cases.encoded(fmt, [cases.tensor(shape, torch.bfloat16, 32, seed) for seed in range(2)])
+    odd = torch.empty(2, messages.shape[1] + 1, dtype=torch.uint8, device=cases.DEVICE)[:, 1:]
+    odd.copy_(messages)
+    cases.check_decode_sum(fmt, odd, shape, torch.bfloat16)
+    cases.check_decode_sum_encode(fmt, odd, shape, fmt)

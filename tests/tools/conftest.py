@@ -1,4 +1,7 @@
-"""Runs the command as a user would: another process, its exit status, its output."""
+"""Runs the command as a user would: another process, its exit status, its output.
+
+Fixtures with models import what they need themselves: the benches' tests also run where there is no Megatron.
+"""
 
 import os
 import subprocess
@@ -7,8 +10,6 @@ import sys
 import commands
 import pytest
 import torch
-from characters import character_llama
-from drops import LENGTH, small_llama
 
 from megatron_comp import cli
 
@@ -81,6 +82,8 @@ def error_line(capsys):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """Folder of a tiny random Llama whose tokens are characters."""
+    from characters import character_llama
+
     return character_llama(tmp_path_factory.mktemp("llama"))
 
 
@@ -95,10 +98,14 @@ def text(tmp_path_factory, sotu_text):
 @pytest.fixture(scope="module")
 def two_blocks(tmp_path_factory):
     """Folder of one with two blocks and key-value heads enough to be grouped."""
+    from drops import small_llama
+
     return small_llama(tmp_path_factory.mktemp("two_blocks"))
 
 
 @pytest.fixture(scope="module")
 def drop_text(sotu_text):
     """Options that name its text."""
+    from drops import LENGTH
+
     return ("--text", sotu_text, *LENGTH)
