@@ -23,7 +23,7 @@ SHAPES=${SHAPES:-1024x4096 8x4096 128x4096 2048x4096 4096x8192 16384x8192} # bf1
 RANKS=${RANKS:-2 8}
 BACKENDS=${BACKENDS:-triton}
 cd "$REPO"
-rooms=(tests/wire tests/kernels tests/tools/test_bench*.py)
+rooms=(tests/wire tests/kernels tests/bench tests/commands/test_bench*.py)
 TESTS=${TESTS:-$(grep -rl --include='test_*.py' 'mark\.gpu' "${rooms[@]}" 2>/dev/null)} || : # a room may be empty
 
 if [[ ${DRY_RUN:-0} != 1 ]] && ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
