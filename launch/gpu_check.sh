@@ -29,7 +29,7 @@ BACKENDS=${BACKENDS:-triton}
 WORKERS=${WORKERS:-12}
 read -r tests_limit bench_limit sums_limit <<<"${LIMITS:-210 150 90}"
 cd "$REPO"
-rooms=(tests/wire tests/kernels tests/tools/test_bench*.py)
+rooms=(tests/wire tests/kernels tests/bench tests/commands/test_bench*.py)
 TESTS=${TESTS:-$(grep -rl --include='test_*.py' 'mark\.gpu' "${rooms[@]}" 2>/dev/null)} || : # a room may be empty
 
 gpus=$(nvidia-smi -L 2>/dev/null) || gpus=

@@ -15,6 +15,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Fixtures of the command line, for every room of which there is a subcommand.
+pytest_plugins = ["command_line"]
+
 # Triton reads this once, when something first imports it: without a GPU, kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -12,8 +12,8 @@ import torch
 from slurm import ROOT
 
 from megatron_comp import cli
-from megatron_comp.tools.bench import codec
-from megatron_comp.tools.bench.options import shape
+from megatron_comp.commands import bench_codec
+from megatron_comp.commands.bench_options import shape
 from megatron_comp.wire.codec import Codec
 
 
@@ -39,10 +39,10 @@ def test_gpu_check_dry_run(gpu_check, tmp_path):
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "out").exists()
     (tests,) = re.findall(r"-m pytest -q -m gpu -n 12 (.*)", done.stdout)
-    assert "tests/wire/test_gpu.py" in tests.split() and "tests/tools/test_bench_codec.py" in tests.split()
+    assert "tests/wire/test_gpu.py" in tests.split() and "tests/commands/test_bench_codec.py" in tests.split()
     (options,) = re.findall(r"-m megatron_comp\.cli (.*)", done.stdout)
     args = cli._parser().parse_args(shlex.split(options))
-    bytes_of = [2 * rows * hidden for rows, hidden in (shape(text, codec.SHAPE) for text in args.shape)]
+    bytes_of = [2 * rows * hidden for rows, hidden in (shape(text, bench_codec.SHAPE) for text in args.shape)]
     assert bytes_of == [16 << 20, 128 << 20]
     assert len(args.codec) == 4 and all(Codec.parse(name) for name in args.codec)
     assert (args.device, args.ranks, args.peers, args.repeats) == ("cuda", [2, 8], False, 5)
