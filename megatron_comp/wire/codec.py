@@ -61,11 +61,13 @@ class Codec:
         _check_dtype(x)
         sizes = [self.message_bytes((count, x.shape[1])) for count in rows]
         out = torch.empty(sum(sizes), dtype=torch.uint8, device=x.device)
-        if in_one := getattr(choose_backend(x.device.type), "encode_slices", None):
-            in_one(x, self.format, tuple(rows), out)
+        backend = choose_backend(x.device.type)
+        if hasattr(backend, "encode_slices"):
+            backend.encode_slices(x.detach(), self.format, tuple(rows), out)
         else:
-            for part, message_ in zip(x.split([*rows]), out.split(sizes), strict=True):
-                self.encode(part, message_)
+            for part, its_message in zip(x.detach().split([*rows]), out.split(sizes), strict=True):
+                if len(part):
+                    backend.encode(part, self.format, its_message)
         return out
 
     def decode(self, message: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
