@@ -12,21 +12,34 @@ from .format import TILE, WARPS, KernelFormat
 from .numbers import FP16_MAX, element_values, store_rounded, to_float
 from .planes import load_field, places
 from .scales import scale_values
+from .slices import row_and_tile, section_offsets, slice_rows
 
 
-def decode_sum(messages: torch.Tensor, at: tuple, out: torch.Tensor, fmt: KernelFormat, align: int) -> None:
-    """`messages` [ranks, bytes], with sections at the offsets `at`, to their sum in contiguous `out` [rows, hidden]."""
-    rows, hidden = out.shape
-    programs = rows * triton.cdiv(hidden, TILE)
-    decode_sum_kernel[(programs,)](
+def decode_sum(
+    messages: torch.Tensor,
+    out: torch.Tensor,
+    first_rows: tuple,
+    programs: int,
+    fmt: KernelFormat,
+    ranks: int,
+    flat: bool,
+    clamp: bool,
+    align: int,
+) -> None:
+    """`messages` [ranks, bytes] to their sum in contiguous `out` [rows, hidden], or [slices, bytes] to `out`, 1 rank.
+
+    first_rows: see `slices.py`. programs: of the longest slice. clamp: to the largest fp16.
+    """
+    decode_sum_kernel[(programs, len(first_rows) - 1)](
         messages,
         messages.stride(0),
-        at,
         out,
-        rows,
-        hidden,
+        first_rows,
+        out.shape[1],
         fmt,
-        len(messages),
+        ranks,
+        flat,
+        clamp,
         TILE,
         align,
         num_warps=WARPS,
@@ -34,28 +47,33 @@ def decode_sum(messages: torch.Tensor, at: tuple, out: torch.Tensor, fmt: Kernel
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_rows"])
 def decode_sum_kernel(
     messages,
     message_stride,
-    at,
     out_ptr,
-    rows,
+    first_rows,
     hidden,
     F: tl.constexpr,
     RANKS: tl.constexpr,
+    FLAT: tl.constexpr,
+    CLAMP: tl.constexpr,
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    # 32-bit: a 64-bit division takes a hundred instructions.
-    program = tl.program_id(0)
-    tiles = tl.cdiv(hidden, TILE).to(tl.int32)
-    row, tile = (program // tiles).to(tl.int64), program % tiles
-    HALF: tl.constexpr = out_ptr.dtype.element_ty == tl.float16
-    total_NB, left = sum_tile(messages, message_stride, at, rows, hidden, row, tile, F, RANKS, TILE, ALIGN, HALF)
-    place = tl.arange(0, TILE)
-    out = out_ptr + row * hidden + tile * TILE + place
-    store_rounded(out, total_NB.reshape(TILE), place < left)
+    first_row, rows, columns = slice_rows(first_rows, hidden, FLAT)
+    at = section_offsets(rows, columns, F)
+    message = messages + tl.program_id(1).to(tl.int64) * message_stride
+    row, tile = row_and_tile(columns, FLAT, TILE)
+    first = tl.cast(tile, tl.int64) * TILE
+    if (row < rows) & (first < columns):
+        total_NB, left = sum_tile(message, message_stride, at, rows, columns, row, tile, F, RANKS, TILE, ALIGN)
+        if CLAMP:
+            # Half precision cannot hold what a power-of-two scale may round 65504 up to.
+            total_NB = tl.where(total_NB > FP16_MAX, FP16_MAX, tl.where(total_NB < -FP16_MAX, -FP16_MAX, total_NB))
+        place = tl.arange(0, TILE)
+        out = out_ptr + (first_row * hidden + row * columns + first) + place
+        store_rounded(out, total_NB.reshape(TILE), place < left)
 
 
 @triton.jit
@@ -71,18 +89,26 @@ def sum_tile(
     RANKS: tl.constexpr,
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
-    HALF: tl.constexpr,
 ):
     """(fp32 [N, B], how many of its values belong to the row): the sum of one tile over the ranks' messages.
 
-    The values past the row's end are zeros, but with zero points and in blocks of NaN.
+    The values past the row's end are zeros, but with zero points and in blocks of NaN. The transform is linear: what
+    the ranks sent is summed transformed, and the sum is transformed back.
     """
     first = tl.cast(tile, tl.int64) * TILE
     left = tl.minimum(hidden - first, TILE).to(tl.int32)
-    total_NB = decode_tile(messages, at, rows, hidden, row, first, left, F, TILE, ALIGN, HALF)
-    for rank in tl.static_range(1, RANKS):
-        message = messages + rank * message_stride.to(tl.int64)
-        total_NB += decode_tile(message, at, rows, hidden, row, first, left, F, TILE, ALIGN, HALF)
+    total_NB = decode_tile(messages, at, rows, hidden, row, first, left, F, TILE, ALIGN)
+    # Groups of four, the first one with what does not divide: more unrolled ranks would spill registers.
+    ALONE: tl.constexpr = (RANKS - 1) % 4 + 1
+    for rank in tl.static_range(1, ALONE):
+        message = messages + rank * tl.cast(message_stride, tl.int64)
+        total_NB += decode_tile(message, at, rows, hidden, row, first, left, F, TILE, ALIGN)
+    for group in range(ALONE, RANKS, 4):
+        for i in tl.static_range(4):
+            message = messages + (group + i) * tl.cast(message_stride, tl.int64)
+            total_NB += decode_tile(message, at, rows, hidden, row, first, left, F, TILE, ALIGN)
+    if F.hadamard:
+        total_NB = hadamard(total_NB, left, F.block)
     return total_NB, left
 
 
@@ -98,9 +124,8 @@ def decode_tile(
     F: tl.constexpr,
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
-    HALF: tl.constexpr,
 ):
-    """fp32 [N, B]: one rank's values of a tile; finite in half precision (HALF) unless their block is NaN."""
+    """fp32 [N, B]: one rank's values of a tile, still transformed where the format has a transform."""
     B: tl.constexpr = F.block
     N: tl.constexpr = TILE // B
     values, blocks, spikes = places(message, at, rows, hidden, row, first, left, B)
@@ -126,9 +151,4 @@ def decode_tile(
         place = tl.arange(0, B)[None, :]
         y_NB = tl.where(place == lowest[:, None], low[:, None], y_NB)
         y_NB = tl.where(place == highest[:, None], high[:, None], y_NB)
-    if F.hadamard:
-        y_NB = hadamard(y_NB, left, B)
-    if HALF:
-        # Half precision cannot hold what a power-of-two scale may round 65504 up to.
-        y_NB = tl.where(y_NB > FP16_MAX, FP16_MAX, tl.where(y_NB < -FP16_MAX, -FP16_MAX, y_NB))
     return y_NB

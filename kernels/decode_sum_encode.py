@@ -7,32 +7,31 @@ import triton.language as tl
 from .decode_sum import sum_tile
 from .encode import clean, encode_tile, largest_need, store_row_scale
 from .format import TILE, WARPS, KernelFormat
+from .slices import row_and_tile, section_offsets, slice_rows
 
 
 def decode_sum_encode(
     messages: torch.Tensor,
-    at: tuple,
-    shape: tuple,
+    rows: int,
+    hidden: int,
     fmt: KernelFormat,
     out: torch.Tensor,
-    out_at: tuple,
     out_fmt: KernelFormat,
+    programs: int,
+    flat: bool,
     align: int,
 ) -> None:
-    """uint8 `messages` [ranks, bytes] of `fmt`, `shape` = (rows, hidden), to the message `out` of `out_fmt`."""
-    rows, hidden = shape
-    programs = rows if out_fmt.row_scaled else rows * triton.cdiv(hidden, TILE)
+    """uint8 `messages` [ranks, bytes] of `fmt` to the message `out` of `out_fmt`."""
     decode_sum_encode_kernel[(programs,)](
         messages,
         messages.stride(0),
-        at,
         out,
-        out_at,
-        rows,
+        (0, rows),
         hidden,
         fmt,
         out_fmt,
         len(messages),
+        flat,
         TILE,
         align,
         num_warps=WARPS,
@@ -40,38 +39,37 @@ def decode_sum_encode(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_rows"])
 def decode_sum_encode_kernel(
     messages,
     message_stride,
-    at,
     out,
-    out_at,
-    rows,
+    first_rows,
     hidden,
     F: tl.constexpr,
     OUT: tl.constexpr,
     RANKS: tl.constexpr,
+    FLAT: tl.constexpr,
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    # 32-bit: a 64-bit division takes a hundred instructions.
-    program = tl.program_id(0)
-    tiles = tl.cdiv(hidden, TILE).to(tl.int32)
+    _, rows, columns = slice_rows(first_rows, hidden, FLAT)
+    at, out_at = section_offsets(rows, columns, F), section_offsets(rows, columns, OUT)
     if OUT.row_scaled:
-        row = program.to(tl.int64)
+        row = tl.program_id(0).to(tl.int64)
+        tiles = tl.cdiv(columns, TILE).to(tl.int32)
         largest = 0.0
         for tile in range(tiles):
-            x_NB, left = load_sum(messages, message_stride, at, rows, hidden, row, tile, F, OUT, RANKS, TILE, ALIGN)
+            x_NB, left = load_sum(messages, message_stride, at, rows, columns, row, tile, F, OUT, RANKS, TILE, ALIGN)
             largest = tl.maximum(largest, largest_need(x_NB, left, OUT))
         scale = store_row_scale(largest, out, out_at, rows, row, OUT)
         for tile in range(tiles):
-            x_NB, left = load_sum(messages, message_stride, at, rows, hidden, row, tile, F, OUT, RANKS, TILE, ALIGN)
-            encode_tile(x_NB, left, scale, out, out_at, rows, hidden, row, tile, OUT, TILE, ALIGN)
+            x_NB, left = load_sum(messages, message_stride, at, rows, columns, row, tile, F, OUT, RANKS, TILE, ALIGN)
+            encode_tile(x_NB, left, scale, out, out_at, rows, columns, row, tile, OUT, TILE, ALIGN)
     else:
-        row, tile = (program // tiles).to(tl.int64), program % tiles
-        x_NB, left = load_sum(messages, message_stride, at, rows, hidden, row, tile, F, OUT, RANKS, TILE, ALIGN)
-        encode_tile(x_NB, left, 1.0, out, out_at, rows, hidden, row, tile, OUT, TILE, ALIGN)
+        row, tile = row_and_tile(columns, FLAT, TILE)
+        x_NB, left = load_sum(messages, message_stride, at, rows, columns, row, tile, F, OUT, RANKS, TILE, ALIGN)
+        encode_tile(x_NB, left, 1.0, out, out_at, rows, columns, row, tile, OUT, TILE, ALIGN)
 
 
 @triton.jit
@@ -90,7 +88,7 @@ def load_sum(
     ALIGN: tl.constexpr,
 ):
     """(fp32 [N, B] in the blocks of OUT, how many of its values belong to the row): what `encode.load_tile` returns."""
-    total, left = sum_tile(messages, message_stride, at, rows, hidden, row, tile, F, RANKS, TILE, ALIGN, False)
+    total, left = sum_tile(messages, message_stride, at, rows, hidden, row, tile, F, RANKS, TILE, ALIGN)
     B: tl.constexpr = OUT.block
     x_NB = total.reshape(TILE // B, B)
     if F.asym:  # past the row's end are zero points

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .blocks import hadamard, pairwise_sum
-from .format import TILE, WARPS, KernelFormat
+from .format import ALIGNMENT, TILE, WARPS, KernelFormat
 from .numbers import (
     BF16_MAX,
     EXPONENT,
@@ -22,48 +22,78 @@ from .numbers import (
 )
 from .planes import places, store_field, store_padding
 from .scales import reciprocal_of_power_below, row_scale, scale_codes, scale_values
+from .slices import row_and_tile, section_offsets, slice_rows
 
 
-def encode(x: torch.Tensor, message: torch.Tensor, at: tuple, fmt: KernelFormat, align: int) -> None:
-    """`x` [rows, hidden] into `message`, whose sections start at the offsets `at` (and end at the last of them)."""
-    rows, hidden = x.shape
-    programs = rows if fmt.row_scaled else rows * triton.cdiv(hidden, TILE)
-    encode_kernel[(programs,)](
-        x, x.stride(0), message, at, rows, hidden, fmt, TILE, align, num_warps=WARPS, enable_fp_fusion=False
+def encode(
+    x: torch.Tensor,
+    messages: torch.Tensor,
+    starts: tuple,
+    first_rows: tuple,
+    programs: int,
+    fmt: KernelFormat,
+    flat: bool,
+    align: int,
+) -> None:
+    """`x` [rows, hidden] into `messages`, one for each slice of its rows, all in one launch.
+
+    starts: where each message starts, in units of 16 bytes. first_rows: see `slices.py`. programs: of the longest slice.
+    """
+    encode_kernel[(programs, len(starts))](
+        x,
+        x.stride(0),
+        messages,
+        starts,
+        first_rows,
+        x.shape[1],
+        fmt,
+        flat,
+        TILE,
+        align,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["starts", "first_rows"])
 def encode_kernel(
     x_ptr,
     x_stride,
-    message,
-    at,
-    rows,
+    messages,
+    starts,
+    first_rows,
     hidden,
     F: tl.constexpr,
+    FLAT: tl.constexpr,
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    # 32-bit: a 64-bit division takes a hundred instructions.
-    program = tl.program_id(0)
-    tiles = tl.cdiv(hidden, TILE).to(tl.int32)
+    start = tl.cast(starts[0], tl.int64)
+    for i in tl.static_range(1, len(starts)):
+        start = tl.where(tl.program_id(1) == i, starts[i], start)
+    message = messages + start * ALIGNMENT
+    first_row, rows, columns = slice_rows(first_rows, hidden, FLAT)
+    x_slice = x_ptr + first_row * x_stride
+    at = section_offsets(rows, columns, F)
     if F.row_scaled:
         # A row's scale comes before the scales of its blocks: the row is read twice, the second time from cache.
-        row = program.to(tl.int64)
-        x_row = x_ptr + row * x_stride
-        largest = 0.0
-        for tile in range(tiles):
-            x_NB, left = load_tile(x_row, tile, hidden, F, TILE)
-            largest = tl.maximum(largest, largest_need(x_NB, left, F))
-        scale = store_row_scale(largest, message, at, rows, row, F)
-        for tile in range(tiles):
-            x_NB, left = load_tile(x_row, tile, hidden, F, TILE)
-            encode_tile(x_NB, left, scale, message, at, rows, hidden, row, tile, F, TILE, ALIGN)
+        row = tl.program_id(0).to(tl.int64)
+        if row < rows:
+            tiles = tl.cdiv(columns, TILE).to(tl.int32)
+            x_row = x_slice + row * x_stride
+            largest = 0.0
+            for tile in range(tiles):
+                x_NB, left = load_tile(x_row, tile, columns, F, TILE)
+                largest = tl.maximum(largest, largest_need(x_NB, left, F))
+            scale = store_row_scale(largest, message, at, rows, row, F)
+            for tile in range(tiles):
+                x_NB, left = load_tile(x_row, tile, columns, F, TILE)
+                encode_tile(x_NB, left, scale, message, at, rows, columns, row, tile, F, TILE, ALIGN)
     else:
-        row, tile = (program // tiles).to(tl.int64), program % tiles
-        x_NB, left = load_tile(x_ptr + row * x_stride, tile, hidden, F, TILE)
-        encode_tile(x_NB, left, 1.0, message, at, rows, hidden, row, tile, F, TILE, ALIGN)
+        row, tile = row_and_tile(columns, FLAT, TILE)
+        if (row < rows) & (tl.cast(tile, tl.int64) * TILE < columns):
+            x_NB, left = load_tile(x_slice + row * x_stride, tile, columns, F, TILE)
+            encode_tile(x_NB, left, 1.0, message, at, rows, columns, row, tile, F, TILE, ALIGN)
 
 
 @triton.jit

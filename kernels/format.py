@@ -2,10 +2,15 @@
 
 from dataclasses import dataclass
 
+from triton.language import constexpr
+
 # Values that a program works on, and its warps: 32 values a thread, read in four 16-byte loads that are all under way
 # at once. Not measured on a GPU yet.
 TILE = 4096
 WARPS = 4
+
+# Every section of a message, and so every message, is padded to this many bytes.
+ALIGNMENT = constexpr(16)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class KernelFormat:
     spike: bool
     limit: float  # inputs are clamped to +- this
 
-    # Message.
+    # Message. sections: what each has codes of ("value", "block", "row" or "spike"), and a code's bits in it.
+    sections: tuple
     payload: Field
     scale: Field
     row_scale: Field | None

@@ -26,10 +26,10 @@ def integer_of(bits):
 def places(message, at, rows, hidden, row, first, left, B: tl.constexpr):
     """The places of a tile's values, of its blocks and of their spikes, two a block.
 
-    The tile has the values `first` to `first + left` of a row of `hidden`, in blocks of B.
+    The tile has the values `first` to `first + left` of a row of `hidden` (int64), in blocks of B.
     """
-    columns, first_block, blocks_left = tl.cdiv(hidden, B).to(tl.int64), first // B, tl.cdiv(left, B)
-    values = (message, at, rows, row, hidden.to(tl.int64), first, left)
+    columns, first_block, blocks_left = tl.cdiv(hidden, B), first // B, tl.cdiv(left, B)
+    values = (message, at, rows, row, hidden, first, left)
     blocks = (message, at, rows, row, columns, first_block, blocks_left)
     spikes = (message, at, rows, row, columns * 2, first_block * 2, blocks_left * 2)
     return values, blocks, spikes

@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# What has to be seen on a GPU, in one call of some minutes: versions, the tests that need one, and `bench codec` from
-# partial sums that fit a cache to ones that fill memory, with a plain copy as the roofline and what others have.
+# What has to be seen on a GPU, in one call of at most eight minutes: versions, the tests that need one, times of
+# encode, decode and sum beside a plain copy, and times of whole sums of many ranks but for the wire.
 #
-# Usage:    bash launch/gpu_check.sh [more options of megatron-comp bench codec]
+# Each step runs whatever became of the one before, and ends at its limit. The exit status is the worst of all steps.
+#
+# Usage:    bash launch/gpu_check.sh [more options of megatron-comp bench codec, such as --peers]
 # Required: an NVIDIA GPU with some 40 GB free and its driver; what launch/quickstart.sh requires, or with SETUP=0
-#           a Python with torch for this GPU, triton, numpy, matplotlib, rich, tqdm, PyYAML, pytest, hypothesis and
-#           ml_dtypes; Megatron is not needed, torchao only for its own rows
+#           a Python with torch for this GPU, triton, numpy, matplotlib, rich, tqdm, PyYAML, pytest, pytest-xdist,
+#           hypothesis and ml_dtypes. Megatron is not needed.
 # Optional: SETUP            0 takes PYTHON as it is, with this checkout on PYTHONPATH: nothing is fetched or installed
 #           OUT              folder of the results (default: <cache>/gpu_check)
 #           TESTS            what pytest -m gpu runs (default: the files with that marker that need no Megatron)
+#           WORKERS          test processes (default: 12), most of whose time is Triton's compiler
 #           SHAPES, CODECS, RANKS, BACKENDS   lists for the bench; BACKENDS leaves out the reference, which is slow,
 #                            but is what all are compared with before they are timed
+#           LIMITS           seconds that tests, bench and sums may take (default: "210 150 90")
 #           and PYTHON, MEGATRON_COMP_VENV, MEGATRON_COMP_CACHE, DRY_RUN of launch/env.sh
 set -euo pipefail
 # shellcheck source=launch/env.sh
@@ -18,20 +22,23 @@ set -euo pipefail
 
 SETUP=${SETUP:-1}
 OUT=$(realpath -m "${OUT:-$MEGATRON_COMP_CACHE/gpu_check}")
-CODECS=${CODECS:-mxfp4 mxfp8 int4:32:fp16 nvfp4 int4:32:fp16:hadamard int5:32:fp16:hadamard flash-int4}
-SHAPES=${SHAPES:-1024x4096 8x4096 128x4096 2048x4096 4096x8192 16384x8192} # bf16: 8 MB; 64 KB, 1, 16, 64, 256 MB
+CODECS=${CODECS:-mxfp4 nvfp4 int4:32:fp16 int4:32:fp16:hadamard}
+SHAPES=${SHAPES:-1024x8192 8192x8192} # bf16: 16 MB, 128 MB
 RANKS=${RANKS:-2 8}
 BACKENDS=${BACKENDS:-triton}
+WORKERS=${WORKERS:-12}
+read -r tests_limit bench_limit sums_limit <<<"${LIMITS:-210 150 90}"
 cd "$REPO"
-rooms=(tests/wire tests/kernels tests/tools/test_bench*.py)
+rooms=(tests/wire tests/kernels tests/bench tests/commands/test_bench*.py)
 TESTS=${TESTS:-$(grep -rl --include='test_*.py' 'mark\.gpu' "${rooms[@]}" 2>/dev/null)} || : # a room may be empty
 
-if [[ ${DRY_RUN:-0} != 1 ]] && ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+gpus=$(nvidia-smi -L 2>/dev/null) || gpus=
+if [[ ${DRY_RUN:-0} != 1 && $gpus != GPU* ]]; then
     echo "gpu_check: there is no GPU here: nvidia-smi is missing or lists none" >&2
     exit 1
 fi
 
-echo "[1/4] Python environment"
+echo "[1/5] Python environment"
 if [[ $SETUP == 1 ]]; then
     setup_python
     PYTHON=$MEGATRON_COMP_VENV/bin/python
@@ -60,20 +67,40 @@ each() { # OPTION "WORD WORD ...": --OPTION=WORD, a line a word
     done
 }
 
-{
-    echo "[2/4] versions"
-    versions
+worst=0
+step() { # TITLE SECONDS COMMAND...: the command, ended after so many seconds; its status counts but stops nothing
+    local status=0
+    echo "$1"
+    run timeout --kill-after=10 "$2" "${@:3}" || status=$?
+    case $status in
+    0) ;;
+    124 | 137) echo "gpu_check: ended at its limit of $2 s: ${1#* }" ;;
+    *) echo "gpu_check: failed with status $status: ${1#* }" ;;
+    esac
+    worst=$((status > worst ? status : worst))
+}
 
-    echo "[3/4] tests"
+all_steps() {
+    echo "[2/5] versions"
+    versions || return # without a GPU for torch nothing else can run
+
     # shellcheck disable=SC2086 # a list of files
-    run "$PYTHON" -m pytest -q -m gpu $TESTS
+    step "[3/5] tests" "$tests_limit" "$PYTHON" -m pytest -q -m gpu -n "$WORKERS" $TESTS
 
-    echo "[4/4] megatron-comp bench codec"
     mapfile -t options < <(
         each shape "$SHAPES" && each codec "$CODECS" && each ranks "$RANKS" && each backend "$BACKENDS"
     )
-    run "$PYTHON" -m megatron_comp.cli bench codec --device cuda --dtype bf16 "${options[@]}" --peers \
+    step "[4/5] megatron-comp bench codec" "$bench_limit" \
+        "$PYTHON" -m megatron_comp.cli bench codec --device cuda --dtype bf16 "${options[@]}" \
         --json "$OUT/codec.json" --csv "$OUT/codec.csv" --figure "$OUT/codec.svg" "$@"
-} 2>&1 | if [[ ${DRY_RUN:-0} == 1 ]]; then cat; else tee "$OUT/log.txt"; fi
 
+    mapfile -t options < <(each codec "$CODECS")
+    step "[5/5] whole sums of 8 ranks without the wire" "$sums_limit" \
+        "$PYTHON" tests/kernels/chain.py "${options[@]}" --csv "$OUT/sums.csv"
+    return "$worst"
+}
+
+status=0
+all_steps "$@" 2>&1 | if [[ ${DRY_RUN:-0} == 1 ]]; then cat; else tee "$OUT/log.txt"; fi || status=$?
 echo "Results: $OUT"
+exit "$status"

@@ -20,4 +20,4 @@ set -euo pipefail
 
 choose_python
 [[ ${SETUP:-1} != 1 ]] || export PATH=$MEGATRON_COMP_VENV/bin:$PATH
-become "$PYTHON" -m megatron_comp.tools.slow_network "$@"
+become "$PYTHON" -m megatron_comp.launcher.slow_network "$@"

@@ -4,8 +4,9 @@ import argparse
 import os
 import sys
 
-from .tools import bench, calibrate, convert, drop, evaluate, generate, plan, ranks, search
-from .tools.subcommands import Subcommands
+from .commands import bench, calibrate, convert, drop, evaluate, generate, plan, search
+from .commands.subcommands import Subcommands
+from .launcher import ranks
 from .version import __version__
 
 SUBCOMMANDS = Subcommands(

@@ -32,10 +32,6 @@ class Decision:
     codec: Codec | CodecPair | None
     algorithm: str = "auto"
     reason: str = ""
-    chunks: int = 1
-    """Of a sum that is given as one tensor."""
-    parts: int = 1
-    """Of a sum whose parts are computed one after the other."""
 
 
 @dataclass(frozen=True)
@@ -110,20 +106,40 @@ class CompressionPolicy:
 
         figures: of the group, the same on all its ranks. scatter: a reduce-scatter instead of an all-reduce.
         """
-        if site == "attention" and self.drops(layer):
-            return Decision(None, reason=DROP if world_size > 1 else "one rank")
-        name = self.codec_name(layer, site, phase)
-        if name == "none":
+        name = self.word(layer, site, phase)
+        return self.decide_message(name, shape, itemsize, world_size, figures, scatter)
+
+    def decide_message(
+        self,
+        word: str,
+        shape: Sequence[int],
+        itemsize: int,
+        world_size: int,
+        figures: Figures = ASSUMED,
+        scatter: bool = False,
+    ) -> Decision:
+        """The same for a place of which the policy says `word`: a codec's name, `none`, or `drop`."""
+        if word == "none":
             return Decision(None, reason="policy")
         if world_size == 1:
             return Decision(None, reason="one rank")
-        codec = _parsed(name)
+        if word == DROP:
+            return Decision(None, reason=DROP)
+        codec = _parsed(word)
+        if self.min_bytes == "auto" and not figures.compresses:
+            return Decision(None, reason="fast link, not calibrated")
         if self.min_bytes == "auto" and figures.measured:
             if not pays(shape, itemsize, codec, world_size, self.algorithm, figures, scatter):
                 return Decision(None, reason="predicted slower")
         elif math.prod(shape) * itemsize < (DEFAULT_MIN_BYTES if self.min_bytes == "auto" else self.min_bytes):
             return Decision(None, reason="min_bytes")
         return Decision(codec, self.algorithm)
+
+    def word(self, layer: int, site: str, phase: str) -> str:
+        """What the policy says of a place: a codec's name, `none`, or `drop`."""
+        if site == "attention" and self.drops(layer):
+            return DROP
+        return self.codec_name(layer, site, phase)
 
     def codec_name(self, layer: int, site: str, phase: str) -> str:
         """The codec's name for this place, before any look at the message's size; `none` for a dropped sum."""

@@ -15,6 +15,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Fixtures of the command line, for every room of which there is a subcommand.
+pytest_plugins = ["command_line"]
+
 # Triton reads this once, when something first imports it: without a GPU, kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -28,8 +31,13 @@ torch.set_num_threads(1)
 
 def pytest_terminal_summary(terminalreporter):
     """Which Megatron-Core it was: launch/test.sh can be given another one."""
-    folder = importlib.util.find_spec("megatron.core").submodule_search_locations[0]
-    terminalreporter.write_line(f"Megatron-Core {importlib.metadata.version('megatron-core')} in {folder}")
+    # A bare GPU machine has none, and there the name inside of a missing package cannot be looked up.
+    spec = importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core")
+    if spec is None:
+        terminalreporter.write_line("no Megatron-Core")
+    else:
+        folder, version = spec.submodule_search_locations[0], importlib.metadata.version("megatron-core")
+        terminalreporter.write_line(f"Megatron-Core {version} in {folder}")
 
 
 def cached(name, make):

@@ -61,7 +61,7 @@ def test_ranks_are_forked_with_their_environment(environment, tmp_path):
 
 def test_a_rank_that_fails_is_told_of(environment):
     """By what it reported in a temporary folder of the process that started it."""
-    code = "import os, sys; from megatron_comp.tools.ranks import report; "
+    code = "import os, sys; from megatron_comp.launcher.ranks import report; "
     code += "os.environ['RANK'] == '1' and (report('so it is'), sys.exit(3))"
     done = commands.run(commands.on_ranks(2, [sys.executable, "-c", code]), environment)
     assert done.returncode == 3

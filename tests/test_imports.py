@@ -13,7 +13,13 @@ REPO = Path(__file__).parents[1]
 # Rooms from top to bottom, each with the modules that belong to it (and everything inside them).
 ROOMS = {
     "examples": ["examples"],
-    "tools": ["megatron_comp.cli", "megatron_comp.tools", "megatron_comp.run", "megatron_comp.auto"],
+    "commands": ["megatron_comp.cli", "megatron_comp.commands", "megatron_comp.run", "megatron_comp.auto"],
+    "search": ["megatron_comp.search"],
+    "predict": ["megatron_comp.predict"],
+    "bench": ["megatron_comp.bench"],
+    "spd": ["megatron_comp.spd"],
+    "quality": ["megatron_comp.quality"],
+    "launcher": ["megatron_comp.launcher"],
     "public face": ["megatron_comp"],  # the package's own __init__.py and the names it exports
     "inference": ["megatron_comp.inference"],
     "layers": ["megatron_comp.layers"],
@@ -26,8 +32,11 @@ ORDER = list(ROOMS)
 
 # Packages that only some rooms may know.
 OUTSIDE = {
-    "megatron": {"examples", "tools", "inference", "layers"},
-    "torch.distributed": {"examples", "tools", "public face", "inference", "layers", "wire"},
+    "megatron": {"examples", "commands", "inference", "layers"},
+    "torch.distributed": {
+        *("examples", "commands", "search", "bench", "quality", "launcher"),
+        *("public face", "inference", "layers", "wire"),
+    },
 }
 
 
@@ -92,6 +101,42 @@ def test_imports_run_one_way():
     assert violations(REPO) == []
 
 
+def circles(repo):
+    """Modules that import themselves by way of others. A name imported from a package counts as its module."""
+    modules = {module: file for file, module in project_files(repo)}
+    imports = {module: set() for module in modules}
+    for module, file in modules.items():
+        for _, name in imported_names(file, module):
+            target = name if name in modules else name.rpartition(".")[0]
+            if target in modules and target != module:
+                imports[module].add(target)
+    while leaves := [module for module, targets in imports.items() if not targets]:
+        for leaf in leaves:
+            del imports[leaf]
+        for targets in imports.values():
+            targets.difference_update(leaves)
+    return sorted(imports)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    assert circles(REPO) == []
+
+
+def test_a_planted_circle_is_found(tmp_path):
+    plant(tmp_path, "megatron_comp/search/solve.py", "from .tune import tune")
+    (tmp_path / "megatron_comp/search/tune.py").write_text("def tune():\n    from . import solve")
+    (tmp_path / "megatron_comp/search/bound.py").write_text("import math")
+    assert circles(tmp_path) == ["megatron_comp.search.solve", "megatron_comp.search.tune"]
+
+
+def test_no_package_holds_logic():
+    """Its __init__.py hands names on. The public face's is the one that looks them up when they are first used."""
+    for file, module in project_files(REPO):
+        if file.name == "__init__.py" and module != "megatron_comp":
+            kinds = {type(node) for node in ast.parse(file.read_text()).body}
+            assert kinds <= {ast.Expr, ast.Import, ast.ImportFrom, ast.Assign}, module
+
+
 def test_files_are_seen():
     modules = {module for _, module in project_files(REPO)}
     assert {"examples.fetch", "megatron_comp.wire.formats"} <= modules
@@ -109,7 +154,13 @@ def test_files_are_seen():
         ("megatron_comp/policy.py", "from torch import distributed", "policy must not know torch.distributed"),
         ("megatron_comp/policy.py", "import torch\nN = torch.distributed.get_world_size()", "must not know torch.dist"),
         ("megatron_comp/layers/apply.py", "from megatron_comp.inference import hf", "inference above it"),
-        ("megatron_comp/inference/model.py", "import megatron_comp.tools.evaluate", "tools above it"),
+        ("megatron_comp/inference/model.py", "import megatron_comp.commands.evaluate", "commands above it"),
+        ("megatron_comp/quality/judge.py", "from ..spd.weights import begin", "spd above it"),
+        ("megatron_comp/spd/weights.py", "from ..predict import models", "predict above it"),
+        ("megatron_comp/predict/models.py", "from ..search import solve", "search above it"),
+        ("megatron_comp/search/solve.py", "from ..commands import options", "commands above it"),
+        ("megatron_comp/launcher/ranks.py", "from ..quality import metrics", "quality above it"),
+        ("megatron_comp/search/solve.py", "import megatron.core", "search must not know megatron"),
         ("megatron_comp/__init__.py", "import megatron.core", "public face must not know megatron"),
         ("megatron_comp/helpers.py", "import os", "belongs to no room"),
         ("kernels/encode.py", "import torch.distributed as dist", "kernels must not know torch.distributed"),
@@ -137,7 +188,7 @@ def test_a_planted_import_is_found(tmp_path, path, source, complaint):
             "import megatron.core\nfrom megatron_comp import policy\nfrom .. import wire",
         ),
         ("megatron_comp/__init__.py", "from .layers import apply_compression\nfrom .policy import CompressionPolicy"),
-        ("megatron_comp/cli.py", "import megatron_comp\nfrom .tools import evaluate"),
+        ("megatron_comp/cli.py", "import megatron_comp\nfrom .commands import evaluate"),
         ("kernels/encode.py", "import torch\nfrom .bits import pack\nfrom megatron_comp.kernels.bits import unpack"),
         ("examples/six_lines.py", "import megatron_comp as mc\nfrom megatron_comp import Codec\nimport megatron.core"),
     ],

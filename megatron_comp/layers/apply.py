@@ -1,6 +1,7 @@
 """Turning compression on and off in a built Megatron model, and reading what it did."""
 
 import logging
+import os
 import socket
 from collections import Counter
 from collections.abc import Mapping
@@ -14,9 +15,10 @@ from megatron.core.tensor_parallel import RowParallelLinear
 
 from ..policy import CompressionPolicy
 from ..version import __version__
-from ..wire.figures import ASSUMED, Figures, find_figures
+from ..wire.figures import ASSUMED, ASSUMED_PEERS, VARIABLE, Figures, find_figures
 from .overlap import OverlappedLayer, can_overlap, end_overlap, overlap
 from .places import find_places, reductions, restore
+from .plans import Plans
 from .site import Phase, ReductionSite, SiteStats, Traffic
 from .sync_drop import SyncDropLayer, check_block, drop_sync, dropped_blocks, restore_sync
 
@@ -44,6 +46,11 @@ class ModelStats:
     @property
     def algorithms(self) -> Counter:
         return sum((site.algorithms for site in self.sites), Counter())
+
+    @property
+    def captured(self) -> int:
+        """Calls that were recorded into CUDA graphs. Where it is not 0, replays are missing from all figures here."""
+        return sum(site.captured for site in self.sites)
 
     @property
     def received_bytes(self) -> int:
@@ -86,10 +93,10 @@ def apply_compression(
     figures = _agree_on_figures(hosts, policy)
     remove_compression(model)
 
-    phase = Phase()
+    phase, plans = Phase(), {group: Plans(policy, its_figures) for group, its_figures in figures.items()}
     for place in places:
-        of_group = figures[place.group]
-        place.attach(ReductionSite(policy, place.layer, place.site, phase, timing, allow_training, of_group))
+        shared = figures[place.group], plans[place.group]
+        place.attach(ReductionSite(policy, place.layer, place.site, phase, timing, allow_training, *shared))
     for layer in dropped_blocks(model, policy):
         drop_sync(layer)
     for layer in model.modules():
@@ -103,8 +110,10 @@ def apply_compression(
 def remove_compression(model: torch.nn.Module) -> torch.nn.Module:
     """Every reduction of the model is the stock one again, those of compressed linears in its spec included.
 
-    A model that is not compressed stays as it is. Returns the model.
+    A model that is not compressed stays as it is. Returns the model. Raises ValueError if CUDA graphs of the model were
+    captured: their replays would go on with the sums that they were captured with.
     """
+    _refuse_captured_graphs(model)
     for module in model.modules():
         if isinstance(module, SyncDropLayer):
             restore_sync(module)
@@ -124,6 +133,7 @@ def stats(model: torch.nn.Module) -> ModelStats:
 def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> str | None:
     """Why this model cannot do what the policy asks; None if it can."""
     try:
+        _refuse_captured_graphs(model)
         _check_model(model, places)
         _check_policy(policy, places)
         for layer in dropped_blocks(model, policy):
@@ -131,6 +141,15 @@ def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) ->
     except ValueError as error:
         return str(error)
     return None
+
+
+def _refuse_captured_graphs(model: torch.nn.Module) -> None:
+    # Megatron's CudaGraphManager is a module of the layer or block whose graphs it keeps.
+    if any(getattr(module, "cudagraph_runners", None) for module in model.modules()):
+        raise ValueError(
+            "CUDA graphs of this model were captured, and replay the sums that they were captured with: compress it "
+            "before the inference engine is built, or call Megatron's cuda_graphs.delete_cuda_graphs() first"
+        )
 
 
 def _check_model(model: torch.nn.Module, places: list) -> None:
@@ -203,6 +222,8 @@ def _agree_on_figures(hosts: dict, policy: CompressionPolicy) -> dict:
                 device = "cuda" if torch.cuda.is_available() else "cpu"
                 try:
                     found[0] = find_figures(group.size(), machines, dist.get_backend(group), device)
+                    if found[0] is ASSUMED and device == "cuda" and machines == 1 and _reach_one_another(group.size()):
+                        found[0] = ASSUMED_PEERS
                 except (ValueError, OSError) as error:
                     found[0] = str(error)
             dist.broadcast_object_list(found, dist.get_global_rank(group, 0), group=group)
@@ -216,7 +237,24 @@ def _agree_on_figures(hosts: dict, policy: CompressionPolicy) -> dict:
     return agreed
 
 
+def _reach_one_another(ranks: int) -> bool:
+    """Whether so many GPUs are seen here that have access to one another's memory."""
+    if torch.cuda.device_count() < ranks:
+        return False
+    return all(torch.cuda.can_device_access_peer(0, other) for other in range(1, ranks))
+
+
 def _say_figures(figures: Figures, policy: CompressionPolicy, ranks: int) -> None:
+    if not figures.measured:
+        level = logging.INFO if os.environ.get(VARIABLE) == "assumed" else logging.WARNING
+        logger.log(
+            level,
+            "megatron_comp: nothing was measured of the link between these %d ranks; %s. "
+            "`megatron-comp calibrate` measures it",
+            ranks,
+            figures.source,
+        )
+        return
     logger.info("megatron_comp: sums over %d ranks are predicted from figures %s", ranks, figures.source)
     if unknown := [str(codec) for codec in policy.codecs() if not figures.knows(codec)]:
         logger.warning(

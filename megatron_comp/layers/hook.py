@@ -75,6 +75,7 @@ class Hook:
             self._say(
                 f"{type(model).__name__}: {done.compressed.calls} sums compressed, {done.kept.calls} kept "
                 f"({dict(done.kept_because)}), {done.received_bytes:,d} bytes received"
+                + (", not counting replays of CUDA graphs" if done.captured else "")
             )
         return None
 

@@ -8,38 +8,47 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 
+from ..wire import exchange
 from ..wire.codec import Codec, CodecPair
-from ..wire.collectives import all_reduce, reduce_scatter
+from ..wire.collectives import run
+from ..wire.plan import SumPlan, plan_all_reduce, plan_reduce_scatter
 
 Group = torch.distributed.ProcessGroup
 
 
-def _compressed_reduce(
-    input_: torch.Tensor, codec: Codec | CodecPair, group: Group, algorithm: str, chunks: int | None
+def sum_by_plan(
+    input_: torch.Tensor, plan: SumPlan, group: Group, input_split_sizes: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """All-reduce of a compressed `[..., hidden]` partial sum across the model parallel group."""
-    return all_reduce(input_, codec, group, algorithm, chunks=chunks)
+    """The sum of every rank's `input_` that the plan describes, with the backward of Megatron's own mapping.
+
+    input_split_sizes: of a reduce-scatter, those that the plan was made with.
+    """
+    if not (input_.requires_grad and torch.is_grad_enabled()):
+        return run(plan, input_, group)
+    if plan.algorithm == "reduce_scatter":
+        return _CompressedReduceScatterToSequenceParallelRegion.apply(input_, plan, group, input_split_sizes)
+    return _CompressedReduceFromModelParallelRegion.apply(input_, plan, group)
 
 
 class _CompressedReduceFromModelParallelRegion(torch.autograd.Function):
     """Forward: y = sum over ranks of decode(encode(x)). Backward: identity, as if nothing had been rounded."""
 
     @staticmethod
-    def forward(ctx, input_, codec, group, algorithm, chunks):
-        return _compressed_reduce(input_, codec, group, algorithm, chunks)
+    def forward(ctx, input_, plan, group):
+        return run(plan, input_, group)
 
     @staticmethod
     def backward(ctx, grad_output):
-        return grad_output, None, None, None, None
+        return grad_output, None, None
 
 
 class _CompressedReduceScatterToSequenceParallelRegion(torch.autograd.Function):
     """Forward: this rank's slice, along dim 0, of that sum. Backward: all-gather along dim 0."""
 
     @staticmethod
-    def forward(ctx, input_, codec, group, splits):
+    def forward(ctx, input_, plan, group, splits):
         ctx.group, ctx.splits = group, splits
-        return reduce_scatter(input_, codec, group, splits)
+        return run(plan, input_, group)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -68,18 +77,19 @@ def copy_to_tensor_model_parallel_region(input_: torch.Tensor, group: Group) -> 
 
 
 def compressed_reduce_from_tensor_model_parallel_region(
-    input_: torch.Tensor,
-    codec: Codec | CodecPair,
-    group: Group,
-    algorithm: str = "auto",
-    chunks: int | None = None,
+    input_: torch.Tensor, codec: Codec | CodecPair, group: Group, algorithm: str = "auto"
 ) -> torch.Tensor:
     """`[..., hidden]` partial sums to their sum, equal on all ranks of `group`; the gradient passes unchanged."""
-    return _CompressedReduceFromModelParallelRegion.apply(input_, codec, group, algorithm, chunks)
+    of_bytes = exchange.chunk_bytes(input_.device.type)
+    plan = plan_all_reduce(input_.shape, codec, group.size(), group.rank(), algorithm, None, of_bytes)
+    return sum_by_plan(input_, plan, group)
 
 
 def compressed_reduce_scatter_to_sequence_parallel_region(
     input_: torch.Tensor, codec: Codec, group: Group, input_split_sizes: Sequence[int] | None = None
 ) -> torch.Tensor:
     """`[rows, ..., hidden]` partial sums to this rank's slice, along dim 0, of their sum: an equal one, or by sizes."""
-    return _CompressedReduceScatterToSequenceParallelRegion.apply(input_, codec, group, input_split_sizes)
+    splits = None if input_split_sizes is None else tuple(input_split_sizes)
+    of_bytes = exchange.chunk_bytes(input_.device.type)
+    plan = plan_reduce_scatter(input_.shape, codec, group.size(), group.rank(), splits, of_bytes)
+    return sum_by_plan(input_, plan, group, splits)

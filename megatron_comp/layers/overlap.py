@@ -11,7 +11,7 @@ The layer waits for a part of each sum, not for both of them. What travels is wh
 products of fewer rows may round otherwise where a BLAS chooses the order of its additions by shape.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from ..wire import exchange
 from ..wire.collectives import PendingAllReduce
 from .row_parallel import CompressedRowParallelLinear
 from .site import ReductionSite, Traffic
@@ -47,9 +48,9 @@ class OverlappedSum(ReductionSite):
     def takes_parts(self) -> bool:
         return self.pending is None  # what it is given then is a part
 
-    def begin(self, out: torch.Tensor, rows: Sequence[int], group: torch.distributed.ProcessGroup) -> None:
+    def begin(self, out: torch.Tensor, group: torch.distributed.ProcessGroup) -> None:
         """From now on `reduce` takes the parts of a sum into `out`, and returns zeros; until `arriving`."""
-        self.pending, self.traffic = self._begin(out, rows, group)
+        self.pending, self.traffic = self._begin(out, group)
 
     def reduce(self, partial: torch.Tensor, group: torch.distributed.ProcessGroup, training: bool) -> torch.Tensor:
         if self.pending is None:
@@ -103,7 +104,7 @@ class OverlappedLayer(TransformerLayer):
                 for _ in completed:
                     pass
                 return super()._forward_mlp(hidden.view(hidden_states.shape), *args, **kwargs)
-            fc2.reduction.begin(out := torch.empty_like(hidden), rows, self.tp_group)
+            fc2.reduction.begin(out := torch.empty_like(hidden), self.tp_group)
             outputs, start, there = [], 0, 0
             for part in hidden.split(rows):
                 start += len(part)
@@ -127,7 +128,7 @@ class OverlappedLayer(TransformerLayer):
 
 
 def can_overlap(layer: torch.nn.Module) -> bool:
-    """Whether it is a layer whose MLP can begin before attention's sum is complete, and has sums of ours."""
+    """Whether its MLP can begin before attention's sum is complete, it has sums of ours, and its device gains by it."""
     if not isinstance(layer, TransformerLayer) or type(layer.mlp) is not MLP or layer.tp_group.size() == 1:
         return False
     if type(layer.self_attention) not in (SelfAttention, MLASelfAttention):
@@ -137,7 +138,8 @@ def can_overlap(layer: torch.nn.Module) -> bool:
     if not isinstance(sums, ReductionSite) or not sums.codec_names():
         return False
     return (
-        isinstance(layer.cross_attention, IdentityOp)
+        exchange.overlap_bytes(layer.mlp.linear_fc2.weight.device.type) is not None
+        and isinstance(layer.cross_attention, IdentityOp)
         and all(getattr(layer.config, option, wanted) == wanted for option, wanted in PLAIN.items())
         and all(type(linear) is CompressedRowParallelLinear for linear in linears)
         # A bias would be added before the sum, in another order than Megatron's.

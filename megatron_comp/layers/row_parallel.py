@@ -58,14 +58,16 @@ class CompressedRowParallelLinear(RowParallelLinear):
     def forward(self, input_: torch.Tensor):
         if self.reduction is None:
             return super().forward(input_)
-        # A decoded token of each request is one part; asking costs 4 us, of some 90 that a linear's Python takes.
-        if input_.shape[0] > 1 and self.reduction.takes_parts:
+        # Not where sums never go in parts: the tensor that tells their shape would be allocated for nothing. A decoded
+        # token of each request is one part; asking costs 4 us, of some 90 that a linear's Python takes.
+        in_parts = input_.shape[0] > 1 and exchange.overlap_bytes(input_.device.type) and self.reduction.takes_parts
+        if in_parts:
             out = input_.new_empty(*input_.shape[:-1], self.output_size)
             rows = self.part_rows(out)
             if len(rows) > 1:
                 inputs = input_.reshape(-1, 1, input_.shape[-1]).split(rows)
                 partials = (super(CompressedRowParallelLinear, self).forward(each)[0] for each in inputs)
-                return self.reduction.reduce_parts(partials, rows, out, self.tp_group), self.bias
+                return self.reduction.reduce_parts(partials, out, self.tp_group), self.bias
         output, bias = super().forward(input_)
         reduce = self.reduction.reduce_scatter if self.sequence_parallel else self.reduction.reduce
         return reduce(output, self.tp_group, self.training), bias

@@ -5,6 +5,10 @@ element and fill all of `out`, which is contiguous:
 
     encode(x, fmt, out)                                     decode_sum(messages, fmt, out)
     decode_sum_encode(messages, shape, fmt, second, out)
+
+and, where it can do all slices of a tensor in one call, with two more (`rows`: of each slice):
+
+    encode_slices(x, fmt, rows, out)                        decode_slices(slots, fmt, rows, out)
 """
 
 import os

@@ -41,13 +41,31 @@ class Codec:
         """Bytes of the message of a tensor of this shape."""
         return message.layout(self.format, *_rows_and_hidden(shape)).nbytes
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., hidden]` of fp32, bf16 or fp16, strided or not, to a uint8 `[message_bytes(x.shape)]`."""
-        if x.dtype not in DTYPES:
-            raise TypeError(f"a codec encodes {', '.join(map(str, DTYPES))}, not {x.dtype}")
-        out = torch.empty(self.message_bytes(x.shape), dtype=torch.uint8, device=x.device)
+    def encode(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """`[..., hidden]` of fp32, bf16 or fp16, strided or not, to a uint8 `[message_bytes(x.shape)]`.
+
+        out: where the message goes, contiguous; without it a new tensor.
+        """
+        _check_dtype(x)
+        if out is None:
+            out = torch.empty(self.message_bytes(x.shape), dtype=torch.uint8, device=x.device)
         if x.numel():
             choose_backend(x.device.type).encode(x.detach().reshape(_rows_and_hidden(x.shape)), self.format, out)
+        return out
+
+    def encode_slices(self, x: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """The messages of consecutive slices of `x` `[rows of all, hidden]`, one after another, as one uint8 tensor.
+
+        rows: of each slice; a slice without rows has a message of no bytes.
+        """
+        _check_dtype(x)
+        sizes = [self.message_bytes((count, x.shape[1])) for count in rows]
+        out = torch.empty(sum(sizes), dtype=torch.uint8, device=x.device)
+        if in_one := getattr(choose_backend(x.device.type), "encode_slices", None):
+            in_one(x, self.format, tuple(rows), out)
+        else:
+            for part, message_ in zip(x.split([*rows]), out.split(sizes), strict=True):
+                self.encode(part, message_)
         return out
 
     def decode(self, message: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -72,13 +90,32 @@ class Codec:
             choose_backend(messages.device.type).decode_sum(messages, self.format, flat)
         return out
 
-    def decode_sum_encode(self, messages: torch.Tensor, shape: Sequence[int], second: "Codec") -> torch.Tensor:
-        """`second`'s message of the fp32 sum that `decode_sum` would give; the sum itself is kept nowhere."""
+    def decode_sum_encode(
+        self, messages: torch.Tensor, shape: Sequence[int], second: "Codec", out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`second`'s message of the fp32 sum that `decode_sum` would give; the sum itself is kept nowhere.
+
+        out: where the message goes, contiguous; without it a new tensor.
+        """
         self._check(messages, shape)
-        out = torch.empty(second.message_bytes(shape), dtype=torch.uint8, device=messages.device)
+        if out is None:
+            out = torch.empty(second.message_bytes(shape), dtype=torch.uint8, device=messages.device)
         if out.numel():
             backend = choose_backend(messages.device.type)
             backend.decode_sum_encode(messages, _rows_and_hidden(shape), self.format, second.format, out)
+        return out
+
+    def decode_slices(self, slots: torch.Tensor, rows: Sequence[int], out: torch.Tensor) -> torch.Tensor:
+        """The messages of consecutive slices to all of their rows, contiguous `out` `[rows of all, hidden]`.
+
+        slots: uint8 `[slices, bytes]`, a message at the start of each; what follows it in its slot is not read.
+        """
+        if in_one := getattr(choose_backend(out.device.type), "decode_slices", None):
+            in_one(slots, self.format, tuple(rows), out)
+            return out
+        for part, its_slot in zip(out.split([*rows]), slots, strict=True):
+            message_ = its_slot[: self.message_bytes(part.shape)]
+            self.decode_sum(message_.unsqueeze(0), part.shape, out.dtype, part)
         return out
 
     def _check(self, messages: torch.Tensor, shape: Sequence[int]) -> None:
@@ -112,6 +149,11 @@ def parse_codec(text: str) -> Codec | CodecPair:
         raise ValueError(f"a codec is named by a string such as 'mxfp4', not {text!r}")
     first, arrow, second = text.partition(">")
     return CodecPair(Codec.parse(first.strip()), Codec.parse(second.strip())) if arrow else Codec.parse(first.strip())
+
+
+def _check_dtype(x: torch.Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"a codec encodes {', '.join(map(str, DTYPES))}, not {x.dtype}")
 
 
 def _rows_and_hidden(shape: Sequence[int]) -> tuple[int, int]:

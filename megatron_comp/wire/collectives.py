@@ -13,17 +13,18 @@ decoded. Rows share no blocks and every element is summed in rank order, so bits
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 
 from . import exchange
 from .codec import Codec, CodecPair, parse_codec
-from .cost import choose_algorithm, most_chunks, scatter_rows, slice_rows, step_codecs
+from .plan import Chunk, SumPlan, plan_all_reduce, plan_reduce_scatter
+from .spans import span
 
 # A chunk under way: each `next` carries it to where its bytes are on the wire again, the last one to its sum.
-Chunk = Iterator[bool]
+Steps = Iterator[None]
 
 
 class PendingSum:
@@ -31,9 +32,9 @@ class PendingSum:
 
     def __init__(self, out: torch.Tensor) -> None:
         self._out = out
-        self._chunks: list[Chunk] = []
+        self._chunks: list[Steps] = []
 
-    def start(self, chunk: Chunk) -> None:
+    def start(self, chunk: Steps) -> None:
         next(chunk)
         self._chunks.append(chunk)
 
@@ -41,36 +42,29 @@ class PendingSum:
         """The sum. On a GPU the current stream waits, not the host; it must be the stream of the start."""
         while self._chunks:
             # All chunks go one exchange further before any goes two, so that none keeps another off the wire.
-            self._chunks = [chunk for chunk in self._chunks if next(chunk, False)]
+            self._chunks = [chunk for chunk in self._chunks if next(chunk, _DONE) is not _DONE]
         return self._out
 
 
 class PendingAllReduce(PendingSum):
-    """An all-reduce into `out` `[..., hidden]` whose rows come in parts, from the first to the last, by `push`.
+    """An all-reduce into `out` `[..., hidden]` whose rows come in parts, the plan's chunks, from the first to the last.
 
-    row_counts: rows of each part, from `exchange.chunk_rows`, which keeps bytes and bits those of one piece.
-    algorithm: not `auto`.
+    `push` takes the next part.
     """
 
-    def __init__(
-        self,
-        out: torch.Tensor,
-        row_counts: Sequence[int],
-        codec: Codec | CodecPair,
-        group: dist.ProcessGroup | None,
-        algorithm: str,
-    ) -> None:
+    def __init__(self, out: torch.Tensor, plan: SumPlan, group: dist.ProcessGroup | None) -> None:
         super().__init__(out)
-        parts = out.view(-1, out.shape[-1]).split(list(row_counts))
-        self._to_push, self._to_take = iter(parts), iter(parts)
-        self._sum = _gather_sum if algorithm == "gather_sum" else _two_step
-        self._codec, self._group = codec, group
+        self._plan, self._group = plan, group
+        parts = out.view(-1, plan.hidden).split(plan.row_counts)
+        self._to_push, self._to_take = iter(zip(parts, plan.chunks, strict=True)), iter(parts)
         self._in_second_exchange = 0  # how many of the parts under way, the oldest ones
 
     def push(self, part: torch.Tensor, async_op: bool = True) -> None:
         """`[..., hidden]`: the next rows, encoded and on their way when this returns; they may be overwritten then."""
-        out = next(self._to_push)
-        self.start(self._sum(part.detach().reshape(out.shape), out, self._codec, self._group, async_op))
+        out, chunk = next(self._to_push)
+        self.start(
+            STEPS[self._plan.algorithm](part.detach().reshape(out.shape), out, self._plan, chunk, self._group, async_op)
+        )
 
     def advance(self) -> None:
         """In `two_step`: all parts but the newest go to their second exchange, to be on the wire in what is done next.
@@ -90,7 +84,7 @@ class PendingAllReduce(PendingSum):
         return next(self._to_take)
 
     def _to_second_exchange(self, count: int) -> None:
-        if self._sum is _two_step:
+        if self._plan.algorithm == "two_step":
             for chunk in self._chunks[self._in_second_exchange : count]:
                 next(chunk)
         self._in_second_exchange = max(self._in_second_exchange, count)
@@ -120,16 +114,9 @@ def all_reduce(
     codec = parse_codec(codec) if isinstance(codec, str) else codec
     if x.dim() == 0:
         raise ValueError("all_reduce needs [..., hidden], not a scalar")
-    ranks = _ranks(group)
-    algorithm = choose_algorithm(x.shape, codec, ranks, algorithm)
-    if ranks == 1 or x.numel() == 0:
-        return PendingSum(x) if async_op else x
-    chunks = chunks or most_chunks(x.shape, codec, ranks, exchange.chunk_bytes(x.device))
-    rows = exchange.chunk_rows(x.shape[:-1].numel(), ranks, chunks)
-    pending = PendingAllReduce(x.new_empty(x.shape), rows, codec, group, algorithm)
-    for part in x.detach().reshape(-1, x.shape[-1]).split(rows):
-        pending.push(part, async_op or len(rows) > 1)
-    return pending if async_op else pending.wait()
+    of_bytes = exchange.chunk_bytes(x.device.type)
+    plan = plan_all_reduce(x.shape, codec, _ranks(group), dist.get_rank(group), algorithm, chunks, of_bytes)
+    return run(plan, x, group, async_op)
 
 
 def reduce_scatter(
@@ -148,78 +135,114 @@ def reduce_scatter(
     codec = parse_codec(codec) if isinstance(codec, str) else codec
     if isinstance(codec, CodecPair):
         raise ValueError(f"reduce_scatter has one phase and takes one codec, not {codec}")
-    ranks = _ranks(group)
-    splits = scatter_rows(x.shape, ranks, splits)
-    if ranks == 1:
-        return PendingSum(x) if async_op else x
-    slices = x.detach().split(splits)
-    out = x.new_empty(slices[dist.get_rank(group)].shape)
+    splits = None if splits is None else tuple(splits)
+    of_bytes = exchange.chunk_bytes(x.device.type)
+    plan = plan_reduce_scatter(x.shape, codec, _ranks(group), dist.get_rank(group), splits, of_bytes)
+    return run(plan, x, group, async_op)
+
+
+def run(
+    plan: SumPlan, x: torch.Tensor, group: dist.ProcessGroup | None, async_op: bool = False
+) -> torch.Tensor | PendingSum:
+    """The sum that `plan` describes, of every rank's `x` of the plan's shape, or a handle of it.
+
+    A new tensor; with one rank, or no elements, where nothing is to be sent, `x` itself or its empty slice.
+    """
+    scatters = plan.algorithm == "reduce_scatter"
+    if plan.ranks == 1 or plan.values == 0:
+        out = x[: plan.out_rows] if scatters and plan.ranks > 1 else x
+        return PendingSum(out) if async_op else out
+    out = x.new_empty(plan.out_rows, *x.shape[1:]) if scatters else x.new_empty(x.shape)
+    steps, rows, out_rows = STEPS[plan.algorithm], x.detach().reshape(-1, plan.hidden), out.view(-1, plan.hidden)
+    if len(plan.chunks) == 1 and not async_op:
+        for _ in steps(rows, out_rows, plan, plan.chunks[0], group, False):
+            pass
+        return out
     pending = PendingSum(out)
-    if x.numel():
-        # All slices are cut alike, where the longest one is; shorter ones end early.
-        longest = max(slices, key=len).shape
-        nbytes = ranks * codec.message_bytes(longest)
-        chunks = exchange.most_chunks(longest[:-1].numel(), 1, nbytes, exchange.chunk_bytes(x.device))
-        counts = exchange.chunk_rows(longest[:-1].numel(), 1, chunks)
-        cuts = list(zip(*(_split(part.reshape(-1, x.shape[-1]), counts) for part in slices), strict=True))
-        for parts, part_of_out in zip(cuts, _split(out.view(-1, x.shape[-1]), counts), strict=True):
-            pending.start(_scatter_sum(parts, part_of_out, codec, group, async_op or len(counts) > 1))
+    cuts = plan.row_counts
+    # Each chunk of a reduce-scatter reads rows of all slices, and writes some of this rank's.
+    parts = itertools.repeat(rows, len(cuts)) if scatters else rows.split(cuts)
+    own = out_rows.split([chunk.own_rows for chunk in plan.chunks] if scatters else cuts)
+    for part, its_out, chunk in zip(parts, own, plan.chunks, strict=True):
+        pending.start(steps(part, its_out, plan, chunk, group, True))
     return pending if async_op else pending.wait()
 
 
 def _gather_sum(
-    x: torch.Tensor, out: torch.Tensor, codec: Codec, group: dist.ProcessGroup | None, async_op: bool
-) -> Chunk:
-    gathered, work = exchange.all_gather(codec.encode(x), group, async_op)
-    yield True
+    x: torch.Tensor,
+    out: torch.Tensor,
+    plan: SumPlan,
+    chunk: Chunk,
+    group: dist.ProcessGroup | None,
+    async_op: bool,
+) -> Steps:
+    with span("encode"):
+        message = plan.first.encode(x)
+    with span("exchange"):
+        gathered, work = exchange.all_gather(message, plan.ranks, group, async_op)
+    yield
     exchange.finish(work)
-    codec.decode_sum(gathered, out.shape, out.dtype, out)
+    with span("decode"):
+        plan.first.decode_sum(gathered, out.shape, out.dtype, out)
 
 
 def _two_step(
-    x: torch.Tensor, out: torch.Tensor, codec: Codec | CodecPair, group: dist.ProcessGroup | None, async_op: bool
-) -> Chunk:
-    first, second = step_codecs(codec)
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    hidden = x.shape[-1]
-    rows = slice_rows(x.shape, ranks)
-
-    sent = torch.cat([first.encode(part) for part in x.split(rows)])
-    send_sizes = [first.message_bytes((count, hidden)) for count in rows]
-    received, work = exchange.all_to_all(sent, send_sizes, [send_sizes[rank]] * ranks, group, async_op)
-    yield True
+    x: torch.Tensor,
+    out: torch.Tensor,
+    plan: SumPlan,
+    chunk: Chunk,
+    group: dist.ProcessGroup | None,
+    async_op: bool,
+) -> Steps:
+    with span("encode"):
+        sent = plan.first.encode_slices(x, chunk.slices)
+    with span("exchange"):
+        received, work = exchange.all_to_all(sent, chunk.send_sizes, chunk.receive_sizes, group, async_op)
+    yield
     exchange.finish(work)
-
-    # The first slice is as long as any; shorter ones leave the end of their slot zero.
-    slot = received.new_zeros(second.message_bytes((rows[0], hidden)))
-    message = first.decode_sum_encode(received.view(ranks, -1), (rows[rank], hidden), second)
-    slot[: message.numel()] = message
-    slots, work = exchange.all_gather(slot, group, async_op)
-    yield True
+    with span("sum"):
+        # Nobody reads what a short slice's message leaves of its slot.
+        slot = received.new_empty(chunk.slot_size)
+        messages, shape = received.view(plan.ranks, -1), (chunk.own_rows, plan.hidden)
+        plan.first.decode_sum_encode(messages, shape, plan.second, slot[: chunk.own_size])
+    with span("exchange"):
+        slots, work = exchange.all_gather(slot, plan.ranks, group, async_op)
+    yield
     exchange.finish(work)
-
-    for part, count, its_slot in zip(out.split(rows), rows, slots, strict=True):
-        message = its_slot[: second.message_bytes((count, hidden))]
-        second.decode_sum(message.unsqueeze(0), part.shape, out.dtype, part)
+    with span("decode"):
+        plan.second.decode_slices(slots, chunk.slices, out)
 
 
 def _scatter_sum(
-    parts: Sequence[torch.Tensor], out: torch.Tensor, codec: Codec, group: dist.ProcessGroup | None, async_op: bool
-) -> Chunk:
-    """parts: `[rows, hidden]` for each rank; out: this rank's."""
-    sent = torch.cat([codec.encode(part) for part in parts])
-    send_sizes = [codec.message_bytes(part.shape) for part in parts]
-    ranks = len(parts)
-    received, work = exchange.all_to_all(sent, send_sizes, [codec.message_bytes(out.shape)] * ranks, group, async_op)
-    yield True
+    x: torch.Tensor,
+    out: torch.Tensor,
+    plan: SumPlan,
+    chunk: Chunk,
+    group: dist.ProcessGroup | None,
+    async_op: bool,
+) -> Steps:
+    """x: all rows, of which the chunk has some of every slice. out: this rank's rows of the chunk."""
+    with span("encode"):
+        if chunk.starts:
+            sent = x.new_empty(sum(chunk.send_sizes), dtype=torch.uint8)
+            for message, start, rows in zip(sent.split(chunk.send_sizes), chunk.starts, chunk.slices, strict=True):
+                plan.first.encode(x[start : start + rows], message)
+        else:
+            sent = plan.first.encode_slices(x, chunk.slices)
+    with span("exchange"):
+        received, work = exchange.all_to_all(sent, chunk.send_sizes, chunk.receive_sizes, group, async_op)
+    yield
     exchange.finish(work)
-    codec.decode_sum(received.view(ranks, -1), out.shape, out.dtype, out)
+    with span("decode"):
+        plan.first.decode_sum(received.view(plan.ranks, -1), out.shape, out.dtype, out)
 
 
-def _split(x: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
-    """`x.split(counts)` of an `x` that may have fewer rows than the counts: the last parts are then short or empty."""
-    ends = list(itertools.accumulate(counts))
-    return [x[end - count : end] for count, end in zip(counts, ends, strict=True)]
+_DONE = object()
+STEPS: dict[str, Callable[..., Steps]] = {
+    "gather_sum": _gather_sum,
+    "two_step": _two_step,
+    "reduce_scatter": _scatter_sum,
+}
 
 
 def _ranks(group: dist.ProcessGroup | None) -> int:

@@ -7,10 +7,11 @@ Predicted seconds of one sum of V values over N ranks (`Figures` holds the measu
     two_step     wire: the same, of all-to-all and all-gather  codec: encode V, decode V, encode V / N, decode V
     scatter      wire: of an all-to-all                        codec: encode V, decode V
 
-A codec's fixed cost counts once a call of encode or decode, in every chunk. Where a message goes in chunks, codec and
-wire overlap: n chunks hide (1 - 1/n) of the shorter of the two, times the figures' `hidden`. That is 1 at best, a
-pipeline's; where codec and link share a processor, as over loopback, they hide less of each other. So many chunks are
-taken as are predicted fastest, within what the message's size allows, or as many as that where nothing was measured.
+A codec's fixed cost counts once per call of encode or decode in every chunk; one call serves all slices. Where messages
+go in chunks, codec and wire overlap: n chunks hide (1 - 1/n) of the shorter of the two, times the figures' `hidden`.
+That is 1 at best, a pipeline's; where codec and link share a processor, as over loopback, they hide less of each other.
+So many chunks are taken as are predicted fastest, within what the message's size allows, or as many as that where
+nothing was measured.
 """
 
 import math
@@ -86,10 +87,10 @@ def choose_chunks(
     ranks: int,
     algorithm: str,
     figures: Figures,
-    chunk_bytes: int,
+    chunk_bytes: int | None,
 ) -> int:
-    """Into how many chunks, of a message of at least `chunk_bytes` each, a sum by `algorithm` goes."""
-    most = most_chunks(shape, codec, ranks, chunk_bytes)
+    """Into how many chunks, of a message of at least `chunk_bytes` each, a sum by `algorithm` goes; None: into one."""
+    most = most_chunks(shape, codec, ranks, chunk_bytes) if chunk_bytes else 1
     if not figures.codecs:
         return most
 
@@ -107,8 +108,7 @@ def choose_parts(
 
     What computing hides of the wire comes on top of what is predicted here, of codec and wire alone.
     """
-    of_bytes = exchange.overlap_bytes(device)
-    return choose_chunks(shape, codec, ranks, algorithm, figures, of_bytes) if of_bytes else 1
+    return choose_chunks(shape, codec, ranks, algorithm, figures, exchange.overlap_bytes(device.type))
 
 
 def most_chunks(shape: Sequence[int], codec: Codec | CodecPair, ranks: int, chunk_bytes: int) -> int:
@@ -133,8 +133,8 @@ def wire_and_work(
     else:
         scattered, gathered = two_step_bytes(shape, codec, ranks)
         wire = figures.links["all_to_all"].seconds(scattered) + gather.seconds(gathered)
-        work = _encode(first, values, chunks * ranks) + _decode(first, values, chunks)
-        work += _encode(second, values / ranks, chunks) + _decode(second, values, chunks * ranks)
+        work = _encode(first, values, chunks) + _decode(first, values, chunks)
+        work += _encode(second, values / ranks, chunks) + _decode(second, values, chunks)
     return wire, work
 
 
@@ -143,8 +143,9 @@ def scatter_seconds(shape: Sequence[int], codec: Codec, ranks: int, figures: Fig
     values, cost = math.prod(shape), figures.cost(codec)
     nbytes = codec.message_bytes(shape)
     wire = figures.links["all_to_all"].seconds((ranks - 1) / ranks * nbytes)
-    chunks = exchange.most_chunks(math.prod(shape[:-1]) // ranks, 1, nbytes, figures.chunk_bytes)
-    work = _encode(cost, values, chunks * ranks) + _decode(cost, values, chunks)
+    of_bytes = figures.chunk_bytes
+    chunks = exchange.most_chunks(math.prod(shape[:-1]) // ranks, 1, nbytes, of_bytes) if of_bytes else 1
+    work = _encode(cost, values, chunks) + _decode(cost, values, chunks)
     return wire + work - _hidden(wire, work, chunks, figures)
 
 

@@ -6,6 +6,8 @@ rank's slice. No section of theirs needs padding then, and together they are as 
 message in one piece: the number of chunks changes nothing but time.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -17,9 +19,10 @@ Work = dist.Work
 # A chunk is at least this much of a message. CPU: chosen with gloo on links of 100 Mbit/s, N = 2, 3, 4: all-reduces of
 # 4 and 16 MB in mxfp4, 1.1 and 4.5 MB a message, took 96 % of the line rate and more in such chunks, 57 to 96 % in one
 # piece; with 512 KB N = 2 fell to 89 %. Isends and irecvs between all pairs carried less than all-gathers and
-# all-to-alls. GPU: not measured; computed from 10 us to start each of a chunk's kernels and 25 GB/s.
+# all-to-alls. On other devices nothing was measured: a sum goes in one chunk, since each more costs five launches and
+# two collectives; where a calibration predicts that several pay, each is at least PREDICTED_CHUNK_BYTES.
 CHUNK_BYTES = {"cpu": 256 * 1024}
-OTHER_CHUNK_BYTES = 4 * 1024 * 1024
+PREDICTED_CHUNK_BYTES = 4 * 1024 * 1024
 MAX_CHUNKS = 16
 # The same of a message that is computed in parts, one of which is sent while others are computed; only on devices where
 # that was measured to be faster. SmolLM2, prefill of 1024 tokens in bf16, N = 2 on two cores, 307 KB a message, layers
@@ -51,30 +54,37 @@ def chunk_rows(rows: int, slices: int, count: int) -> list[int]:
     return chunks
 
 
-def chunk_bytes(device: torch.device) -> int:
-    return CHUNK_BYTES.get(device.type, OTHER_CHUNK_BYTES)
+def chunk_bytes(device_type: str) -> int | None:
+    """Of a message, in each chunk at least; None: one chunk, whatever the size."""
+    return CHUNK_BYTES.get(device_type)
 
 
-def overlap_bytes(device: torch.device) -> int | None:
+def overlap_bytes(device_type: str) -> int | None:
     """None: what is computed there goes in one piece."""
-    return OVERLAP_BYTES.get(device.type)
+    return OVERLAP_BYTES.get(device_type)
 
 
-def all_gather(message: torch.Tensor, group: Group | None, async_op: bool) -> tuple[torch.Tensor, Work | None]:
-    """uint8 `[bytes]` to `[N, bytes]`, there when the work is done; None if it is."""
-    gathered = message.new_empty(dist.get_world_size(group), message.numel())
+def all_gather(
+    message: torch.Tensor, ranks: int, group: Group | None, async_op: bool
+) -> tuple[torch.Tensor, Work | None]:
+    """uint8 `[bytes]` to `[ranks, bytes]`, there when the work is done; None if it is."""
+    gathered = message.new_empty(ranks, message.numel())
     return gathered, _all_gather_single(gathered.view(-1), message, group=group, async_op=async_op)
 
 
 def all_to_all(
-    sent: torch.Tensor, send_sizes: list[int], receive_sizes: list[int], group: Group | None, async_op: bool
+    sent: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: Group | None, async_op: bool
 ) -> tuple[torch.Tensor, Work | None]:
     """One buffer of a message for every rank, in rank order, to the buffer of messages from every rank."""
     received = sent.new_empty(sum(receive_sizes))
-    return received, dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group=group, async_op=async_op)
+    work = dist.all_to_all_single(received, sent, [*receive_sizes], [*send_sizes], group=group, async_op=async_op)
+    return received, work
 
 
 def finish(work: Work | None) -> None:
-    """Waits: on a GPU the current stream, elsewhere the host. Raises RuntimeError if a rank is gone or too late."""
+    """Waits: on a GPU the current stream, elsewhere the host.
+
+    If a rank is gone or too late, gloo raises RuntimeError; NCCL's watchdog ends the process.
+    """
     if work is not None:
         work.wait()

@@ -92,6 +92,8 @@ class Figures:
     hidden: float = 1.0
     """Share of the shorter of codec and wire that many chunks hide: 1 where they run side by side, 0 where they share
     a processor that is busy already."""
+    compresses: bool = True
+    """False: the link is taken to be so fast that `min_bytes: auto` compresses nothing on it."""
 
     @property
     def ranks(self) -> int | None:
@@ -103,9 +105,10 @@ class Figures:
         return torch.device(self.measured.get("device", "cuda"))
 
     @property
-    def chunk_bytes(self) -> int:
-        """Of a message, in each chunk."""
-        return exchange.chunk_bytes(self.device)
+    def chunk_bytes(self) -> int | None:
+        """Of a message, in each chunk at least; None: all in one chunk."""
+        predicted = exchange.PREDICTED_CHUNK_BYTES if self.codecs else None
+        return exchange.chunk_bytes(self.device.type) or predicted
 
     def knows(self, codec: Codec) -> bool:
         """Whether this codec's time was measured, or none was."""
@@ -173,6 +176,12 @@ class Figures:
 
 
 ASSUMED = Figures()
+# Of GPUs of one machine that reach one another's memory, by NVLink or over PCIe: a stock sum takes less time there than
+# launching the kernels of a compressed one, as far as anybody knows who has not measured it.
+ASSUMED_PEERS = Figures(
+    source="assumed: GPUs of one machine with access to one another's memory; `auto` compresses nothing there",
+    compresses=False,
+)
 
 _COSTS = fields(CodecCost)
 

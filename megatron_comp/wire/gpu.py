@@ -1,13 +1,17 @@
 """The Triton backend: a codec's name and a tensor's shape made into what the kernels take."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 
 from ..kernels.decode_sum import decode_sum as _decode_sum
 from ..kernels.decode_sum_encode import decode_sum_encode as _decode_sum_encode
 from ..kernels.encode import encode as _encode
-from ..kernels.format import Field, KernelFormat, SmallFloat
+from ..kernels.format import TILE, Field, KernelFormat, SmallFloat
 from . import message, scales
 from .formats import Format, Minifloat, PowerOfTwo, SmallFloatScale
 from .reference import input_limit
@@ -15,60 +19,124 @@ from .reference import input_limit
 
 def encode(x_RH: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
     """`[rows, hidden]` of fp32, bf16 or fp16 into `out`, a uint8 message."""
+    encode_slices(x_RH, fmt, (x_RH.shape[0],), out)
+
+
+def encode_slices(x_RH: torch.Tensor, fmt: Format, rows: Sequence[int], out: torch.Tensor) -> None:
+    """The messages of consecutive slices of `[rows, hidden]`, one after another in `out`; one launch.
+
+    rows: of each slice; may be 0, and all together are those of `x_RH`.
+    """
     x_RH = x_RH if x_RH.stride(1) == 1 else x_RH.contiguous()
-    flat = _is_flat(fmt, x_RH.shape) and x_RH.is_contiguous()
-    x_RH = x_RH.view(1, -1) if flat else x_RH
-    at, align = _sections(fmt, x_RH.shape)
-    _encode(x_RH, out, at, kernel_format(fmt), align)
+    hidden = x_RH.shape[1]
+    flat = _is_flat(fmt, hidden) and x_RH.is_contiguous()
+    starts, first_rows, longest = _slices(fmt, tuple(rows), hidden)
+    programs = _programs(longest, hidden, flat, fmt.scale.row_scaled)
+    with _on_device_of(x_RH):
+        _encode(x_RH, out, starts, first_rows, programs, kernel_format(fmt), flat, _align(fmt, longest, hidden, flat))
 
 
 def decode_sum(messages: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
-    """uint8 `[ranks, nbytes]` to the sum `out` `[rows, hidden]`: fp32, in rank order, rounded once to its dtype."""
-    out = out.view(1, -1) if _is_flat(fmt, out.shape) else out
-    at, align = _sections(fmt, out.shape)
-    _decode_sum(messages, at, out, kernel_format(fmt), align)
+    """uint8 `[ranks, nbytes]` to the sum `out` `[rows, hidden]`: fp32, in rank order, rounded once to its dtype.
+
+    One message alone saturates at the largest fp16; sums become infinite, as stock sums do.
+    """
+    alone = len(messages) == 1 and out.dtype == torch.float16
+    _decode(messages, fmt, (out.shape[0],), out, len(messages), alone)
+
+
+def decode_slices(slots: torch.Tensor, fmt: Format, rows: Sequence[int], out: torch.Tensor) -> None:
+    """uint8 `[slices, slot_bytes]`, a message at the start of each slot, to contiguous `out` `[rows, hidden]`.
+
+    rows: of each slice; may be 0. One launch. What messages leave of their slots is never read.
+    """
+    _decode(slots, fmt, tuple(rows), out, 1, False)
+
+
+def _decode(messages: torch.Tensor, fmt: Format, rows: tuple[int, ...], out: torch.Tensor, ranks: int, clamp: bool):
+    hidden = out.shape[1]
+    flat = _is_flat(fmt, hidden)
+    _, first_rows, longest = _slices(fmt, rows, hidden)
+    programs, align = _programs(longest, hidden, flat, False), _align(fmt, longest, hidden, flat)
+    with _on_device_of(out):
+        _decode_sum(_on_words(messages), out, first_rows, programs, kernel_format(fmt), ranks, flat, clamp, align)
 
 
 def decode_sum_encode(
     messages: torch.Tensor, shape: tuple[int, int], fmt: Format, second: Format, out: torch.Tensor
 ) -> None:
-    """The middle of the two-step all-reduce: the fp32 sum of `messages`, `shape` = (rows, hidden), encoded again."""
-    if _is_flat(fmt, shape) and _is_flat(second, shape):
-        shape = (1, shape[0] * shape[1])
-    (at, align), (out_at, out_align) = _sections(fmt, shape), _sections(second, shape)
-    formats = kernel_format(fmt), kernel_format(second)
-    _decode_sum_encode(messages, at, shape, formats[0], out, out_at, formats[1], min(align, out_align))
+    """The middle of the two-step all-reduce: the fp32 sum of `messages`, `shape` = (rows, hidden), encoded again.
+
+    Where both formats transform blocks of one size, the sum is encoded as it stands: transformed.
+    """
+    rows, hidden = shape
+    flat = _is_flat(fmt, hidden) and _is_flat(second, hidden)
+    align = min(_align(fmt, rows, hidden, flat), _align(second, rows, hidden, flat))
+    first, last = kernel_format(fmt), kernel_format(second)
+    if fmt.hadamard and second.hadamard and fmt.block == second.block:
+        first, last = _untransformed(first), _untransformed(last)
+    programs = _programs(rows, hidden, flat, second.scale.row_scaled)
+    with _on_device_of(out):
+        _decode_sum_encode(_on_words(messages), rows, hidden, first, out, last, programs, flat, align)
+
+
+def _on_words(messages: torch.Tensor) -> torch.Tensor:
+    """The messages, copied if they do not start on words of 4 bytes, which is what kernels read."""
+    words = messages.data_ptr() % 4 == 0 and messages.stride(0) % 4 == 0 and messages.stride(1) == 1
+    return messages if words else messages.clone(memory_format=torch.contiguous_format)
+
+
+def _on_device_of(x: torch.Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if elsewhere else nullcontext()
+
+
+@lru_cache
+def _untransformed(fmt: KernelFormat) -> KernelFormat:
+    return replace(fmt, hadamard=False)
 
 
 @lru_cache(maxsize=4096)
-def _is_flat(fmt: Format, shape: tuple[int, int]) -> bool:
+def _slices(fmt: Format, rows: tuple[int, ...], hidden: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """(where each slice's message starts, in units of 16 bytes; first row of each slice and all rows; most rows)."""
+    units = [message.layout(fmt, count, hidden).nbytes // message.ALIGNMENT for count in rows]
+    return tuple(accumulate(units[:-1], initial=0)), tuple(accumulate(rows, initial=0)), max(rows)
+
+
+def _programs(rows: int, hidden: int, flat: bool, by_row: bool) -> int:
+    """For a slice: one each for a row, or for a tile of a row, or for a tile of all rows."""
+    return rows if by_row else -(-rows * hidden // TILE) if flat else rows * -(-hidden // TILE)
+
+
+@lru_cache(maxsize=4096)
+def _is_flat(fmt: Format, hidden: int) -> bool:
     """Whether all rows make the same message as one long row: they share no block, byte or scale, and pad nothing."""
-    sections = [s for field in message.layout(fmt, *shape).fields.values() for s in field]
+    sections = [s for field in message.layout(fmt, 1, hidden).fields.values() for s in field]
     whole_bytes = all(section.columns * section.width % 8 == 0 for section in sections)
-    return whole_bytes and shape[1] % fmt.block == 0 and not fmt.scale.row_scaled
+    return whole_bytes and hidden % fmt.block == 0 and not fmt.scale.row_scaled
 
 
 @lru_cache(maxsize=4096)
-def _sections(fmt: Format, shape: tuple[int, int]) -> tuple[tuple[int, ...], int]:
-    """(byte offsets of all sections and of the message's end, bytes that every row of every section starts on)."""
-    layout = message.layout(fmt, *shape)
-    offsets = tuple(section.offset for sections in layout.fields.values() for section in sections)
-    if shape[0] == 1:
-        align = message.ALIGNMENT  # the only row starts where its section does
-    else:
-        # Row scales are stored one by one, as what they are.
-        planes = [section for name, sections in layout.fields.items() if name != "row_scale" for section in sections]
-        align = next(align for align in (16, 4, 1) if all(plane.row_bytes % align == 0 for plane in planes))
-    return (*offsets, layout.nbytes), align
+def _align(fmt: Format, rows: int, hidden: int, flat: bool) -> int:
+    """Bytes that every row of every section starts on, in slices of up to `rows` rows."""
+    if flat or rows == 1:
+        return message.ALIGNMENT  # the only row starts where its section does
+    # Row scales are stored one by one, as what they are.
+    fields = message.layout(fmt, 1, hidden).fields
+    planes = [section for name, sections in fields.items() if name != "row_scale" for section in sections]
+    return next(align for align in (16, 4, 1) if all(plane.row_bytes % align == 0 for plane in planes))
 
 
 @lru_cache
 def kernel_format(fmt: Format) -> KernelFormat:
     element, scale = fmt.element, fmt.scale
     power, small = isinstance(scale, PowerOfTwo), isinstance(scale, SmallFloatScale)
-    fields, first = {}, 0
+    fields, first, sections_of_all = {}, 0, []
+    units = {field: unit for field, (unit, _) in message.field_widths(fmt).items()}
     for name, sections in message.layout(fmt, 1, fmt.block).fields.items():
         fields[name] = Field(first, tuple((section.shift, section.width) for section in sections))
+        sections_of_all += [(units[name], section.width) for section in sections]
         first += len(sections)
     return KernelFormat(
         element=_small_float(element) if isinstance(element, Minifloat) else None,
@@ -94,6 +162,7 @@ def kernel_format(fmt: Format) -> KernelFormat:
         hadamard=fmt.hadamard,
         spike=fmt.spike,
         limit=input_limit(fmt),
+        sections=tuple(sections_of_all),
         **{name: fields.get(name) for name in message.FIELDS},
         exact_products=not fmt.hadamard and not scale.row_scaled and scale.bits < 32,
     )

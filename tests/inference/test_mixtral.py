@@ -273,9 +273,9 @@ def test_an_upcycled_model_is_the_dense_one(dense, mixtral_copy, mixtral_split, 
 
 
 def rounded(rank, world_size, folder, ids):
+    from megatron_comp.commands.evaluate import evaluate
+    from megatron_comp.commands.options import NONE, Setting
     from megatron_comp.policy import CompressionPolicy
-    from megatron_comp.tools.evaluate import evaluate
-    from megatron_comp.tools.session import NONE, Setting
 
     init_parallel(world_size)
     model = build_model(folder)

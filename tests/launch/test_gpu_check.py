@@ -1,5 +1,6 @@
 """launch/gpu_check.sh where there is no GPU: what it would run, and what it says."""
 
+import csv
 import os
 import re
 import shlex
@@ -11,8 +12,8 @@ import torch
 from slurm import ROOT
 
 from megatron_comp import cli
-from megatron_comp.tools.bench import codec
-from megatron_comp.tools.bench.options import shape
+from megatron_comp.commands import bench_codec
+from megatron_comp.commands.bench_options import shape
 from megatron_comp.wire.codec import Codec
 
 
@@ -37,15 +38,17 @@ def test_gpu_check_dry_run(gpu_check, tmp_path):
     done = gpu_check("", "--repeats", "5", DRY_RUN="1")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "out").exists()
-    (tests,) = re.findall(r"-m pytest -q -m gpu (.*)", done.stdout)
-    assert "tests/wire/test_gpu.py" in tests.split() and "tests/tools/test_bench_codec.py" in tests.split()
+    (tests,) = re.findall(r"-m pytest -q -m gpu -n 12 (.*)", done.stdout)
+    assert "tests/wire/test_gpu.py" in tests.split() and "tests/commands/test_bench_codec.py" in tests.split()
     (options,) = re.findall(r"-m megatron_comp\.cli (.*)", done.stdout)
     args = cli._parser().parse_args(shlex.split(options))
-    bytes_of = [2 * rows * hidden for rows, hidden in (shape(text, codec.SHAPE) for text in args.shape)]
-    assert bytes_of == [8 << 20, 64 << 10, 1 << 20, 16 << 20, 64 << 20, 256 << 20]
-    assert all(Codec.parse(name) for name in args.codec)
-    assert (args.device, args.ranks, args.peers, args.repeats) == ("cuda", [2, 8], True, 5)
+    bytes_of = [2 * rows * hidden for rows, hidden in (shape(text, bench_codec.SHAPE) for text in args.shape)]
+    assert bytes_of == [16 << 20, 128 << 20]
+    assert len(args.codec) == 4 and all(Codec.parse(name) for name in args.codec)
+    assert (args.device, args.ranks, args.peers, args.repeats) == ("cuda", [2, 8], False, 5)
     assert "reference" not in args.backend
+    limits = [int(seconds) for seconds in re.findall(r"^timeout --kill-after=10 (\d+)", done.stdout, re.M)]
+    assert len(limits) == 3 and sum(limits) <= 8 * 60
 
 
 def test_gpu_check_without_a_gpu(gpu_check, tmp_path):
@@ -60,4 +63,57 @@ def test_gpu_check_where_torch_sees_none(gpu_check, tmp_path):
     done = gpu_check("GPU 0: one\\n")
     assert done.returncode != 0
     assert re.search(r"^gpu_check: torch \S+ sees no CUDA device$", (tmp_path / "out" / "log.txt").read_text(), re.M)
-    assert "[3/4]" not in done.stdout
+    assert "[3/5]" not in done.stdout
+
+
+FAKE_PYTHON = """\
+#!/bin/sh
+# Stands for Python: succeeds but where a step's part of its command line is to fail.
+echo "ran $*"
+case "$*" in
+"-m pytest "*) exit 3 ;;
+"-m megatron_comp.cli bench codec "*) exec sleep 60 ;;
+esac
+"""
+
+
+def test_every_step_runs_and_the_worst_status_is_returned(gpu_check, tmp_path):
+    """The tests fail, the bench hangs, and whole sums are measured none the less. Many GPUs are listed."""
+    fake = tmp_path / "python"
+    fake.write_text(FAKE_PYTHON)
+    fake.chmod(0o755)
+    done = gpu_check("GPU 0: one\\n" * 5000, PYTHON=str(fake), LIMITS="5 1 5")
+    assert done.returncode == 124, done.stdout + done.stderr
+    steps = re.findall(r"^\[(\d)/5\]", done.stdout, re.M)
+    assert steps == ["1", "2", "3", "4", "5"]
+    assert "ran tests/kernels/chain.py" in done.stdout
+    failures = re.findall(r"^gpu_check: (.*)$", (tmp_path / "out" / "log.txt").read_text(), re.M)
+    assert failures == [
+        "failed with status 3: tests",
+        "ended at its limit of 1 s: megatron-comp bench codec",
+    ]
+
+
+def test_gpu_tests_need_no_megatron(gpu_check, tmp_path):
+    """The files that the script runs are collected, and the summary is written, where there is none."""
+    (tests,) = re.findall(r"-m pytest -q -m gpu -n 12 (.*)", gpu_check("", DRY_RUN="1").stdout)
+    blocked = dict.fromkeys(("megatron", "transformers", "safetensors", "huggingface_hub", "torchao"))
+    code = f"import sys; sys.modules.update({blocked}); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "-q", "-m", "gpu", "-p", "no:cacheprovider", *tests.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no Megatron-Core" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would take its time on a GPU")
+def test_whole_sums_without_the_wire(tmp_path):
+    """Step 5 as far as a CPU can show it: every row is there, and graphs have no figure."""
+    command = [sys.executable, ROOT / "tests" / "kernels" / "chain.py", "--rows=8", "--hidden=256", "--codec=mxfp4"]
+    command += ["--ranks=4", "--calls=2", "--rounds=1", "--csv", tmp_path / "sums.csv"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "sums.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["algorithm"] for row in rows] == ["copy", "gather_sum", "two_step"]
+    assert all(float(row["eager_us"]) > 0 and row["graph_us"] == "" for row in rows)

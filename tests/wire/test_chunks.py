@@ -18,6 +18,7 @@ from megatron_comp.wire import exchange
 from megatron_comp.wire.codec import parse_codec
 from megatron_comp.wire.collectives import PendingAllReduce, all_reduce, reduce_scatter
 from megatron_comp.wire.cost import received_bytes, received_bytes_scatter, slice_rows
+from megatron_comp.wire.plan import plan_all_reduce
 
 CODECS = ["mxfp4", "nvfp4", "int5:32:fp16:hadamard", "fp5_e2m2:8:e5m0", "int4:128:fp16:asym:spike", "mxfp4>mxfp8"]
 # Three of them leave rows over after whole multiples of 16 rows a rank; one is too short for two chunks.
@@ -198,7 +199,9 @@ def taken(rank, ranks):
     rows = exchange.chunk_rows(300, ranks, 4)
     for case in itertools.product(("gather_sum", "two_step"), (False, True)):
         out = torch.empty_like(x)
-        pending = PendingAllReduce(out, rows, parse_codec("mxfp4"), None, case[0])
+        plan = plan_all_reduce(x.shape, parse_codec("mxfp4"), ranks, rank, case[0], 4)
+        assert plan.row_counts == rows
+        pending = PendingAllReduce(out, plan, None)
         for part in x.view(300, 96).split(rows):
             pending.push(part.clone())
             if case[1]:

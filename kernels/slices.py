@@ -1,0 +1,66 @@
+"""Which rows and which message a program works on: a kernel's second grid axis is the slice.
+
+A tensor of one message is one slice. In `first_rows` stand the first row of each slice and the number of all rows; they
+are never compile-time constants, so that other rows need no other kernel. FLAT: the rows of a slice share no block and
+no byte, and are taken for one long row.
+"""
+
+import triton
+import triton.language as tl
+
+from .format import ALIGNMENT
+
+
+@triton.jit
+def slice_rows(first_rows, hidden, FLAT: tl.constexpr):
+    """(first row, rows, columns) of this program's slice, int64; of a flat slice as the one long row that it is."""
+    slice = tl.program_id(1)
+    first_row = tl.cast(first_rows[0], tl.int64)
+    stop = tl.cast(first_rows[1], tl.int64)
+    for i in tl.static_range(1, len(first_rows) - 1):
+        first_row = tl.where(slice == i, first_rows[i], first_row)
+        stop = tl.where(slice == i, first_rows[i + 1], stop)
+    rows, columns = stop - first_row, tl.cast(hidden, tl.int64)
+    if FLAT:
+        columns = rows * columns
+        rows = tl.minimum(rows, 1)
+    return first_row, rows, columns
+
+
+@triton.jit
+def row_and_tile(columns, FLAT: tl.constexpr, TILE: tl.constexpr):
+    """(row, int64, and tile of this program)."""
+    program = tl.program_id(0)
+    if FLAT:
+        row, tile = tl.cast(program * 0, tl.int64), program
+    else:
+        # 32-bit: a 64-bit division takes a hundred instructions.
+        tiles = tl.cdiv(columns, TILE).to(tl.int32)
+        row, tile = (program // tiles).to(tl.int64), program % tiles
+    return row, tile
+
+
+@triton.jit
+def section_offsets(rows, columns, F: tl.constexpr):
+    """The byte offsets of a message's sections and of its end, as `wire/message.py` lays them out."""
+    end = rows * 0
+    at = (end,)
+    for section in tl.static_range(len(F.sections)):
+        row_bytes = tl.cdiv(_codes_of_a_row(columns, F, section) * F.sections[section][1], 8)
+        end += tl.cdiv(rows * row_bytes, ALIGNMENT) * ALIGNMENT
+        at = at + (end,)
+    return at
+
+
+@triton.jit
+def _codes_of_a_row(columns, F: tl.constexpr, SECTION: tl.constexpr):
+    UNIT: tl.constexpr = F.sections[SECTION][0]
+    if UNIT == "value":
+        codes = columns
+    elif UNIT == "block":
+        codes = tl.cdiv(columns, F.block)
+    elif UNIT == "spike":
+        codes = tl.cdiv(columns, F.block) * 2
+    else:
+        codes = columns * 0 + 1
+    return codes

@@ -1,0 +1,1 @@
+"""Measured times of codecs, collectives and links."""

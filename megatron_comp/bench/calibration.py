@@ -1,0 +1,121 @@
+"""Times of a group's collectives and codecs, all of them in turn, each sample that of the slowest rank."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from ..launcher import output
+from ..wire.codec import Codec
+from ..wire.collectives import all_reduce
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Tensors below this are over in microseconds and noisy: they are timed so many times a round.
+SMALL_BYTES = 256 * 1024
+SMALL_SAMPLES = 5
+# Of the largest tensor, beside sums as they are run: in one piece and in so many, which shows what chunks hide.
+CHUNKS = 4
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is timed. shapes: `(tokens, hidden)`, ascending."""
+
+    codecs: dict[str, Codec]
+    shapes: list[tuple[int, int]]
+    dtype: str
+    rounds: int
+
+    @property
+    def itemsize(self) -> int:
+        return getattr(torch, self.dtype).itemsize
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        return shape[0] * shape[1] * self.itemsize
+
+    def message_bytes(self, shape: tuple[int, int]) -> int:
+        """Of the messages that all-gather and all-to-all are timed with: about those of 4 bits, if values have 16."""
+        return max(256, self.nbytes(shape) // 4)
+
+
+class Timings:
+    """Seconds by what was timed: (operation, shape[, codec[, algorithm[, chunks]]])."""
+
+    def __init__(self, samples: dict[tuple, list[float]]) -> None:
+        self.samples = samples
+
+    def median(self, *what) -> float:
+        return median(self.samples[what])
+
+
+def measure(setting: Scope, device: torch.device) -> Timings:
+    """Every rank's own times, and then of each sample the largest over the ranks: equal on all of them."""
+    calls = {}
+    for shape in setting.shapes:
+        calls |= _calls(setting, shape, device)
+    samples: dict[tuple, list[float]] = {what: [] for what in calls}
+    steps = [step for step in calls for _ in range(SMALL_SAMPLES if setting.nbytes(step[1]) < SMALL_BYTES else 1)]
+    for call in calls.values():
+        call()  # compiles, connects, fills caches
+    bar = tqdm(total=setting.rounds * len(steps), desc="calibrate", unit="call", disable=not output.is_first_rank())
+    with bar:
+        for _ in range(setting.rounds):
+            for what in steps:
+                samples[what].append(_seconds(calls[what], device))
+                bar.update()
+    flat = torch.tensor([each for what in calls for each in samples[what]], dtype=torch.float64, device=device)
+    dist.all_reduce(flat, op=dist.ReduceOp.MAX)
+    slowest = iter(flat.tolist())
+    return Timings({what: [next(slowest) for _ in samples[what]] for what in calls})
+
+
+def _calls(setting: Scope, shape: tuple[int, int], device: torch.device) -> dict[tuple, Callable[[], object]]:
+    """What is timed at one size. A stock all-reduce works in place, here on zeros, which stay what they are."""
+    ranks = dist.get_world_size()
+    x = torch.randn(shape, device=device).to(getattr(torch, setting.dtype))
+    zeros = torch.zeros(-(-x.numel() // ranks) * ranks, dtype=x.dtype, device=device)
+    share = zeros.new_empty(zeros.numel() // ranks)
+    count = -(-setting.message_bytes(shape) // ranks) * ranks
+    sent, received = (torch.zeros(size, dtype=torch.uint8, device=device) for size in (count, count * ranks))
+    scattered = sent.new_empty(count)
+    calls: dict[tuple, Callable[[], object]] = {
+        ("all_reduce", shape): lambda: dist.all_reduce(zeros[: x.numel()]),
+        ("reduce_scatter", shape): lambda: _reduce_scatter(share, zeros),
+        ("all_gather", shape): lambda: _all_gather(received, sent),
+        ("all_to_all", shape): lambda: dist.all_to_all_single(scattered, sent),
+    }
+    for name, codec in setting.codecs.items():
+        messages = codec.encode(x).expand(ranks, -1).contiguous()
+        calls["encode", shape, name] = lambda codec=codec: codec.encode(x)
+        calls["decode", shape, name] = lambda codec=codec, messages=messages: codec.decode_sum(messages, shape, x.dtype)
+        for way in ("gather_sum", "two_step"):
+            calls["sum", shape, name, way] = lambda codec=codec, way=way: all_reduce(x, codec, None, way)
+            for chunks in (1, CHUNKS) if shape == setting.shapes[-1] else ():
+                calls["pieces", shape, name, way, chunks] = lambda codec=codec, way=way, chunks=chunks: all_reduce(
+                    x, codec, None, way, chunks=chunks
+                )
+    return calls
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    dist.barrier()
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# Renamed in torch 2.13, where the old names warn.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -1,0 +1,101 @@
+"""Benches of several ranks: the links that they run on, one after another, and their rows on the way to one table."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..launcher import network, output, ranks
+
+# The file in which ranks leave their rows for the process that started them.
+_ROWS = "MEGATRON_COMP_ROWS"
+
+EPILOG = """\
+Links: without --link the ranks meet as they are, in `link` called local (one machine) or network (several). With it
+they are started on this machine in network namespaces, joined by links of that rate in each direction: Linux only,
+needs root and the commands ip and tc, adds no latency and no loss. Such a link lets some 256 KB through at once after
+it has been idle, so messages have to be much larger than that; above 1 Gbit/s a few processor cores are the limit, not
+the link. The same links for any other command: launch/slow_network.sh.
+
+Threads: every rank gets its share of this machine's processors, or OMP_NUM_THREADS. On two cores, OMP_NUM_THREADS=1 and
+two ranks are a thread a core; with more ranks than cores, waiting for a core is in the times.
+"""
+
+Report = Callable[[argparse.Namespace, list[dict], list[dict], dict], None]
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--link",
+        action="append",
+        metavar="RATE",
+        help=f"of the ranks' links, as in 100mbit, 2.5gbit or {network.UNSHAPED}; give it again for more; needs root",
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for a rate that is none, and for links that cannot be made because the ranks stand already."""
+    for rate in args.link or []:
+        try:
+            network.bits_per_second(rate)
+        except ValueError as error:
+            raise ValueError(f"--link {error}") from None
+    if args.link and "WORLD_SIZE" in os.environ and _ROWS not in os.environ:
+        raise ValueError(
+            "--link starts ranks of its own, on this machine: leave out torchrun, or leave out --link and start this "
+            "with launch/slow_network.sh"
+        )
+
+
+def start(args: argparse.Namespace, argv: list[str], count: int, report: Report) -> int:
+    """Runs this command on `count` ranks over each link in turn; 0, or the status of the ranks that failed.
+
+    report(args, rows, new, circumstances): called after every link with all rows so far and those of this link, so
+    that a run that is cut short leaves what it has measured.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="megatron-comp-") as folder:
+        file = Path(folder, "rows.json")
+        command = [sys.executable, "-m", "megatron_comp.cli", *argv]
+        for link in args.link or [None]:
+            if status := ranks.start(count, command, link, **{_ROWS: str(file)}):
+                return status
+            made = json.loads(file.read_text())
+            rows += made["rows"]
+            report(args, rows, made["rows"], made["circumstances"])
+    return 0
+
+
+def hand_over(args: argparse.Namespace, rows: list[dict], circumstances: dict, report: Report) -> None:
+    """On a rank that has measured: to `start`, or, where another launcher started the ranks, reported by the first."""
+    if not output.is_first_rank():
+        return
+    if file := os.environ.get(_ROWS):
+        Path(file).write_text(json.dumps({"rows": rows, "circumstances": circumstances}))
+    else:
+        report(args, rows, rows, circumstances)
+
+
+def here() -> str:
+    """What the link of this rank is called."""
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    return os.environ.get(network.LINK, "local" if one_machine else "network")
+
+
+def bytes_per_second() -> float | None:
+    """Of this rank's link, if its rate is known."""
+    rate = network.bits_per_second(os.environ.get(network.LINK, network.UNSHAPED))
+    return rate and rate / 8
+
+
+def slowest(seconds: list[list], device: torch.device) -> list[list]:
+    """Nested lists, of the longest over all ranks in each place: a call lasts until its last rank is done."""
+    longest = torch.tensor(seconds, dtype=torch.float64, device=device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return longest.tolist()

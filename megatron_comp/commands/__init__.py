@@ -1,0 +1,1 @@
+"""The subcommands of `megatron-comp`: a thin module each: options, call, table."""

@@ -1,0 +1,168 @@
+"""`megatron-comp bench ttft`: time to the first token and a token after it, stock and compressed, in one run."""
+
+import argparse
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from ..bench import links, plot, timing
+from ..bench.circumstances import circumstances
+from ..launcher import output
+from ..policy import DROP
+from . import bench_options, options
+
+COLUMNS = {
+    "policy": ("policy", ""),
+    "algorithm": ("algorithm", ""),
+    "link": ("link", ""),
+    "dropped": ("dropped", "d"),
+    "ttft_ms": ("TTFT ms, median", ".1f"),
+    "p20_ms": ("p20", ".1f"),
+    "p80_ms": ("p80", ".1f"),
+    "speedup_vs_none": ("x none", ".2f"),
+    "speedup_low": ("95 % from", ".2f"),
+    "speedup_high": ("to", ".2f"),
+    "bytes_per_rank": ("bytes/rank", ",d"),
+}
+DECODE_COLUMNS = {
+    "decode_ms": ("decode ms/token", ".1f"),
+    "decode_speedup": ("x none", ".3f"),
+    "decode_speedup_low": ("95 % from", ".3f"),
+    "decode_speedup_high": ("to", ".3f"),
+}
+
+EPILOG = f"""\
+One row a setting, in the table and in the files; the first is the model with stock communication:
+  policy         codec of every reduction, or the policy file; none: stock
+  algorithm      of the reductions that were compressed, all_reduce where none was
+  tp, link, prompt_tokens, dtype
+                 what was run; but for the link in the table's title
+  dropped        sums that the policy leaves out
+  ttft_ms, p20_ms, p80_ms
+                 milliseconds of a prefill with KV cache, until the last rank has the first token: median over the runs
+  speedup_vs_none
+                 the median of the stock row over this one's, on the same link
+  speedup_low, speedup_high
+                 its 95 % confidence interval: turns drawn again, with replacement; too narrow for fewer than ten --runs
+  bytes_per_rank received by rank 0 in the sums of one prefill, stock ones counted as rings
+  decode_ms, decode_speedup, ..._low, ..._high
+                 with --new-tokens: milliseconds a token after the first, in the same way
+The CSV file adds device, torch, triton, megatron_comp and date.
+
+How: the prompt is random tokens of the vocabulary, as a dense model's time does not depend on them. All settings run in
+turn, so that a slow moment hits all alike, another one first every time, each once before anything counts.
+
+{links.EPILOG}
+A policy file's `min_bytes: auto` goes by `megatron-comp calibrate`; a codec compresses every message (--min-bytes 0).
+
+--weights are in all rows, the first included: the time does not depend on them.
+
+What the figures do not show: several requests at once, and what the policy does to the model's predictions,
+for which see `megatron-comp evaluate`.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_arguments(parser)
+    add = parser.add_argument
+    add("--tokens", type=int, default=1024, metavar="K", help="of the prompt (default 1024)")
+    add("--codec", action="append", default=[], metavar="C", help="a codec or preset; give it again for more rows")
+    links.add_argument(parser)
+    add(
+        "--new-tokens", type=int, default=1, metavar="K", help="of a run; more than one: times decoding too (default 1)"
+    )
+    add("--runs", type=int, default=5, metavar="N", help="of every setting, in turn (default 5)")
+    bench_options.add_files(parser, "the times", json=False)
+
+
+def check(args: argparse.Namespace) -> list[options.Setting]:
+    options.check_files(args)
+    links.check(args)
+    bench_options.check_files(args)
+    bench_options.at_least_one(args, "tokens", "runs", "new_tokens")
+    return options.with_baseline(options.settings(args, args.codec))
+
+
+def start(args: argparse.Namespace, argv: list[str]) -> int:
+    return links.start(args, argv, args.tp, report)
+
+
+def run(args: argparse.Namespace) -> None:
+    settings = check(args)
+    with options.opened(args, args.weights) as (model, _tokenizer):
+        rows = measure(model, settings, args.tokens, args.runs, args.new_tokens)
+        about = circumstances(model.embedding.word_embeddings.weight.device)
+    links.hand_over(args, rows, about, report)
+
+
+def measure(model, settings: list[options.Setting], tokens: int, runs: int, new_tokens: int = 1) -> list[dict]:
+    """A row a setting, the first of which is the baseline. All ranks call this together."""
+    from ..inference.generate import checked_prompt
+
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(model.hf_config.vocab_size, (tokens,), generator=generator)
+    ids = checked_prompt(model, prompt, new_tokens)
+    count = len(settings)
+    bar = tqdm(total=(runs + 1) * count, desc="ttft", unit="run", disable=not output.is_first_rank())
+    traffic, seconds = [], []
+    with bar:
+        for setting in settings:  # warms up, and tells what one prefill sends
+            traffic.append(_run(model, ids, setting.policy, 1)[1])
+            bar.update()
+        for turn in range(runs):
+            took = [None] * count
+            for number in range(turn, turn + count):  # each is the first in its turn
+                took[number % count] = _run(model, ids, settings[number % count].policy, new_tokens)[0]
+                bar.update()
+            seconds.append(took)
+    seconds = links.slowest(seconds, ids.device)
+    prefills, decodes = ([[turn[number][phase] for turn in seconds] for number in range(count)] for phase in (0, 1))
+    about = {
+        "tp": model.config.tensor_model_parallel_size,
+        "link": links.here(),
+        "prompt_tokens": tokens,
+        "dtype": str(model.config.params_dtype).removeprefix("torch."),
+    }
+    rows = []
+    for setting, received, prefill, decode in zip(settings, traffic, prefills, decodes):
+        algorithm = "+".join(sorted(received.algorithms)) or "all_reduce"
+        row = {"policy": setting.name, "algorithm": algorithm, **about, "dropped": received.kept_because[DROP]}
+        times = timing.percentiles(prefill)
+        row |= {"ttft_ms": times.pop("median_ms"), **times}
+        row |= zip(("speedup_vs_none", "speedup_low", "speedup_high"), timing.speedup(prefills[0], prefill))
+        row["bytes_per_rank"] = received.received_bytes
+        if new_tokens > 1:
+            row["decode_ms"] = timing.percentiles(decode)["median_ms"] / (new_tokens - 1)
+            row |= zip(tuple(DECODE_COLUMNS)[1:], timing.speedup(decodes[0], decode))
+        rows.append(row)
+    return rows
+
+
+def _run(model, ids: torch.Tensor, policy, new_tokens: int):
+    """((seconds of prefill, of decoding) on this rank, what the layers sent) after all ranks are ready."""
+    from ..inference.generate import generate
+    from ..layers.apply import apply_compression, stats
+
+    apply_compression(model, policy)  # counters start at zero
+    dist.barrier()
+    made = generate(model, ids, new_tokens)
+    return (made.ttft_seconds, made.decode_seconds), stats(model)
+
+
+def report(args: argparse.Namespace, rows: list[dict], new: list[dict], circumstances: dict) -> None:
+    columns = COLUMNS | (DECODE_COLUMNS if args.new_tokens > 1 else {})
+    what = f"TP={args.tp}, {args.tokens} tokens, {new[0]['dtype']}, {circumstances['device']}"
+    output.show(f"bench ttft: {args.model}, {what}", columns, new)
+    everything = [row | circumstances for row in rows]
+    output.write_json(args.json, vars(args) | {"device": circumstances["device"]}, rows)
+    output.write_csv(args.csv, everything)
+    if args.figure:
+        row = rows[0]
+        plot.draw_times(
+            *(everything, args.figure, f"Time to first token, {row['prompt_tokens']} tokens, {row['dtype']}"),
+            panel=lambda row: f"TP={row['tp']}, {row['link']}",
+            bar=lambda row: row["policy"],
+            time="ttft_ms",
+            speedup="speedup_vs_none",
+        )

@@ -1,0 +1,200 @@
+"""`megatron-comp calibrate`: what this group's link and codecs cost, kept in a file that later runs go by."""
+
+import argparse
+import datetime
+import socket
+
+import torch
+import torch.distributed as dist
+
+from ..bench import fit
+from ..bench.calibration import CHUNKS, DTYPES, Scope, measure
+from ..launcher import output
+from ..policy import CompressionPolicy
+from ..wire.codec import Codec
+from ..wire.cost import sum_seconds
+from ..wire.figures import VARIABLE, default_path
+from . import options
+
+CODECS = ("mxfp4", "nvfp4", "int4:32:fp16", "int4:32:fp16:hadamard", "int5:32:fp16:hadamard", "int8:32:fp16")
+
+LINK_COLUMNS = {
+    "collective": ("collective", ""),
+    "smallest_us": ("smallest size, us", ".1f"),
+    "largest_ms": ("largest, ms", ".2f"),
+    "mbit_per_s": ("Mbit/s beyond", ".0f"),
+}
+CODEC_COLUMNS = {
+    "codec": ("codec", ""),
+    "encode_ns_per_value": ("encode, ns/value", ".3f"),
+    "decode_ns_per_value": ("decode, ns/value", ".3f"),
+    "pays_from_bytes": ("pays from, bytes", ""),
+    "algorithm": ("largest message by", ""),
+    "predicted_ms": ("predicted ms", ".2f"),
+    "measured_ms": ("measured ms", ".2f"),
+    "stock_ms": ("stock ms", ".2f"),
+    "speedup": ("speed-up", ".2f"),
+}
+
+EPILOG = f"""\
+Each round times, in turn and from a common start, stock all-reduce and reduce-scatter, all-gather and all-to-all of
+bytes, and every codec's encode and decode, at tensors of [tokens, hidden] for each --tokens; and whole compressed sums,
+which the predictions are held against. A sample is the time of the slowest rank. Between the medians of collectives
+times are interpolated, beyond the largest they grow by a line; a codec's line (fixed cost, cost a value) is that of
+least relative error. Fixed costs include what Python takes.
+
+The file holds these, and the margin that a prediction must gain before `min_bytes: auto` compresses: so much that
+every whole sum that took longer than stock here would have been kept, at least 10 %; and what share of codec or wire,
+whichever is shorter, sums in chunks hide, from sums of the largest size in one piece and in {CHUNKS}. Runs of a group
+like this one (ranks, machines, backend, device, network interface) find it by themselves; {VARIABLE} names
+another file, or says `assumed`.
+
+Columns: pays from: the size of an uncompressed message from which `min_bytes: auto` compresses it and all larger ones;
+predicted, measured and stock ms, speed-up: of the largest message, by the algorithm that was measured faster.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    add = parser.add_argument
+    add("--ranks", dest="tp", type=int, required=True, metavar="N", help="ranks of the group")
+    add(
+        "--codec",
+        action="append",
+        default=[],
+        metavar="C",
+        help=f"a codec; give it again for more (default, without --policy: {' '.join(CODECS)})",
+    )
+    add(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML policy whose codecs to measure, all of them; give it again for more",
+    )
+    add(
+        "--tokens",
+        type=int,
+        action="append",
+        metavar="K",
+        help="rows of a tensor; give it again for more, at least two (default: 1 8 64 512)",
+    )
+    add("--hidden", type=int, default=4096, metavar="H", help="values a row (default 4096)")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on a GPU, else float32")
+    add("--rounds", type=int, default=9, metavar="K", help="how often everything is timed (default 9)")
+    add("--out", metavar="FILE", help="write the figures there (default: where later runs of such a group look)")
+    options.add_run_arguments(parser)
+
+
+def check(args: argparse.Namespace) -> Scope:
+    if args.tp < 2:
+        raise ValueError(f"--ranks {args.tp}: a link needs at least two")
+    for option in ("hidden", "rounds"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option} {getattr(args, option)}: at least one is needed")
+    tokens = sorted(set(args.tokens or (1, 8, 64, 512)))
+    if len(tokens) < 2 or tokens[0] < 1:
+        raise ValueError(f"--tokens {' '.join(map(str, tokens))}: two different sizes above 0 are needed at least")
+    options.check_timeout(args)
+    output.check_file("--json", args.json)
+    output.check_file("--out", args.out)
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    named = [*args.codec, *(str(codec) for file in args.policy for codec in CompressionPolicy.from_file(file).codecs())]
+    codecs = {name: Codec.parse(name) for name in named or CODECS}
+    return Scope(codecs, [(count, args.hidden) for count in tokens], dtype, args.rounds)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..inference.model import destroy_parallel, init_parallel
+
+    setting = check(args)
+    init_parallel(args.tp, args.timeout)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    timings = measure(setting, device)
+    figures = fit.figures(setting, timings, _about(args, setting, device))
+    agreed = [figures]
+    dist.broadcast_object_list(agreed)  # all ranks go by one and the same
+    (figures,) = agreed
+    if output.is_first_rank():
+        about = figures.measured
+        path = args.out or default_path(about["ranks"], about["hosts"], about["backend"], about["device"])
+        figures.write(path)
+        _show(setting, timings, figures, args)
+        print(f"figures: {path}")
+    destroy_parallel()
+
+
+def _about(args: argparse.Namespace, setting: Scope, device: torch.device) -> dict[str, object]:
+    hosts = [""] * args.tp
+    dist.all_gather_object(hosts, socket.gethostname())
+    return {
+        "ranks": args.tp,
+        "hosts": len(set(hosts)),
+        "backend": dist.get_backend(),
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "dtype": setting.dtype,
+        "date": datetime.date.today().isoformat(),
+        "versions": output.versions(),
+    }
+
+
+def _show(setting, timings, figures, args) -> None:
+    links = [
+        {
+            "collective": name,
+            "smallest_us": link.points[0][1] * 1e6,
+            "largest_ms": link.points[-1][1] * 1e3,
+            "mbit_per_s": link.bytes_per_s * 8e-6,
+        }
+        for name, link in figures.links.items()
+    ]
+    codecs = [_codec_row(name, codec, setting, timings, figures) for name, codec in setting.codecs.items()]
+    about = figures.measured
+    title = f"calibrate: {about['ranks']} ranks, {about['hosts']} machine(s), {about['backend']}, {about['dtype']}"
+    output.show(title, LINK_COLUMNS, links)
+    largest = setting.nbytes(setting.shapes[-1])
+    shown = [row | {"pays_from_bytes": _size(row["pays_from_bytes"])} for row in codecs]
+    output.show(f"codecs; the largest message has {largest:,d} bytes", CODEC_COLUMNS, shown)
+    output.write_json(args.json, vars(args), [*links, *codecs])
+    print(f"Chunks hide {figures.hidden:.0%} of codec or wire, whichever is shorter.")
+    print(_advice(codecs, largest, figures.margin))
+
+
+def _codec_row(name, codec, setting, timings, figures) -> dict:
+    shape, ranks, cost = setting.shapes[-1], figures.ranks, figures.cost(codec)
+    times = {way: timings.median("sum", shape, name, way) for way in ("gather_sum", "two_step")}
+    algorithm = min(times, key=times.get)
+    stock = timings.median("all_reduce", shape)
+    return {
+        "codec": name,
+        "encode_ns_per_value": cost.encode_s_per_value * 1e9,
+        "decode_ns_per_value": cost.decode_s_per_value * 1e9,
+        "pays_from_bytes": fit.pays_from(codec, setting.itemsize, ranks, figures, setting.shapes[-1][1]),
+        "algorithm": algorithm,
+        "predicted_ms": sum_seconds(shape, codec, ranks, algorithm, figures) * 1e3,
+        "measured_ms": times[algorithm] * 1e3,
+        "stock_ms": stock * 1e3,
+        "speedup": stock / times[algorithm],
+    }
+
+
+def _size(nbytes: int | None) -> str:
+    return "never" if nbytes is None else f"{nbytes:,d}"
+
+
+def _advice(rows: list[dict], largest: int, margin: float) -> str:
+    """One line that says whether to compress."""
+    paying = [row for row in rows if row["pays_from_bytes"] is not None]
+    if not paying:
+        return (
+            "Leave compression off here: no codec is predicted to beat the stock all-reduce by the margin of "
+            f"{margin:.0%} at any size."
+        )
+    best = max(paying, key=lambda row: row["speedup"])
+    return (
+        f"Compress: {best['codec']} was {best['speedup']:.2f} times as fast as the stock all-reduce at {largest:,d} "
+        f"bytes and pays from {_size(best['pays_from_bytes'])} bytes on; `min_bytes: auto` keeps what is smaller."
+    )

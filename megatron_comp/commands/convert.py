@@ -1,0 +1,159 @@
+"""`megatron-comp convert`: a Hugging Face checkpoint as Megatron's distributed checkpoint."""
+
+import argparse
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from ..launcher import output
+from . import options
+
+COLUMNS = {
+    "tp": ("tensor-parallel ranks that wrote", "d"),
+    "dtype": ("of the weights", ""),
+    "parameters": ("parameters", ",d"),
+    "bytes": ("bytes on disk", ",d"),
+    "seconds": ("seconds", ".1f"),
+}
+
+# What a model needs beside its weights.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="folder of a Hugging Face Llama or Mixtral checkpoint"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="new folder, on storage that all ranks share: release/ and latest_checkpointed_iteration.txt as Megatron "
+        "loads them, config.json and the tokenizer's files as --model of the other subcommands wants them",
+    )
+    parser.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="ranks that share the work and its memory; any number reads it"
+    )
+    parser.add_argument("--dtype", choices=options.DTYPES, default="auto", help="auto: as the checkpoint's config says")
+    options.add_run_arguments(parser)
+
+
+def check(args: argparse.Namespace) -> None:
+    options.check_files(args)
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: exists and is not an empty folder")
+    if not out.resolve().parent.is_dir():
+        raise ValueError(f"--out {out}: its folder does not exist")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..inference.model import destroy_parallel, init_parallel
+
+    check(args)
+    init_parallel(args.tp, args.timeout)
+    row = convert(args.model, Path(args.out).resolve(), args.dtype)
+    destroy_parallel()
+    if output.is_first_rank():
+        output.show_one("convert", COLUMNS, row)
+        output.write_json(args.json, vars(args), [row])
+
+
+def convert(model_dir: str, out: Path, dtype_name: str) -> dict:
+    """Writes beside `out` and renames at the end, so that nothing half-written ever goes by its name."""
+    from ..inference import checkpoint, hf
+    from ..inference.model import build_model
+
+    start = time.perf_counter()
+    config = hf.read_config(model_dir)
+    dtype = getattr(torch, dtype_name) if dtype_name != "auto" else config.dtype or torch.float32
+    check_space(out, parameter_count(config) * dtype.itemsize)
+    partial, first = out.with_name(f".{out.name}.partial"), output.is_first_rank()
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    model = build_model(model_dir, dtype=dtype)
+    torch.distributed.barrier()
+    try:
+        common = {"checkpoint_version": 3.0, "iteration": 0, "args": megatron_args(model)}
+        checkpoint.save(model, partial / checkpoint.RELEASE, **common)
+        if first:
+            copy_companions(Path(model_dir), partial)
+            (partial / checkpoint.TRACKER).write_text(checkpoint.RELEASE)
+            os.replace(partial, out)  # onto nothing, or onto an empty folder
+        torch.distributed.barrier()
+    finally:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+    return {
+        "tp": model.config.tensor_model_parallel_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": parameter_count(config),
+        "bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def parameter_count(config) -> int:
+    """Of the whole model."""
+    from ..inference import shards
+
+    pieces = [piece for pieces in shards.plan(config, shards.WHOLE).values() for piece in pieces]
+    return sum(math.prod(stop - start for start, stop in (p.rows, p.columns or (0, 1))) for p in pieces)
+
+
+def check_space(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise ValueError(f"--out {out}: the weights take {needed:,} bytes, free are {free:,}")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    for pattern in COMPANIONS:
+        for file in filter(Path.is_file, source.glob(pattern)):
+            shutil.copy(file, target)
+
+
+def megatron_args(model) -> argparse.Namespace:
+    """The command line of Megatron's training for this model, which its scripts read from a checkpoint."""
+    config = model.config
+    return argparse.Namespace(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        group_query_attention=config.num_query_groups < config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        seq_length=model.max_sequence_length,
+        max_position_embeddings=model.max_sequence_length,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        rotary_percent=1.0,
+        normalization=config.normalization,
+        norm_epsilon=config.layernorm_epsilon,
+        swiglu=True,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        untie_embeddings_and_output_weights=not model.share_embeddings_and_output_weights,
+        num_experts=config.num_moe_experts,
+        moe_router_topk=config.moe_router_topk,
+        moe_ffn_hidden_size=config.moe_ffn_hidden_size,
+        padded_vocab_size=model.vocab_size,
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=1,
+    )

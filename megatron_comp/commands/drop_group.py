@@ -1,0 +1,69 @@
+"""`megatron-comp drop group`: assigns heads to ranks anew in blocks that cannot do without attention's sum as they are.
+
+Without the sum each rank's part of the MLP sees its own heads only, so it matters which heads stand together, and
+beside which part. Only the order of heads changes: with the sum, the block computes what it did.
+"""
+
+import argparse
+
+from ..launcher import output
+from ..spd.blocks import parse_blocks
+from ..spd.criteria import CRITERIA
+from . import drop_options
+
+EPILOG = "`megatron-comp drop distill --start FILE` goes on from these weights."
+
+COLUMNS = {
+    "block": ("block", "d"),
+    "criterion": ("criterion", ""),
+    "order": ("key-value heads", ""),
+    "relative": ("error", ".4f"),
+    "mse": ("mse", ".4g"),
+    "written": ("written", ""),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    drop_options.add_blocks(parser, tokens=4096)
+    parser.add_argument(
+        "--criterion",
+        choices=("best", *CRITERIA),
+        default="best",
+        help="heads of a rank far apart (diverse) or alike (similar), matched to the MLP by the largest norm (norm) or "
+        "the least change (error); best, the default: whichever leaves the least error on this text, or the own order",
+    )
+
+
+def check(args: argparse.Namespace) -> list[int]:
+    drop_options.check(args, "out")
+    return parse_blocks(args.blocks)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..inference import hf
+    from ..spd.block import stream
+    from ..spd.heads import candidates, permuted_attention
+    from ..spd.weights import begin
+
+    blocks = check(args)
+    config, file, missing = begin(args, blocks, {"criterion": args.criterion})
+    with hf.Checkpoint(args.model) as own:
+        for block, x, target, rope in stream(own, config, drop_options.windows(args), missing):
+            tried = candidates(block, x, target, rope, args.ranks)
+            best = min(tried, key=lambda name: tried[name]["relative"])
+            chosen = best if args.criterion == "best" else args.criterion
+            weights = permuted_attention(block, tried[chosen]["order"])
+            file.add(block.number, block.named(weights), {"criterion": chosen, "tried": tried})
+    rows = [
+        {
+            "block": block,
+            "criterion": name,
+            **found,
+            "order": " ".join(map(str, found["order"])),
+            "written": "*" if name == file.rows[str(block)]["criterion"] else "",
+        }
+        for block in blocks
+        for name, found in file.rows[str(block)]["tried"].items()
+    ]
+    output.show(f"drop group: TP={args.ranks}", COLUMNS, rows)
+    output.write_json(args.json, vars(args), rows)

@@ -1,0 +1,90 @@
+"""`megatron-comp generate`: greedy text, and what it took."""
+
+import argparse
+
+from tqdm import tqdm
+
+from ..launcher import output
+from . import options
+
+COLUMNS = {
+    "codec": ("codec", ""),
+    "tp": ("tensor-parallel ranks", "d"),
+    "prompt_tokens": ("prompt tokens", "d"),
+    "new_tokens": ("new tokens", "d"),
+    "ttft_ms": ("time to first token, ms", ".1f"),
+    "decode_tokens_per_s": ("decode, tokens/s", ".1f"),
+    "prefill_bytes_per_rank": ("bytes received a rank, prefill", ",d"),
+    "decode_bytes_per_rank": ("bytes received a rank, decode", ",d"),
+    "compressed_calls": ("compressed reductions", "d"),
+    "kept_calls": ("uncompressed reductions", "d"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_arguments(parser)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
+    parser.add_argument("--codec", metavar="C", help="a codec or preset for every reduction; none (the default): stock")
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="K", help="at most so many (default 32)")
+
+
+def check(args: argparse.Namespace) -> list[options.Setting]:
+    if bool(args.codec) + len(args.policy) > 1:
+        raise ValueError("give one --codec or --policy, not both")
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: at least one is needed")
+    options.check_files(args)
+    return options.settings(args, [args.codec] if args.codec else []) or [options.NONE]
+
+
+def run(args: argparse.Namespace) -> None:
+    (setting,) = check(args)
+    with options.opened(args) as (model, tokenizer):
+        if overrides := options.overrides(args, model, [setting]):
+            overrides.use(overrides.blocks_for(setting.policy))
+        row = generate_row(model, tokenizer, setting, args.prompt, args.max_new_tokens)
+    if output.is_first_rank():
+        print(row["text"], end="\n\n")
+        output.show_one("generate", COLUMNS, row)
+        output.write_json(args.json, vars(args), [row])
+
+
+def generate_row(model, tokenizer, setting: options.Setting, prompt: str, max_new_tokens: int) -> dict:
+    """Generates two tokens to warm up prefill and decode, and then to measure."""
+    from ..inference.generate import checked_prompt, generate
+    from ..layers.apply import apply_compression, stats
+
+    ids = tokenizer.encode(prompt)
+    checked_prompt(model, ids, max_new_tokens)
+    ends = model.hf_config.eos_token_id  # none, one, or several
+    eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    apply_compression(model, setting.policy)
+    generate(model, ids, min(2, max_new_tokens), eos)
+    apply_compression(model, setting.policy)  # counters start again
+
+    prefill_bytes = None
+    with tqdm(total=max_new_tokens, desc=f"generate {setting.name}", disable=not output.is_first_rank()) as bar:
+
+        def on_token(_token: int) -> None:
+            nonlocal prefill_bytes
+            if prefill_bytes is None:  # once: walking the model for every token would slow what is being timed
+                prefill_bytes = stats(model).received_bytes
+            bar.update()
+
+        made = generate(model, ids, max_new_tokens, eos, on_token)
+    after = stats(model)
+    return {
+        "codec": setting.name,
+        "tp": model.config.tensor_model_parallel_size,
+        "prompt_tokens": len(ids),
+        "new_tokens": len(made.tokens),
+        "ttft_ms": made.ttft_seconds * 1e3,
+        "decode_tokens_per_s": made.tokens_per_second,
+        "prefill_bytes_per_rank": prefill_bytes,
+        "decode_bytes_per_rank": after.received_bytes - prefill_bytes,
+        "compressed_calls": after.compressed.calls,
+        "kept_calls": after.kept.calls,
+        "kept_because": dict(after.kept_because),
+        # Decoded as one: some tokenizers drop a space at the start of what they decode.
+        "text": tokenizer.decode([*ids, *made.tokens], skip_special_tokens=True),
+    }

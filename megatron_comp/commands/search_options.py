@@ -1,0 +1,94 @@
+"""Options of `search --with-drop`, and what they stand for: a link, a prompt, and distilled weights."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..launcher import output
+from ..predict.figures import figures_of
+from ..predict.hardware import GPUS, WIRES
+from ..predict.models import load
+from ..predict.times import Job
+from ..search.candidates import PRESETS
+from ..wire.codec import Codec
+from ..wire.figures import Figures
+
+PROMPT_TOKENS = 1024
+# By the names that argparse leaves them under.
+NAMES = {
+    "distilled": "--weights",
+    "weights_out": "--weights-out",
+    "wire": "--link",
+    "calibration": "--calibration",
+    "gpu": "--gpu",
+    "prompt_tokens": "--prompt-tokens",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("dropped sums").add_argument
+    add(
+        "--with-drop",
+        action="store_true",
+        help="for each block also: leave attention's sum out; the policy is that of least predicted time of all sums",
+    )
+    # Other names than --weights and --link have elsewhere: the model is built with its own, and no links are made.
+    add("--weights", dest="distilled", metavar="FILE", help="of `drop distill`: blocks may be dropped with these too")
+    add("--weights-out", metavar="FILE", help="safetensors to write the weights of the chosen ones of these to")
+    add(
+        "--link",
+        dest="wire",
+        metavar="L",
+        help=f"a rate, as in 100mbit, or one of {', '.join(WIRES)}; alone, codecs take no time",
+    )
+    add("--calibration", metavar="FILE", help="link and codecs as `calibrate` measured them; --link gives another rate")
+    add("--gpu", metavar="NAME", help=f"codecs at the rate of its memory: one of {', '.join(GPUS)}")
+    add("--prompt-tokens", type=int, metavar="T", help=f"of the prompt that takes that time (default {PROMPT_TOKENS})")
+
+
+def check(args: argparse.Namespace) -> None:
+    given = {name: getattr(args, name) for name in NAMES if getattr(args, name) is not None}
+    if not args.with_drop:
+        if given:
+            raise ValueError(f"{NAMES[next(iter(given))]} is for --with-drop")
+        return
+    if args.paper:
+        raise ValueError("--paper has its own candidates: leave --with-drop out")
+    if args.wire is None and args.calibration is None:
+        raise ValueError(f"--with-drop needs --link, a rate or one of {', '.join(WIRES)}, or --calibration")
+    if args.gpu and args.calibration:
+        raise ValueError("--gpu and --calibration both say how long codecs take: leave one out")
+    if ("distilled" in given) != ("weights_out" in given):
+        raise ValueError("--weights and --weights-out go together: what is chosen of the one is written to the other")
+    if args.distilled and not Path(args.distilled).is_file():
+        raise ValueError(f"--weights {args.distilled}: no such file")
+    output.check_file("--weights-out", args.weights_out)
+    if args.distilled and Path(args.weights_out).resolve() == Path(args.distilled).resolve():
+        raise ValueError(f"--weights-out {args.weights_out}: is --weights, which stays as it is")
+    args.prompt_tokens = PROMPT_TOKENS if args.prompt_tokens is None else args.prompt_tokens
+    if args.prompt_tokens < 1:
+        raise ValueError(f"--prompt-tokens {args.prompt_tokens}: at least one is needed")
+    figures(args, (), 2)
+
+
+def figures(args: argparse.Namespace, candidates: Sequence[Codec], itemsize: int) -> Figures:
+    """Raises what `predict.figures.figures_of` raises."""
+    presets = [Codec.parse(name) for name in PRESETS]
+    return figures_of(args, (*candidates, *presets), args.tp, itemsize)
+
+
+def job(args: argparse.Namespace, itemsize: int) -> Job:
+    return Job(load(args.model), args.tp, 1, args.prompt_tokens, itemsize)
+
+
+def untimed(known: Figures, candidates: Sequence[Codec]) -> str:
+    """What a user should know of candidates whose time nobody has measured; empty if there is nothing."""
+    unknown = [str(codec) for codec in candidates if not known.knows(codec)]
+    if not known.codecs:
+        return f"search: times are those of messages on a link of {known.source}"
+    if not unknown:
+        return ""
+    return (
+        f"search: {known.source} has no time of {len(unknown)} of {len(candidates)} candidates, such as {unknown[0]}: "
+        "they are taken to be as slow as the slowest there; `megatron-comp calibrate --codec` measures them"
+    )

@@ -1,0 +1,1 @@
+"""Ranks on this machine, their network, and the tables and JSON that they leave."""

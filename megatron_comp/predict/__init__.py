@@ -1,0 +1,1 @@
+"""Predicted times of models on GPUs and links that need not be here."""

@@ -1,0 +1,68 @@
+"""The cost model beside rows of `megatron-comp bench ttft`."""
+
+import json
+from pathlib import Path
+
+from ..policy import CompressionPolicy
+from ..wire.figures import Figures
+from .figures import on_wire
+from .times import Job, sums
+
+COLUMNS = {
+    "policy": ("policy", ""),
+    "link": ("link", ""),
+    "measured_ms": ("measured ms", ".0f"),
+    "predicted_ms": ("predicted ms", ".0f"),
+    "error_pct": ("error, %", "+.0f"),
+    "measured_speedup": ("measured x none", ".2f"),
+    "predicted_speedup": ("predicted x none", ".2f"),
+}
+NEEDED = ("policy", "tp", "link", "prompt_tokens", "ttft_ms", "speedup_vs_none")
+
+
+def rows(file: str, job: Job, compute: float, known: Figures) -> list[dict]:
+    """A row for each of the file's that is of this job: compute in seconds, sums over the row's link.
+
+    Raises ValueError for a file that `bench ttft --json` did not write, or without a row of so many ranks and tokens.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        found = [{key: row[key] for key in NEEDED} | {"algorithm": row.get("algorithm")} for row in content["rows"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--measured {file}: not what `bench ttft --json` writes: {error!r}") from None
+    made = []
+    for row in found:
+        if (row["tp"], row["prompt_tokens"]) != (job.tp, job.tokens):
+            continue
+        there = known if row["link"] in ("local", "unshaped", "network") else on_wire(known, row["link"])
+        seconds = compute + sums(job, _policy(row, file), there, compute).seconds
+        stock = compute + sums(job, CompressionPolicy(), there).seconds
+        made.append(
+            {
+                "policy": row["policy"],
+                "link": row["link"],
+                "measured_ms": row["ttft_ms"],
+                "predicted_ms": seconds * 1e3,
+                "error_pct": 100 * (seconds * 1e3 / row["ttft_ms"] - 1),
+                "measured_speedup": row["speedup_vs_none"],
+                "predicted_speedup": stock / seconds,
+            }
+        )
+    if not made:
+        raise ValueError(f"--measured {file}: no row of {job.tp} ranks and {job.tokens} tokens")
+    return made
+
+
+def _policy(row: dict, file: str) -> CompressionPolicy:
+    """Of a codec's name, every sum compressed as the row says; or of a policy file."""
+    if row["policy"] == "none":
+        return CompressionPolicy()
+    if Path(row["policy"]).is_file():
+        return CompressionPolicy.from_file(row["policy"])
+    algorithm = row["algorithm"] if row["algorithm"] in ("gather_sum", "two_step") else "auto"
+    try:
+        return CompressionPolicy(codec=row["policy"], algorithm=algorithm, min_bytes=0)
+    except ValueError:
+        raise ValueError(
+            f"--measured {file}: row of {row['policy']}: neither a codec nor a policy file that is there"
+        ) from None

@@ -1,0 +1,108 @@
+"""Time to first token of a prompt, from a roofline of the compute and the predicted times of the sums.
+
+    compute   for each layer  max(flops / N / reached peak, bytes of weights / N / reached memory rate, launches)
+              flops: 2 a token and weight (of an MoE, of the experts that a token takes), and attention's 2 T^2 a head
+              value, half of the square since attention is causal; the head of the vocabulary for one token a prompt
+    sums      `megatron_comp.wire.cost`, for each layer and site as the policy decides; a dropped one takes nothing
+
+The two follow each other, as in Megatron's stock layers, but on a CPU, where layers overlap (`layers/overlap.py`): of a
+sum in n parts the wire takes 1/n then, as long as the MLPs' compute is not shorter than what it hides.
+"""
+
+from dataclasses import dataclass
+
+from ..policy import DROP, CompressionPolicy
+from ..wire.codec import Codec, CodecPair
+from ..wire.cost import choose_algorithm, choose_parts, stock_seconds, sum_seconds, wire_and_work
+from ..wire.figures import Figures
+from .hardware import Gpu, Shares
+from .models import Model
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prefill of `batch` prompts of `tokens` each on `tp` ranks."""
+
+    model: Model
+    tp: int
+    batch: int
+    tokens: int
+    itemsize: int = 2
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the tensor that is summed."""
+        return (self.batch * self.tokens, self.model.hidden)
+
+
+def compute_seconds(job: Job, gpu: Gpu, shares: Shares) -> float:
+    """Of everything but the sums, on one rank."""
+    model, rows = job.model, job.batch * job.tokens
+    attention = 2 * rows * job.tokens * model.heads * model.head_dim
+    touched, taken = max(model.experts, 1), max(model.active, 1)
+    layer = _roofline(
+        2 * rows * (model.attention_weights + taken * model.mlp_weights) + attention,
+        model.attention_weights + min(touched, taken * rows) * model.mlp_weights,
+        job,
+        gpu,
+        shares,
+    )
+    head = model.hidden * model.vocab
+    return model.layers * max(layer, shares.layer_us * 1e-6) + _roofline(2 * job.batch * head, head, job, gpu, shares)
+
+
+def _roofline(flops: float, weights: float, job: Job, gpu: Gpu, shares: Shares) -> float:
+    work = flops / job.tp / (gpu.tflops * 1e12 * shares.compute)
+    return max(work, weights * job.itemsize / job.tp / (gpu.memory_gb_s * 1e9 * shares.memory))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The sums of one forward."""
+
+    seconds: float
+    compressed: int
+    dropped: int
+    algorithms: frozenset[str]
+
+
+def sums(job: Job, policy: CompressionPolicy, figures: Figures, compute: float = 0.0) -> Sums:
+    """Every layer's and site's, as the policy decides. compute: seconds of all else, which may hide some of them."""
+    seconds, hidden, compressed, dropped, algorithms = 0.0, 0.0, 0, 0, set()
+    if job.tp == 1:
+        return Sums(0.0, 0, 0, frozenset())
+    stock = stock_seconds(job.shape[0] * job.shape[1] * job.itemsize, job.tp, figures)
+    for layer in range(job.model.layers):
+        for site in job.model.sites:
+            decision = policy.decide(
+                layer=layer,
+                site=site,
+                phase="prefill",
+                shape=job.shape,
+                itemsize=job.itemsize,
+                world_size=job.tp,
+                figures=figures,
+            )
+            if decision.reason == DROP:
+                dropped += 1
+            elif decision.codec is None:
+                seconds += stock
+            else:
+                way = choose_algorithm(job.shape, decision.codec, job.tp, decision.algorithm, figures)
+                its_seconds = sum_seconds(job.shape, decision.codec, job.tp, way, figures)
+                seconds += its_seconds
+                hidden += its_seconds - _in_parts(job, decision.codec, way, figures)
+                compressed += 1
+                algorithms.add(way)
+    seconds -= max(0.0, min(hidden, compute * job.model.share_of_mlps))
+    return Sums(seconds, compressed, dropped, frozenset(algorithms))
+
+
+def _in_parts(job: Job, codec: Codec | CodecPair, way: str, figures: Figures) -> float:
+    """Seconds of a sum that its layer does not compute in, if there is enough to compute."""
+    how = job.shape, codec, job.tp, way, figures
+    parts = 1 if job.model.experts else choose_parts(*how, figures.device)
+    if parts == 1:
+        return sum_seconds(*how)
+    wire, work = wire_and_work(*how, parts)
+    return work + wire / parts

@@ -1,0 +1,1 @@
+"""What a policy does to the predictions of a model on a text."""

@@ -1,0 +1,169 @@
+"""`search --with-drop`: for every block a codec for each of its sums, or attention's left out; least predicted time.
+
+An item of the knapsack is a block: a word for its attention (a codec, `none`, or `drop` with the model's own or with
+distilled weights) and one for its MLP. Its cost is the predicted time of its sums, and its damage a sum of
+
+    kept       what rounding attention's sum and the MLP's costs, from the sensitivities
+    dropped    the KL that was measured of the model with this block's sum alone dropped, and what rounding the one
+               message costs that carries both partial sums
+
+Damages of dropped blocks add up worse than those of roundings, which have no direction in common: so, as everywhere in
+the search, the choice counts by what is measured of it. The best policy without drops is found and measured too; where
+drops gain nothing, it is the answer.
+"""
+
+from dataclasses import dataclass, field
+
+from ..layers.sync_drop import check_block
+from ..policy import DROP, CompressionPolicy
+from ..predict.times import Job, sums
+from ..spd.blocks import layers_that_drop
+from ..wire.codec import Codec, parse_codec
+from ..wire.cost import stock_seconds, sum_seconds
+from ..wire.figures import Figures
+from .bound import Bound
+from .candidates import PRESETS, joined_name, policy_of_names, uniform
+from .measurements import Calibration
+from .results import Found
+from .solve import Choice, Frontier, undominated
+from .tune import total_cost, tune
+
+NS = 1e9  # costs are whole nanoseconds
+
+
+@dataclass(frozen=True)
+class Words:
+    """What one sum may be, `none` included, and what each word costs on a link. algorithm: of the codecs."""
+
+    candidates: tuple[Codec, ...]
+    algorithm: str
+    job: Job
+    figures: Figures
+    _costs: dict[str, int] = field(default_factory=dict, init=False, repr=False)
+
+    def choices(self, damages: list[list[float]], tokens: int) -> list[Choice]:
+        """damages: `[step][candidate]` of all tokens. The best trades, `none` always among them."""
+        stock = stock_seconds(self.job.shape[0] * self.job.shape[1] * self.job.itemsize, self.job.tp, self.figures)
+        found = [Choice("none", round(NS * stock), 0.0)]
+        for first, second, damage in self._pairs(damages):
+            name = joined_name(str(first), str(second))
+            found.append(Choice(name, self._cost(name), damage / tokens))
+        return undominated(found)
+
+    def _cost(self, name: str) -> int:
+        """All sums of a model are of one shape."""
+        if name not in self._costs:
+            seconds = sum_seconds(self.job.shape, parse_codec(name), self.job.tp, self.algorithm, self.figures)
+            self._costs[name] = round(NS * seconds)
+        return self._costs[name]
+
+    def _pairs(self, damages: list[list[float]]):
+        """(codec of the first phase, of the second, damage); `gather_sum` has one phase."""
+        rounded = list(zip(self.candidates, *damages, strict=True))
+        for first, damage, _ in rounded:
+            if self.algorithm == "gather_sum":
+                yield first, first, damage
+            else:
+                yield from ((first, second, damage + more) for second, _, more in rounded)
+
+    def seconds(self, policy: CompressionPolicy) -> float:
+        """Of all sums of a prefill, every message compressed that the policy compresses."""
+        return sums(self.job, policy, self.figures).seconds
+
+
+def search_with_drop(calibration: Calibration, bound: Bound, words: Words, min_bytes: int | str) -> Found:
+    """The policy of least predicted time within the bound. Raises ValueError for a model that can drop no sum."""
+    droppable = blocks_that_can(calibration.model)
+    places = calibration.sensitivity(words.candidates, joined=True)
+    drops = measured_drops(calibration, droppable)
+    with_drops = Frontier(items(places, words, calibration.tokens, drops))
+    without = Frontier(items(places, words, calibration.tokens, {}))
+
+    def measure(picked: dict[int, Choice]) -> dict:
+        policy, distilled = _policy(picked, words.algorithm), _distilled(picked)
+        dropped = sum(policy.drops(layer) for layer in picked)
+        name = f"{dropped} dropped" + (f", {len(distilled)} distilled" if distilled else "") if dropped else "no drop"
+        damage = sum(choice.damage for choice in picked.values())
+        return calibration.point(name, "mixed+drop" if dropped else "mixed", policy, damage, distilled)
+
+    found = [tune(frontier, bound, measure) for frontier in (without, with_drops)]
+    picked, point = min(found, key=lambda each: (total_cost(each[0]), each[1]["kl"]))
+    for codec in PRESETS:
+        calibration.point(codec, "preset", uniform(codec, words.algorithm))
+    return Found(
+        policy=_policy(picked, words.algorithm, min_bytes),
+        point=point,
+        bound=bound,
+        curves={"no drop": _curve(without), "with drops": _curve(with_drops)},
+        distilled=_distilled(picked),
+        seconds=words.seconds,
+    )
+
+
+def blocks_that_can(model) -> list[int]:
+    """Layers whose attention's sum can be left out. Raises ValueError with the first one's reason if there are none."""
+    able, reasons = [], []
+    for layer in model.decoder.layers:
+        try:
+            check_block(layer)
+            able.append(layer.layer_number - 1)
+        except ValueError as error:
+            reasons.append(str(error))
+    if not able:
+        raise ValueError(f"--with-drop: {reasons[0].removeprefix('policy: ')}")
+    return able
+
+
+def measured_drops(calibration: Calibration, blocks: list[int]) -> dict[int, list[tuple[bool, float]]]:
+    """By block, (distilled, KL with its sum alone dropped): with the model's own weights, and with distilled ones."""
+    drops: dict[int, list[tuple[bool, float]]] = {}
+    for block in reversed(blocks):  # from the last on, as `drop sensitivity` walks
+        policy = CompressionPolicy(layers=layers_that_drop([block]))
+        point = calibration.point(f"block {block} dropped", "block dropped", policy)
+        drops[block] = [(False, point["kl"])]
+        if calibration.overrides and block in calibration.overrides.blocks:
+            name = f"block {block} distilled"
+            point = calibration.point(name, "block distilled", policy, distilled=[block])
+            drops[block].append((True, point["kl"]))
+    return drops
+
+
+def items(
+    places: list[dict], words: Words, tokens: int, drops: dict[int, list[tuple[bool, float]]]
+) -> dict[int, list[Choice]]:
+    """By layer its choices, each named (attention's word, the MLP's word, whether with distilled weights).
+
+    places: of `Calibration.sensitivity`. drops: of `measured_drops`.
+    """
+    sites = {(place["layer"], place["site"]): place for place in places}
+    made = {}
+    for layer in sorted({layer for layer, _ in sites}):
+        attention, mlp = sites[layer, "attention"], sites[layer, "mlp"]
+        choices = [
+            Choice((first.name, second.name, False), first.cost + second.cost, first.damage + second.damage)
+            for first in words.choices(attention["damage"], tokens)
+            for second in words.choices(mlp["damage"], tokens)
+        ]
+        choices += [
+            Choice((DROP, word.name, distilled), word.cost, kl + word.damage)
+            for distilled, kl in drops.get(layer, ())
+            for word in words.choices(mlp["joined"], tokens)
+        ]
+        made[layer] = choices
+    return made
+
+
+def _policy(picked: dict[int, Choice], algorithm: str, min_bytes: int | str = 0) -> CompressionPolicy:
+    names = {}
+    for layer, choice in picked.items():
+        names[layer, "attention"], names[layer, "mlp"], _ = choice.name
+    return policy_of_names(names, algorithm, min_bytes)
+
+
+def _distilled(picked: dict[int, Choice]) -> list[int]:
+    return [layer for layer, choice in picked.items() if choice.name[2]]
+
+
+def _curve(frontier: Frontier) -> list[tuple[float, float]]:
+    """(milliseconds, predicted KL) of the best trades."""
+    return [(cost / NS * 1e3, damage) for cost, damage in zip(*frontier.curve(), strict=True)]

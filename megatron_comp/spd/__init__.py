@@ -1,0 +1,1 @@
+"""Sync-point drop: blocks without the sum after attention, and weights that make up for it."""

@@ -1,0 +1,71 @@
+"""Which blocks do without attention's sum: lists of them, their order and classes from a sensitivity's JSON."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from ..policy import CompressionPolicy
+
+CLASSES = ("insensitive", "sensitive", "extreme")
+
+
+def parse_blocks(text: str) -> list[int]:
+    """`0,3-5` as numbers. Raises ValueError for anything else."""
+    blocks: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+            raise ValueError(f"blocks {text!r}: expected numbers and ranges, as in 0,3-5")
+        blocks |= set(range(int(first), int(last or first) + 1))
+    return sorted(blocks)
+
+
+def read_rows(path: str) -> list[dict]:
+    """The rows of `megatron-comp drop sensitivity --json`, from the least sensitive block to the most.
+
+    Raises ValueError if the file is another one.
+    """
+    try:
+        rows = json.loads(Path(path).read_text())["rows"]
+        return sorted(rows, key=lambda row: (row["rank"], row["block"]))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{path} is not what `megatron-comp drop sensitivity --json` writes: {error!r}") from None
+
+
+def share_of(blocks: list[int], percent: float) -> list[int]:
+    """The first so many percent of the blocks, to the nearest whole one, in order of number."""
+    return sorted(blocks[: round(len(blocks) * percent / 100)])
+
+
+def classify(sensitivity: float, insensitive: float, extreme: float) -> str:
+    """The paper's ISB, SB and ESB: up to the first threshold, between them, above the second."""
+    return CLASSES[(sensitivity > insensitive) + (sensitivity > extreme)]
+
+
+def layers_that_drop(blocks: list[int]) -> dict[str, dict[str, str]]:
+    """A policy's `layers` for them, neighbours in one range."""
+    ranges: list[list[int]] = []
+    for block in sorted(blocks):
+        if ranges and block == ranges[-1][1] + 1:
+            ranges[-1][1] = block
+        else:
+            ranges.append([block, block])
+    return {f"{a}-{b}" if a != b else str(a): {"attention": "drop"} for a, b in ranges}
+
+
+def dropped_blocks(policy: CompressionPolicy) -> list[int]:
+    """Layers whose attention's sum a policy leaves out."""
+    named = {int(end) for key in policy.layers for end in str(key).split("-")}
+    return [layer for layer in range(max(named, default=-1) + 1) if policy.drops(layer)]
+
+
+def write_policy(path: str, blocks: list[int], codec: str) -> None:
+    words = {"codec": codec, "layers": layers_that_drop(blocks)}
+    Path(path).write_text(yaml.safe_dump(words, sort_keys=False))
+
+
+def check_blocks(blocks: list[int], config) -> None:
+    """Raises ValueError for a layer that the model does not have."""
+    if blocks[-1] >= config.num_hidden_layers:
+        raise ValueError(f"--blocks: the model has layers 0 to {config.num_hidden_layers - 1}, not {blocks[-1]}")

@@ -1,0 +1,74 @@
+import json
+import math
+
+import oracles
+import pytest
+import torch
+from models import policy
+from ranks import run_ranks
+
+from megatron_comp.commands import options
+from megatron_comp.commands.evaluate import evaluate
+from megatron_comp.inference.model import build_model, init_parallel
+
+KEYS = "codec algorithm bits_per_value perplexity perplexity_increase_pct kl top1_agreement bytes_per_rank seconds"
+WINDOWS, CONTEXT = 2, 64
+
+
+@pytest.fixture(scope="module")
+def expected_perplexity(smollm2, sotu_text):
+    """Of the uncompressed model, as transformers alone computes it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(smollm2).encode(sotu_text.read_text()[:2000])[: WINDOWS * CONTEXT]
+    ids = torch.tensor(ids).view(WINDOWS, CONTEXT)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    with torch.no_grad():
+        log_probs = model(ids).logits[:, :-1].log_softmax(-1)
+    return math.exp(-log_probs.gather(-1, ids[:, 1:, None]).mean().item())
+
+
+def test_rows(command, smollm2, sotu_text, tmp_path, expected_perplexity):
+    done = command(
+        *("evaluate", "--model", smollm2, "--tp", 3, "--text", sotu_text, "--json", tmp_path / "rows.json"),
+        *("--tokens", WINDOWS * CONTEXT, "--context", CONTEXT, "--algorithm", "gather_sum"),
+        *("--codec", "int8:32:fp16", "--codec", "mxfp4"),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["codec"] for row in rows] == ["none", "int8:32:fp16", "mxfp4"]
+    assert all(set(row) == set(KEYS.split()) for row in rows)
+    none, int8, mxfp4 = rows
+
+    # Sums of fp32 in another order: 2e-5 were seen.
+    assert none["perplexity"] == pytest.approx(expected_perplexity, rel=1e-4)
+    assert (none["kl"], none["top1_agreement"], none["perplexity_increase_pct"]) == (0, 1, 0)
+    assert 0 < int8["kl"] < 0.01 < mxfp4["kl"] < 1
+    assert mxfp4["top1_agreement"] < int8["top1_agreement"] <= 1
+
+    values = 60 * WINDOWS * CONTEXT * 576
+    assert [row["bits_per_value"] for row in rows] == [32, 8.5, 4.25]
+    assert none["bytes_per_rank"] == values * 4 * 2 * 2 // 3  # a ring of 3
+    assert mxfp4["bytes_per_rank"] == values * 4.25 / 8 * 2
+    for row in rows:
+        assert row["codec"] in done.stdout
+
+
+def mixtral_rows(rank, world_size, ref, dispatcher):
+    init_parallel(world_size)
+    model = build_model(ref.folder, token_dispatcher=dispatcher)
+    return evaluate(model, ref.ids, [options.NONE, options.Setting("mxfp8", policy(codec="mxfp8"))])
+
+
+@pytest.mark.parametrize("dispatcher", options.TOKEN_DISPATCHERS)
+def test_rows_of_a_mixtral_count_its_experts(mixtrals, dispatcher):
+    """Two windows of 11 tokens, 3 layers of hidden size 96.
+
+    Without sequence parallelism stock dispatchers reduce-scatter every token twice, all-to-all for each of its experts.
+    """
+    for none, mxfp8 in run_ranks(mixtral_rows, 2, mixtrals[4], dispatcher):
+        ring = reduce_scatter = 11 * 96 * 4
+        copies = {"allgather": 1, "alltoall": 2}[dispatcher]
+        assert none["bytes_per_rank"] == 2 * 3 * (ring + copies * reduce_scatter)
+        assert mxfp8["bytes_per_rank"] == 2 * 3 * 2 * oracles.message_bytes("fp8_e4m3:32:e8m0", (11, 96))
+        assert 0 < mxfp8["kl"] < 0.05

@@ -1,0 +1,274 @@
+"""`megatron-comp plan`: its arithmetic by hand, its errors on published figures, its advice and its messages."""
+
+import argparse
+import json
+from dataclasses import replace
+
+import pytest
+
+from megatron_comp import cli
+from megatron_comp.commands import plan
+from megatron_comp.policy import CompressionPolicy
+from megatron_comp.predict import published
+from megatron_comp.predict.figures import figures_of
+from megatron_comp.predict.hardware import Gpu, Interconnect, Shares, figures_for, wire_of
+from megatron_comp.predict.models import MODELS, Model, from_config, load
+from megatron_comp.predict.times import Job, compute_seconds, sums
+from megatron_comp.wire.codec import Codec
+from megatron_comp.wire.figures import LINKS, CodecCost, Figures, Link
+
+TINY = Model(layers=3, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=100)
+EASY = Gpu(tflops=1e-6, memory_gb_s=1e-3, source="a million flops and bytes a second")
+ALL = Shares(compute=1.0, memory=1.0, codec=1.0, codec_call_us=0.0, layer_us=0.0)
+
+
+@pytest.mark.parametrize(
+    "name, billions",
+    [("llama-2-7b", 6.74), ("llama-2-13b", 13.02), ("llama-2-70b", 68.98), ("llama-3.1-8b", 8.03),
+     ("llama-3.1-70b", 70.55), ("mixtral-8x7b", 46.70)],
+)  # fmt: skip
+def test_rows_have_the_parameters_that_their_makers_state(name, billions):
+    model = MODELS[name]
+    layer = model.attention_weights + max(model.experts, 1) * model.mlp_weights
+    assert (model.layers * layer + 2 * model.hidden * model.vocab) / 1e9 == pytest.approx(billions, rel=0.002)
+
+
+def test_a_real_config(smollm2):
+    model = load(str(smollm2))
+    assert model == Model(30, 576, 1536, 9, 3, 64, 49152) == load(str(smollm2 / "config.json"))
+
+
+def test_mixtral_configs_have_experts():
+    config = {
+        "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 50,
+        "num_local_experts": 8, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    assert from_config(config, "x") == Model(2, 64, 96, 4, 4, 16, 50, experts=8, active=2)
+    assert from_config(config, "x").sites == ("attention", "experts")
+
+
+def test_compute_by_hand():
+    """Two prompts of 8 tokens on 2 ranks: flops bind. One token: the weights' bytes do."""
+    attention, mlp, head = 2 * 64 * 16 * 6, 3 * 64 * 128, 64 * 100
+    layer = 2 * 16 * (attention + mlp) + 2 * 16 * 8 * 64
+    assert compute_seconds(Job(TINY, 2, 2, 8), EASY, ALL) == pytest.approx((3 * layer + 2 * 2 * head) / 2 / 1e6)
+    one = 2 * (3 * (attention + mlp) + head) / 2 / 1e6
+    assert compute_seconds(Job(TINY, 2, 1, 1), Gpu(1.0, 1e-3, ""), ALL) == pytest.approx(one)
+    slow_to_start = Shares(1.0, 1.0, 1.0, 0.0, layer_us=1e6)
+    assert compute_seconds(Job(TINY, 2, 1, 1), Gpu(1.0, 1.0, ""), slow_to_start) == pytest.approx(3, rel=1e-3)
+
+
+def test_a_token_takes_its_active_experts_and_a_batch_reads_all():
+    mixture = Model(3, 64, 128, 4, 2, 16, 100, experts=8, active=2)
+    dense_twice = Model(3, 64, 256, 4, 2, 16, 100)
+    job, twice = Job(mixture, 2, 2, 64), Job(dense_twice, 2, 2, 64)
+    assert compute_seconds(job, EASY, ALL) == pytest.approx(compute_seconds(twice, EASY, ALL))
+    reads = Gpu(1e3, 1e-3, "")
+    more = compute_seconds(job, reads, ALL) - compute_seconds(twice, reads, ALL)
+    assert more == pytest.approx(3 * 6 * 3 * 64 * 128 * 2 / 2 / 1e6, rel=1e-3)
+
+
+FIGURES = Figures(
+    dict.fromkeys(LINKS, Link(1e6, 0.0)),
+    {str(Codec.parse("mxfp4")): CodecCost()},
+    0.1,
+    {"ranks": 2, "device": "cpu"},
+)
+
+
+def test_sums_by_hand():
+    job = Job(TINY, 2, 1, 16)
+    stock, message = 16 * 64 * 2 / 1e6, (16 * 32 + 16 * 2) / 1e6
+    assert sums(job, CompressionPolicy(), FIGURES).seconds == pytest.approx(6 * stock)
+    words = {"codec": "mxfp4", "algorithm": "gather_sum", "min_bytes": 0}
+    made = sums(job, CompressionPolicy(**words), FIGURES)
+    assert (made.seconds, made.compressed) == (pytest.approx(6 * message), 6)
+    layers = {0: "none", 1: {"attention": "drop"}}
+    made = sums(job, CompressionPolicy(**words, layers=layers), FIGURES)
+    assert (made.compressed, made.dropped) == (3, 1)
+    assert made.seconds == pytest.approx(2 * stock + 3 * message)
+    assert sums(Job(TINY, 1, 1, 16), CompressionPolicy(**words), FIGURES).seconds == 0
+
+
+def test_sums_that_layers_overlap_by_hand():
+    """On a CPU, in eight parts: codec and an eighth of the wire, as long as MLPs compute no less than that hides."""
+    model, cost = Model(3, 1024, 2048, 16, 16, 64, 100), CodecCost(0.0, 1e-9, 0.0, 1e-9)
+    known = replace(FIGURES, codecs={str(Codec.parse("mxfp4")): cost})
+    job, values, message = Job(model, 2, 1, 2048), 2048 * 1024, 2048 * (512 + 32)
+    policy = CompressionPolicy(codec="mxfp4", algorithm="gather_sum", min_bytes=0)
+    wire, work = message / 1e6, values * 3e-9
+    hidden_by_chunks = work * (1 - 1 / 4)  # of 256 KiB; codec and wire hide each other
+    alone = 6 * (wire + work - hidden_by_chunks)
+    assert sums(job, policy, known).seconds == pytest.approx(alone)
+    assert sums(job, policy, known, 100.0).seconds == pytest.approx(6 * (work + wire / 8))
+    share = 3 * 2048 / (3 * 2048 + 4 * 1024)
+    assert sums(job, policy, known, 1.0).seconds == pytest.approx(alone - share)
+    for other in (replace(job, model=replace(model, experts=8, active=2)), job):
+        there = known if other.model.experts else replace(known, measured={"ranks": 2, "device": "cuda"})
+        assert sums(other, policy, there, 100.0).seconds == sums(other, policy, there).seconds
+
+
+def test_a_policy_is_gated_by_the_prediction():
+    fast = figures_for(Gpu(100, 1e-3, "codecs that crawl"), wire_of("nvlink4"), Shares(), [Codec.parse("mxfp4")], 2)
+    job = Job(TINY, 2, 1, 16)
+    assert sums(job, CompressionPolicy(codec="mxfp4"), fast).compressed == 0
+    assert sums(job, CompressionPolicy(codec="mxfp4"), FIGURES).compressed == 6
+
+
+@pytest.mark.parametrize("link, gb_s", [("100mbit", 0.0125), ("2.5gbit", 0.3125), ("pcie4x16", 32)])
+def test_links_by_name_and_by_rate(link, gb_s):
+    assert wire_of(link).gb_s == pytest.approx(gb_s)
+
+
+def test_published_rows_are_met_as_well_as_the_readme_says():
+    rows = published.rows()
+    paper = [row for row in rows if row["source"] == "2411.09510"]
+    assert max(abs(row["error_pct"]) for row in paper if row["use"] == "fitted") < 8
+    held_out = [abs(row["error_pct"]) for row in paper if row["use"] == "held out" and "7b" not in row["case"]]
+    assert len(held_out) == 9 and max(held_out) < 15
+    large = [row for row in rows if abs(row["error_pct"]) > 100 * published.LARGE]
+    assert all(row["reason"] or row["use"] == "fitted" for row in large)
+    quickreduce = [row for row in rows if row["case"].startswith("2xMI300X") and row["use"] == "held out"]
+    assert len(quickreduce) == 4 and max(abs(row["error_pct"]) for row in quickreduce) < 8
+
+
+def run(capsys, *arguments):
+    assert cli.main(["plan", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_slow_links_should_compress_and_fast_ones_not(capsys, tmp_path):
+    out = run(capsys, "--model", "llama-2-70b", "--tp", 8, "--gpu", "l4", "--link", "pcie4x16")
+    assert "Compress with mxfp4 by two_step" in out
+    out = run(capsys, "--model", "llama-2-7b", "--tp", 2, "--tokens", 64, "--gpu", "H100", "--link", "nvlink4")
+    assert "Leave compression off" in out
+    policy, rows = tmp_path / "policy.yaml", tmp_path / "rows.json"
+    policy.write_text("codec: int8:32:fp16\nlayers: {3-9: {attention: drop}}\n")
+    where = ("--gpu", "A100", "--link", "10gbit", "--policy", policy, "--codec", "mxfp4>mxfp8", "--json", rows)
+    run(capsys, "--model", "llama-2-7b", "--tp", 4, *where)
+    made = json.loads(rows.read_text())["rows"]
+    assert [row["codec"] for row in made] == ["none", "mxfp4>mxfp8", str(policy)]
+    assert (made[2]["dropped"], made[2]["compressed"]) == (7, 57)
+
+
+def test_check_prints_every_row(capsys):
+    out = run(capsys, "--check")
+    assert out.count("llama-2-70b") == 12 and "Held out: " in out
+
+
+def test_measured_rows(capsys, tmp_path):
+    """Made by the model itself: no error is found, and the file's circumstances are used."""
+    FIGURES.write(tmp_path / "figures.yaml")
+    row = {"algorithm": "all_reduce", "tp": 2, "link": "local", "prompt_tokens": 16, "speedup_vs_none": 1.0}
+    model = tmp_path / "config.json"
+    sizes = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    model.write_text(json.dumps(sizes | {"num_key_value_heads": 2, "vocab_size": 100}))
+    stock = 16 * 64 * 4 / 1e6 * 6e3
+    rows = [row | {"policy": "none", "ttft_ms": 50 + stock}, row | {"policy": "none", "ttft_ms": 1.0, "tp": 4}]
+    rows.append(row | {"policy": "none", "ttft_ms": 50 + stock * 1e6 / 11.25e3, "link": "100kbit"})
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
+    words = ("--model", model, "--tp", 2, "--tokens", 16, "--dtype", "float32", "--compute-ms", 50)
+    files = ("--calibration", tmp_path / "figures.yaml", "--measured", tmp_path / "rows.json")
+    run(capsys, *words, *files, "--json", tmp_path / "out.json")
+    made = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [each["link"] for each in made] == ["local", "100kbit"]
+    assert [each["error_pct"] for each in made] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_measured_rows_of_a_policy_with_drops_and_mixed_codecs(capsys, tmp_path):
+    """As `bench ttft` names it: by its file. Times by hand, at 0.9 of 100 kbit/s and no latency."""
+    FIGURES.write(tmp_path / "figures.yaml")
+    policy, model = tmp_path / "policy.yaml", tmp_path / "config.json"
+    policy.write_text(
+        "codec: mxfp4\nalgorithm: gather_sum\nmin_bytes: 0\n"
+        "layers: {0: {attention: drop, mlp: int8:32:fp16}, 1: {attention: none}, 2: {attention: drop, mlp: none}}\n"
+    )
+    sizes = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    model.write_text(json.dumps(sizes | {"num_key_value_heads": 2, "vocab_size": 100}))
+    stock, int8, mxfp4 = 16 * 64 * 4, 16 * 64 + 16 * 2 * 2, 16 * 32 + 16 * 2
+    predicted = 50 + 1e3 * (2 * stock + int8 + mxfp4) / (0.9 * 1e5 / 8)
+    row = {"algorithm": "gather_sum", "tp": 2, "link": "100kbit", "prompt_tokens": 16, "speedup_vs_none": 1.0}
+    rows = [row | {"policy": str(policy), "ttft_ms": 2 * predicted, "dropped": 2}]
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
+    words = ["--model", model, "--tp", 2, "--tokens", 16, "--dtype", "float32", "--compute-ms", 50]
+    words += ["--calibration", tmp_path / "figures.yaml", "--json", tmp_path / "out.json"]
+    run(capsys, *words, "--measured", tmp_path / "rows.json")
+    (made,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert (made["predicted_ms"], made["error_pct"]) == (pytest.approx(predicted), pytest.approx(-50))
+    run(capsys, *words, "--policy", policy, "--link", "100kbit", "--codec", "mxfp4")
+    (made,) = (row for row in json.loads((tmp_path / "out.json").read_text())["rows"] if row["codec"] == str(policy))
+    assert made["ttft_ms"] == pytest.approx(predicted) and (made["dropped"], made["compressed"]) == (2, 2)
+    policy.unlink()
+    assert cli.main(["plan", *map(str, words), "--measured", str(tmp_path / "rows.json")]) == 2
+    assert "neither a codec nor a policy file that is there" in capsys.readouterr().err
+
+
+def test_what_dropping_would_add(capsys, tmp_path):
+    where = ("--tp", 8, "--gpu", "l4", "--link", "pcie4x16", "--codec", "mxfp4", "--json", tmp_path / "rows.json")
+    out = run(capsys, "--model", "llama-2-70b", *where, "--drop", 50)
+    *_, two_step, alone, both = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(row["codec"], row["dropped"]) for row in (two_step, alone, both)] == [
+        *zip(("mxfp4", "none", "mxfp4"), (0, 40, 40))
+    ]
+    saved = two_step["share_of_sums"] * two_step["ttft_ms"] / 4  # half of attention's sums, of as many of the MLP's
+    assert both["ttft_ms"] == pytest.approx(two_step["ttft_ms"] - saved)
+    gain = two_step["ttft_ms"] / both["ttft_ms"]
+    assert (
+        f"Dropping 40 of attention's sums beside mxfp4 by two_step: {both['ttft_ms']:.0f} ms predicted, {gain:.2f}"
+        in out
+    )
+    out = run(
+        capsys, "--model", "llama-2-7b", "--tp", 2, "--gpu", "H100", "--link", "nvlink4", "--tokens", 64, "--drop", 25
+    )
+    assert "Leave compression off" in out and "Dropping 8 of attention's sums alone" in out
+
+
+def test_a_link_alone_leaves_codecs_out():
+    args = argparse.Namespace(calibration=None, gpu=None, wire="100mbit")
+    known = figures_of(args, [Codec.parse("mxfp4")], 3, 4)
+    assert known.cost(Codec.parse("mxfp4")) == CodecCost() and known.links["all_gather"].bytes_per_s == 0.9 * 100e6 / 8
+    assert known.links == figures_for(EASY, wire_of("100mbit"), ALL, [], 3).links
+
+
+WHOLE = ["--model", "llama-2-7b", "--tp", "2"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--model is needed, or --check"),
+        (["--model", "llama-2-7b"], "--tp is needed"),
+        (["--model", "llama-9", "--tp", "2", "--gpu", "L4", "--link", "1gbit"], "--model llama-9: neither a folder"),
+        (WHOLE, "give --gpu, one of L4"),
+        ([*WHOLE, "--gpu", "L4"], "give --link, a name (pcie3x16"),
+        ([*WHOLE, "--gpu", "L5", "--link", "1gbit"], "--gpu L5: allowed are L4"),
+        ([*WHOLE, "--gpu", "L4", "--link", "fast"], "--link 'fast' is no rate"),
+        ([*WHOLE, "--gpu", "L4", "--compute-ms", "5", "--link", "1gbit"], "and not both"),
+        ([*WHOLE, "--compute-ms", "5", "--link", "1gbit"], "--compute-ms needs --calibration"),
+        ([*WHOLE, "--gpu", "L4", "--link", "1gbit", "--codec", "mxfp5"], "codec 'mxfp5'"),
+        ([*WHOLE, "--gpu", "L4", "--link", "1gbit", "--batch", "0"], "--batch 0"),
+        ([*WHOLE, "--gpu", "L4", "--link", "1gbit", "--drop", "0"], "--drop 0: allowed are percents above 0"),
+        (
+            ["--model", "mixtral-8x7b", "--tp", "2", "--gpu", "L4", "--link", "1gbit", "--drop", "50"],
+            "a mixture of experts cannot do without attention's sums",
+        ),
+    ],
+)
+def test_mistakes_are_told_in_one_line(capsys, arguments, message):
+    assert cli.main(["plan", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("megatron-comp: error") and err.count("\n") == 1
+
+
+def test_wires_reach_a_share_of_their_rate():
+    known = figures_for(EASY, Interconnect(10, 2, "", reached=0.5), ALL, [], 3)
+    assert known.links["all_gather"] == Link(5e9, pytest.approx(4e-6))
+    assert known.links["all_reduce"].latency_s == pytest.approx(8e-6)
+
+
+def test_advice_names_what_gains_most():
+    base = {"codec": "none", "algorithm": "all_reduce", "ttft_ms": 100.0, "speedup_vs_none": 1.0, "share_of_sums": 0.5}
+    base["dropped"] = 0
+    rows = [base, base | {"codec": "a", "ttft_ms": 60.0, "speedup_vs_none": 100 / 60}, base | {"codec": "b"}]
+    assert plan.advice(rows).startswith("Compress with a by all_reduce: 60 ms instead of 100")
+    assert plan.advice([base, base | {"speedup_vs_none": 1.04}]).startswith("Leave compression off: sums take 50%")

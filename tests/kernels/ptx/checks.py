@@ -1,0 +1,183 @@
+"""Compiled kernels against `wire/reference.py`: cases, and one check for each operation.
+
+A case is a codec, an operation, a shape and a type of number. Tensors are those of `kernel_cases`: every block is of
+one kind, ties, subnormals, NaN and infinities among them.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # where kernel_cases is
+
+import kernel_cases  # noqa: E402
+from device import Device  # noqa: E402
+
+from megatron_comp.kernels.format import TILE  # noqa: E402
+from megatron_comp.wire import gpu, message, reference  # noqa: E402
+from megatron_comp.wire.formats import (  # noqa: E402
+    BLOCK_SIZES,
+    ELEMENTS,
+    FLAGS,
+    PRESETS,
+    ROUNDING_RULES,
+    SCALES,
+    Format,
+)
+
+RANKS = 3
+DTYPES = kernel_cases.DTYPES
+
+
+@dataclass(frozen=True)
+class Case:
+    operation: str
+    codec: str
+    shape: tuple[int, int]
+    dtype: str
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.operation} {self.codec} {list(self.shape)} {self.dtype}"
+
+    def check(self, device: Device) -> None:
+        OPERATIONS[self.operation](device, Format.parse(self.codec), self.shape, DTYPES[self.dtype], self.seed)
+
+
+# Operations. Outputs hold 0xFF before, which as a float is NaN.
+
+
+def check_encode(device, fmt, shape, dtype, seed) -> None:
+    x = kernel_cases.tensor(shape, dtype, fmt.block, seed)
+    found, expected = _messages(fmt, shape)
+    device.run(lambda: gpu.encode(x, fmt, found), [x], [found])
+    reference.encode(x, fmt, expected)
+    _compare(found, expected)
+
+
+def check_decode_sum(device, fmt, shape, dtype, seed) -> None:
+    messages = _encoded(fmt, shape, dtype, seed)
+    found, expected = torch.full(shape, torch.nan, dtype=dtype), torch.empty(shape, dtype=dtype)
+    device.run(lambda: gpu.decode_sum(messages, fmt, found), [messages], [found])
+    reference.decode_sum(messages, fmt, expected)
+    kernel_cases.assert_same_bits(found, expected)
+
+
+def check_decode_sum_encode(device, fmt, shape, dtype, seed) -> None:
+    messages = _encoded(fmt, shape, dtype, seed)
+    found, expected = _messages(fmt, shape)
+    device.run(lambda: gpu.decode_sum_encode(messages, shape, fmt, fmt, found), [messages], [found])
+    reference.decode_sum_encode(messages, shape, fmt, fmt, expected)
+    _compare(found, expected)
+
+
+def check_far(device, fmt, shape, dtype, seed) -> None:
+    """More than 2^31 values: the blocks of the first and of the last row, encoded and decoded.
+
+    The system gives memory when it is first used, so that the tensors cost what these two rows touch.
+    """
+    rows, hidden = shape
+    ends = kernel_cases.tensor((2, hidden), dtype, fmt.block, seed)
+    x, found = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    x[0], x[-1] = ends
+    layout = message.layout(fmt, *shape)
+    its_message, expected = torch.empty(layout.nbytes, dtype=torch.uint8), torch.empty_like(ends)
+    tiles = -(-hidden // TILE)
+    blocks = [*range(tiles), *range(-tiles, 0)]
+    device.run(lambda: gpu.encode(x, fmt, its_message), [x], [its_message], blocks)
+    device.run(lambda: gpu.decode_sum(its_message[None], fmt, found), [its_message], [found], blocks)
+    of_ends = _messages(fmt, ends.shape)[1]
+    reference.encode(ends, fmt, of_ends)
+    for field, sections in message.layout(fmt, *ends.shape).fields.items():
+        for section, whole in zip(sections, layout.fields[field]):
+            _compare(whole.view(its_message)[[0, -1]].flatten(), section.view(of_ends).flatten())
+    reference.decode_sum(of_ends[None], fmt, expected)
+    kernel_cases.assert_same_bits(found[[0, -1]], expected)
+
+
+OPERATIONS = {
+    "encode": check_encode,
+    "decode_sum": check_decode_sum,
+    "decode_sum_encode": check_decode_sum_encode,
+    "far": check_far,
+}
+IN_TURN = list(OPERATIONS)[:3]
+# Taken as one long row, and row by row because a row is no number of whole blocks.
+FAR = [Case("far", "int8:32:fp32", (140_001, hidden), "bf16") for hidden in (16_384, 16_384 + 8)]
+
+
+def _messages(fmt, shape):
+    nbytes = message.layout(fmt, *shape).nbytes
+    return torch.full((nbytes,), 0xFF, dtype=torch.uint8), torch.empty(nbytes, dtype=torch.uint8)
+
+
+def _encoded(fmt, shape, dtype, seed):
+    return kernel_cases.encoded(fmt, [kernel_cases.tensor(shape, dtype, fmt.block, seed + r) for r in range(RANKS)])
+
+
+def _compare(found, expected) -> None:
+    differ = (found != expected).nonzero().flatten().tolist()
+    assert not differ, f"{len(differ)} of {len(expected)} bytes differ: " + "; ".join(
+        f"byte {at} is {found[at]:#04x}, not {expected[at]:#04x}" for at in differ[:3]
+    )
+
+
+# Sets of cases.
+
+
+def whole_matrix() -> list[Case]:
+    """The codecs of `kernel_cases.MIXED` in every way, and each other codec in one, in turn."""
+    cases = [*FAR]
+    for codec in kernel_cases.MIXED:
+        shapes = [*kernel_cases.shapes(Format.parse(codec)).values(), (1, 4096), (4, 4096)]
+        combinations = itertools.product(IN_TURN, shapes, DTYPES)
+        cases += [Case(op, codec, shape, dtype, i) for i, (op, shape, dtype) in enumerate(combinations)]
+    return cases + list(in_turn(kernel_cases.PLAIN + kernel_cases.OPTIONS, 1))
+
+
+def every_shape() -> list[Case]:
+    shapes = kernel_cases.shapes(Format.parse("mxfp4")).values()
+    return [*(Case(op, "mxfp4", shape, "bf16") for op in IN_TURN for shape in shapes), *FAR]
+
+
+# What the test suite runs.
+SUITE = {
+    "shapes": every_shape,
+    "presets": lambda: list(in_turn([*PRESETS], 3)),
+    "options": lambda: list(in_turn(covering()[len(PRESETS) :], 2)),
+}
+
+
+def in_turn(codecs: list[str], operations: int) -> Iterator[Case]:
+    """So many operations of each codec; shapes and types take turns so that each meets every operation."""
+    for number, codec in enumerate(codecs):
+        shapes = [*kernel_cases.shapes(Format.parse(codec)).values()]
+        for i in range(operations):
+            turn = number + i
+            shape, dtype = shapes[(number + 3 * i) % len(shapes)], [*DTYPES][(number // 3 + i) % 3]
+            yield Case(IN_TURN[turn % 3], codec, shape, dtype, number)
+
+
+def covering() -> list[str]:
+    """All presets, and of other codecs as few as hold every element, block size, scale, rule and option.
+
+    One with `search` is taken only once: its kernels take up to 15 s to compile.
+    """
+    missing = {*ELEMENTS, *map(str, BLOCK_SIZES), *SCALES, *ROUNDING_RULES, *FLAGS}
+    chosen = list(PRESETS)
+    for preset in PRESETS.values():
+        missing -= {*preset.split(":")}
+    while missing:
+        codecs = [
+            codec for codec in kernel_cases.PLAIN + kernel_cases.OPTIONS if "search" in missing or "search" not in codec
+        ]
+        best = max(codecs, key=lambda codec: len(missing & {*codec.split(":")}))
+        if not missing & {*best.split(":")}:
+            raise AssertionError(f"no codec has {missing}")
+        chosen.append(best)
+        missing -= {*best.split(":")}
+    return chosen

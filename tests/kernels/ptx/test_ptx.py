@@ -1,0 +1,55 @@
+"""The kernels as compiled write the reference's bytes, and nothing beside them: executed on a CPU (device.py).
+
+Each test is a process of its own, because Triton's driver is replaced in it. `python tests/kernels/ptx/matrix.py` runs
+all cases, `mutants.py` shows that the checks find broken kernels.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+REPO = HERE.parents[2]
+# Read, not imported: this process interprets the kernels that mutants.py compiles.
+MUTANTS = re.findall(r'^    "(.+)": Mutant\(', (HERE / "mutants.py").read_text(), re.MULTILINE)
+
+pytestmark = pytest.mark.skipif(
+    not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))),
+    reason="needs a C compiler for the stub of libcuda",
+)
+
+
+def run(script, *arguments, cache):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = subprocess.run(
+        [sys.executable, HERE / script, *arguments], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    return result.stdout.splitlines()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("part", ["shapes", "presets", "options"])
+def test_bytes_of_the_reference(part, first, compiled_kernels):
+    arguments = ["--suite", part, "--every", "2", "--from", str(first)]
+    assert " 0 failed" in run("matrix.py", *arguments, cache=compiled_kernels)[-1]
+
+
+def test_older_gpu(compiled_kernels):
+    """sm_80 has other instructions: no stmatrix, other conversions."""
+    for every, part in ((2, "shapes"), (3, "presets")):
+        arguments = ["--capability", "80", "--suite", part, "--every", str(every)]
+        assert " 0 failed" in run("matrix.py", *arguments, cache=compiled_kernels)[-1]
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_broken_kernel_is_found(name, compiled_kernels):
+    lines = run("mutants.py", name, cache=compiled_kernels)
+    assert lines and all(line.startswith(name) and "NOT FOUND" not in line for line in lines)
