@@ -1,14 +1,13 @@
 """Which code encodes and decodes on a device. All backends write the same bytes and sum to the same bits.
 
-A backend is a module with the three functions of `reference.py`, which see tensors `[rows, hidden]` of at least one
+A backend is a module with the five functions of `reference.py`, which see tensors `[rows, hidden]` of at least one
 element and fill all of `out`, which is contiguous:
 
     encode(x, fmt, out)                                     decode_sum(messages, fmt, out)
+    encode_slices(x, fmt, rows, out)                        decode_slices(slots, fmt, rows, out)
     decode_sum_encode(messages, shape, fmt, second, out)
 
-and, where it can do all slices of a tensor in one call, with two more (`rows`: of each slice):
-
-    encode_slices(x, fmt, rows, out)                        decode_slices(slots, fmt, rows, out)
+Slices are consecutive rows; `rows` is a tuple that says how many each has.
 """
 
 import os

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -46,28 +47,23 @@ class Codec:
 
         out: where the message goes, contiguous; without it a new tensor.
         """
-        _check_dtype(x)
-        if out is None:
-            out = torch.empty(self.message_bytes(x.shape), dtype=torch.uint8, device=x.device)
+        _check_encodes(x)
+        out = _message(self.message_bytes(x.shape), x.device, out)
         if x.numel():
             choose_backend(x.device.type).encode(x.detach().reshape(_rows_and_hidden(x.shape)), self.format, out)
         return out
 
-    def encode_slices(self, x: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    def encode_slices(self, x: torch.Tensor, rows: Sequence[int], out: torch.Tensor | None = None) -> torch.Tensor:
         """The messages of consecutive slices of `x` `[rows of all, hidden]`, one after another, as one uint8 tensor.
 
-        rows: of each slice; a slice without rows has a message of no bytes.
+        rows: of each slice; a slice without rows has a message of no bytes. out: as in `encode`.
+        Raises ValueError if the slices do not make up `x`.
         """
-        _check_dtype(x)
-        sizes = [self.message_bytes((count, x.shape[1])) for count in rows]
-        out = torch.empty(sum(sizes), dtype=torch.uint8, device=x.device)
-        backend = choose_backend(x.device.type)
-        if hasattr(backend, "encode_slices"):
-            backend.encode_slices(x.detach(), self.format, tuple(rows), out)
-        else:
-            for part, its_message in zip(x.detach().split([*rows]), out.split(sizes), strict=True):
-                if len(part):
-                    backend.encode(part, self.format, its_message)
+        _check_encodes(x)
+        rows = tuple(rows)
+        out = _message(sum(self._slice_bytes(rows, x)), x.device, out)
+        if x.numel():
+            choose_backend(x.device.type).encode_slices(x.detach(), self.format, rows, out)
         return out
 
     def decode(self, message: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -79,10 +75,11 @@ class Codec:
     ) -> torch.Tensor:
         """uint8 `[ranks, bytes]` to the sum of all ranks' tensors of `shape`: fp32 in rank order, rounded once.
 
+        In fp16 a sum beyond +-65504 is infinite, as without codecs; one message alone saturates there.
+
         out: where the sum goes, contiguous, of `shape` and `dtype`; without it a new tensor.
         """
-        if dtype not in DTYPES:
-            raise TypeError(f"a codec decodes to {', '.join(map(str, DTYPES))}, not {dtype}")
+        _check_decodes(dtype)
         self._check(messages, shape)
         if out is None:
             out = torch.empty(tuple(shape), dtype=dtype, device=messages.device)
@@ -92,33 +89,47 @@ class Codec:
             choose_backend(messages.device.type).decode_sum(messages, self.format, flat)
         return out
 
+    def decode_slices(self, slots: torch.Tensor, rows: Sequence[int], out: torch.Tensor) -> torch.Tensor:
+        """Messages of sums, one for each of consecutive slices, to all of their rows: contiguous `[rows, hidden]`.
+
+        slots: uint8 `[slices, bytes]`, a message at the start of each; what follows it in its slot is not read.
+        rows: of each slice. Unlike `decode` it does not saturate in fp16: a sum may be infinite.
+        Raises ValueError if the slices do not make up `out`, or if a slot is too short for its message.
+        """
+        _check_decodes(out.dtype)
+        rows = tuple(rows)
+        longest = max(self._slice_bytes(rows, out), default=0)
+        if slots.dtype != torch.uint8 or slots.dim() != 2 or len(slots) != len(rows) or slots.shape[1] < longest:
+            raise ValueError(
+                f"{self} decodes slices of {rows} rows from {len(rows)} uint8 slots of at least {longest} bytes, "
+                f"not from {slots.dtype} {tuple(slots.shape)}"
+            )
+        assert out.is_contiguous()
+        if out.numel():
+            choose_backend(slots.device.type).decode_slices(slots, self.format, rows, out)
+        return out
+
     def decode_sum_encode(
         self, messages: torch.Tensor, shape: Sequence[int], second: "Codec", out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`second`'s message of the fp32 sum that `decode_sum` would give; the sum itself is kept nowhere.
+        """`second`'s message of the fp32 sum of all ranks' tensors of `shape`; the sum itself is kept nowhere.
 
-        out: where the message goes, contiguous; without it a new tensor.
+        Where both codecs transform blocks of one size (`hadamard`), the sum is not transformed back in between.
+
+        out: as in `encode`.
         """
         self._check(messages, shape)
-        if out is None:
-            out = torch.empty(second.message_bytes(shape), dtype=torch.uint8, device=messages.device)
+        out = _message(second.message_bytes(shape), messages.device, out)
         if out.numel():
             backend = choose_backend(messages.device.type)
             backend.decode_sum_encode(messages, _rows_and_hidden(shape), self.format, second.format, out)
         return out
 
-    def decode_slices(self, slots: torch.Tensor, rows: Sequence[int], out: torch.Tensor) -> torch.Tensor:
-        """The messages of consecutive slices to all of their rows, contiguous `out` `[rows of all, hidden]`.
-
-        slots: uint8 `[slices, bytes]`, a message at the start of each; what follows it in its slot is not read.
-        """
-        if in_one := getattr(choose_backend(out.device.type), "decode_slices", None):
-            in_one(slots, self.format, tuple(rows), out)
-            return out
-        for part, its_slot in zip(out.split([*rows]), slots, strict=True):
-            message_ = its_slot[: self.message_bytes(part.shape)]
-            self.decode_sum(message_.unsqueeze(0), part.shape, out.dtype, part)
-        return out
+    def _slice_bytes(self, rows: tuple[int, ...], x: torch.Tensor) -> tuple[int, ...]:
+        """Bytes of the message of each slice of `x`."""
+        if x.dim() != 2 or sum(rows) != len(x) or min(rows, default=0) < 0:
+            raise ValueError(f"slices of {rows} rows do not make up a tensor of {tuple(x.shape)}")
+        return _slice_bytes(self.format, rows, x.shape[1])
 
     def _check(self, messages: torch.Tensor, shape: Sequence[int]) -> None:
         expected = self.message_bytes(shape)
@@ -153,9 +164,31 @@ def parse_codec(text: str) -> Codec | CodecPair:
     return CodecPair(Codec.parse(first.strip()), Codec.parse(second.strip())) if arrow else Codec.parse(first.strip())
 
 
-def _check_dtype(x: torch.Tensor) -> None:
+def _check_encodes(x: torch.Tensor) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"a codec encodes {', '.join(map(str, DTYPES))}, not {x.dtype}")
+
+
+def _check_decodes(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"a codec decodes to {', '.join(map(str, DTYPES))}, not {dtype}")
+
+
+def _message(nbytes: int, device: torch.device, out: torch.Tensor | None) -> torch.Tensor:
+    """Room for a message: `out`, if it fits, or a new tensor."""
+    if out is None:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    if out.dtype != torch.uint8 or out.shape != (nbytes,) or out.device != device or not out.is_contiguous():
+        raise ValueError(
+            f"the message goes to a contiguous uint8 ({nbytes},) on {device}, "
+            f"not to {out.dtype} {tuple(out.shape)} with stride {out.stride()} on {out.device}"
+        )
+    return out
+
+
+@lru_cache(maxsize=4096)
+def _slice_bytes(fmt: Format, rows: tuple[int, ...], hidden: int) -> tuple[int, ...]:
+    return tuple(message.layout(fmt, *_rows_and_hidden((count, hidden))).nbytes for count in rows)
 
 
 def _rows_and_hidden(shape: Sequence[int]) -> tuple[int, int]:

@@ -37,17 +37,33 @@ if platform.machine() == "x86_64":
 
 def encode(x: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
     """`[rows, hidden]` of fp32, bf16 or fp16 into `out`, a uint8 message."""
+    encode_slices(x, fmt, (len(x),), out)
+
+
+def encode_slices(x: torch.Tensor, fmt: Format, rows: tuple[int, ...], out: torch.Tensor) -> None:
+    """The messages of consecutive slices of `x`, so many rows each, one after another into `out`."""
     x = x.contiguous()
-    codec = _codec(fmt, *x.shape)
-    _check(_library().encode(codec, x.data_ptr(), _DTYPES[x.dtype], out.data_ptr()))
+    codecs = _codecs(fmt, rows, x.shape[1])
+    _check(_library().encode_slices(codecs, len(rows), x.data_ptr(), _DTYPES[x.dtype], out.data_ptr()))
 
 
 def decode_sum(messages: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
-    """uint8 `[ranks, nbytes]` to the sum `out` `[rows, hidden]`: fp32, in rank order, rounded once to its dtype."""
+    """uint8 `[ranks, nbytes]` to the sum `out` `[rows, hidden]`: fp32, in rank order, rounded once to its dtype.
+
+    One message alone saturates where `out` is fp16; a sum may become infinite.
+    """
     messages = _rows_of_bytes(messages)
     codec = _codec(fmt, *out.shape)
     where = messages.data_ptr(), messages.stride(0), len(messages)
     _check(_library().decode_sum(codec, *where, out.data_ptr(), _DTYPES[out.dtype]))
+
+
+def decode_slices(slots: torch.Tensor, fmt: Format, rows: tuple[int, ...], out: torch.Tensor) -> None:
+    """The messages of sums, one at the start of each slot of uint8 `[slices, bytes]`, to their rows of `out`."""
+    slots = _rows_of_bytes(slots)
+    codecs = _codecs(fmt, rows, out.shape[1])
+    where = slots.data_ptr(), slots.stride(0)
+    _check(_library().decode_slices(codecs, len(rows), *where, out.data_ptr(), _DTYPES[out.dtype]))
 
 
 def decode_sum_encode(
@@ -101,6 +117,7 @@ class _Codec(ctypes.Structure):
     _fields_ = [
         ("rows", ctypes.c_int64),
         ("hidden", ctypes.c_int64),
+        ("nbytes", ctypes.c_int64),
         ("block", ctypes.c_int32),
         ("limit", ctypes.c_float),
         ("hadamard_factor", ctypes.c_float),
@@ -133,9 +150,14 @@ class _Codec(ctypes.Structure):
 
 
 @lru_cache(maxsize=4096)
-def _codec(fmt: Format, rows: int, hidden: int) -> ctypes.Structure:
-    element, tried = fmt.element, scales.candidates(fmt)
-    codec = _Codec(rows, hidden, fmt.block, asym=fmt.asym, spike=fmt.spike, max_value=element.max_value)
+def _codecs(fmt: Format, rows: tuple[int, ...], hidden: int) -> ctypes.Array:
+    return (ctypes.POINTER(_Codec) * len(rows))(*(_codec(fmt, count, hidden) for count in rows))
+
+
+@lru_cache(maxsize=4096)
+def _codec(fmt: Format, rows: int, hidden: int):  # a pointer to a _Codec
+    element, tried, layout = fmt.element, scales.candidates(fmt), message.layout(fmt, rows, hidden)
+    codec = _Codec(rows, hidden, layout.nbytes, fmt.block, asym=fmt.asym, spike=fmt.spike, max_value=element.max_value)
     codec.limit = input_limit(fmt)
     codec.hadamard_factor = fmt.block**-0.5 if fmt.hadamard else 0.0
     codec.bits = element.bits
@@ -146,12 +168,12 @@ def _codec(fmt: Format, rows: int, hidden: int) -> ctypes.Structure:
         codec.element = _minifloat(element)
     codec.candidates, codec.candidate = len(tried), tried
     _set_scale(codec, fmt)
-    for name, sections in message.layout(fmt, rows, hidden).fields.items():
+    for name, sections in layout.fields.items():
         planes = [
             _Plane(s.offset, s.row_bytes, s.end - s.offset - s.rows * s.row_bytes, s.shift, s.width) for s in sections
         ]
         setattr(codec, name, _Field(len(planes), tuple(planes)))
-    return ctypes.byref(codec)
+    return ctypes.pointer(codec)
 
 
 def _set_scale(codec: _Codec, fmt: Format) -> None:
@@ -244,8 +266,10 @@ def _compile(library: Path) -> Path:
 def _load(library: Path) -> ctypes.CDLL:
     loaded, pointer = ctypes.CDLL(str(library)), ctypes.c_void_p
     messages = [pointer, ctypes.c_int64, ctypes.c_int]
-    loaded.encode.argtypes = [pointer, pointer, ctypes.c_int, pointer]
+    slices = [pointer, ctypes.c_int]
+    loaded.encode_slices.argtypes = [*slices, pointer, ctypes.c_int, pointer]
     loaded.decode_sum.argtypes = [pointer, *messages, pointer, ctypes.c_int]
+    loaded.decode_slices.argtypes = [*slices, pointer, ctypes.c_int64, pointer, ctypes.c_int]
     loaded.decode_sum_encode.argtypes = [pointer, *messages, pointer, pointer]
     assert loaded.codec_size() == ctypes.sizeof(_Codec)
     return loaded

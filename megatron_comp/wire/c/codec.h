@@ -44,7 +44,7 @@ typedef struct {
 
 /* A codec and the layout of its message of [rows, hidden]. */
 typedef struct {
-    int64_t rows, hidden;
+    int64_t rows, hidden, nbytes;
     int32_t block;
     float limit;           /* larger magnitudes count as this */
     float hadamard_factor; /* 0: no transform */

@@ -25,24 +25,47 @@
 #include "tile.h"
 
 /* What native.py calls; 0, or 1 if memory is short. Tensors are contiguous [rows, hidden], messages `stride` bytes
- * apart. Bytes of a message that carry nothing become zeros. */
+ * apart. Bytes of a message that carry nothing become zeros. Slices are consecutive rows, with a codec for each that
+ * knows how many; they have one format. */
 
 #define FOR_TILES(c, t)                                                                                                \
     for (int64_t row = 0; row < (c)->rows; row++)                                                                      \
         for (int64_t column = 0; column < (c)->hidden && (aim(c, t, row, column), 1); column += (t)->capacity)
 
-int encode(const Codec *c, const void *tensor, int dtype, uint8_t *message)
+/* The slices' messages, one after another. */
+int encode_slices(const Codec *const *codecs, int slices, const void *tensor, int dtype, uint8_t *message)
 {
     Tile t;
-    if (!new_tile(&t, c, 0, tile_values_to_encode(c)))
+    int64_t at = 0;
+    if (!new_tile(&t, codecs[0], 0, tile_values_to_encode(codecs[0])))
         return 1;
-    FOR_TILES(c, &t) {
-        load_tile(c, &t, tensor, dtype, row * c->hidden + column);
-        encode_tile(c, &t, message);
+    for (int slice = 0; slice < slices; slice++) {
+        const Codec *c = codecs[slice];
+        FOR_TILES(c, &t) {
+            load_tile(c, &t, tensor, dtype, at + row * c->hidden + column);
+            transform(c, &t, t.x);
+            encode_tile(c, &t, message);
+        }
+        clear_padding(c, message);
+        at += c->rows * c->hidden;
+        message += c->nbytes;
     }
-    clear_padding(c, message);
     free(t.arena);
     return 0;
+}
+
+/* The sum of messages, from value `at` of the tensor on. */
+static void sum_messages(
+    const Codec *c, Tile *t, const uint8_t *messages, int64_t stride, int ranks, float limit, void *tensor, int dtype,
+    int64_t at)
+{
+    FOR_TILES(c, t) {
+        sum_tile(c, t, messages, stride, ranks);
+        transform(c, t, t->total);
+        if (limit < INFINITY)
+            saturate(t->total, t->values, limit);
+        store(t->total, t->values, tensor, dtype, at + row * c->hidden + column);
+    }
 }
 
 int decode_sum(const Codec *c, const uint8_t *messages, int64_t stride, int ranks, void *tensor, int dtype)
@@ -50,11 +73,25 @@ int decode_sum(const Codec *c, const uint8_t *messages, int64_t stride, int rank
     Tile t;
     if (!new_tile(&t, c, tile_values(c), 0))
         return 1;
-    /* Half precision cannot hold what a power-of-two scale may round 65504 up to. */
-    const float limit = dtype == FP16 ? HALF.max_value : INFINITY;
-    FOR_TILES(c, &t) {
-        sum_tile(c, &t, messages, stride, ranks, limit);
-        store(t.total, t.values, tensor, dtype, row * c->hidden + column);
+    /* Half precision cannot hold what a power-of-two scale may round 65504 up to. Sums may become infinite. */
+    const float limit = ranks == 1 && dtype == FP16 ? HALF.max_value : INFINITY;
+    sum_messages(c, &t, messages, stride, ranks, limit, tensor, dtype, 0);
+    free(t.arena);
+    return 0;
+}
+
+/* A sum's message in each slot. */
+int decode_slices(
+    const Codec *const *codecs, int slices, const uint8_t *slots, int64_t stride, void *tensor, int dtype)
+{
+    Tile t;
+    int64_t at = 0;
+    if (!new_tile(&t, codecs[0], tile_values(codecs[0]), 0))
+        return 1;
+    for (int slice = 0; slice < slices; slice++) {
+        const Codec *c = codecs[slice];
+        sum_messages(c, &t, slots + slice * stride, 0, 1, INFINITY, tensor, dtype, at);
+        at += c->rows * c->hidden;
     }
     free(t.arena);
     return 0;
@@ -66,10 +103,16 @@ int decode_sum_encode(
     Tile t;
     if (!new_tile(&t, c, tile_values(c), tile_values_to_encode(second)))
         return 1;
+    /* Blocks that both transform stay transformed. */
+    const int stays = c->hadamard_factor && second->hadamard_factor && c->block == second->block;
     FOR_TILES(c, &t) {
-        sum_tile(c, &t, messages, stride, ranks, INFINITY);
+        sum_tile(c, &t, messages, stride, ranks);
+        if (!stays)
+            transform(c, &t, t.total);
         aim(second, &t, row, column);
         load_tile(second, &t, t.total, FP32, 0);
+        if (!stays)
+            transform(second, &t, t.x);
         encode_tile(second, &t, message);
     }
     clear_padding(second, message);

@@ -32,12 +32,17 @@ static void load_tile(const Codec *c, const Tile *t, const void *tensor, int dty
     memset(t->x + t->values, 0, (t->blocks * c->block - t->values) * sizeof(float));
 }
 
-/* Encodes `x`, which is overwritten. */
+/* There and back: the transform is its own inverse. */
+static void transform(const Codec *c, const Tile *t, float *x)
+{
+    if (c->hadamard_factor)
+        hadamard(c, t, x);
+}
+
+/* Encodes `x`, transformed by now, which is overwritten. */
 static void encode_tile(const Codec *c, Tile *t, uint8_t *message)
 {
     const int64_t block = t->column / c->block;
-    if (c->hadamard_factor)
-        hadamard(c, t, t->x);
     largest_magnitudes(t->x, c->block, t, t->need);
     clear_bad_blocks(c, t);
 
@@ -102,8 +107,8 @@ static void put_spikes_back(const Codec *c, const Tile *t, const uint8_t *messag
         t->y[k / 2 * c->block + t->spike_places[k]] = float_of(t->spike_values[k] << 16);
 }
 
-/* Adds a message's tile to `total`; values beyond `limit` count as that. */
-static void add_tile(const Codec *c, Tile *t, const uint8_t *message, int first, float limit)
+/* Adds a message's tile, whose values are not codes times scales alone, to `total`. */
+static void add_tile(const Codec *c, Tile *t, const uint8_t *message, int first)
 {
     const int n = t->blocks * c->block;
     const float *restrict y = t->y;
@@ -114,26 +119,28 @@ static void add_tile(const Codec *c, Tile *t, const uint8_t *message, int first,
     dequantize(c, t, !c->asym, t->y);
     if (c->spike)
         put_spikes_back(c, t, message);
-    if (c->hadamard_factor)
-        hadamard(c, t, t->y);
-    for (int i = 0; i < n; i++) {
-        const float limited = y[i] > limit ? limit : y[i] < -limit ? -limit : y[i];
-        total[i] = (first ? ZERO : total[i]) + limited;
+    for (int i = 0; i < n; i++)
+        total[i] = (first ? ZERO : total[i]) + y[i];
+}
+
+/* The sum of all messages, in their order, in `total`; with a transform, the sum of what was transformed. */
+static void sum_tile(const Codec *c, Tile *t, const uint8_t *messages, int64_t stride, int ranks)
+{
+    for (int rank = 0; rank < ranks; rank++) {
+        if (c->asym || c->spike) {
+            add_tile(c, t, messages + rank * stride, rank == 0);
+        } else {
+            read_tile(c, t, messages + rank * stride);
+            dequantize(c, t, rank == 0, t->total);
+        }
     }
 }
 
-/* The sum of all messages, in their order, in `total`. */
-static void sum_tile(const Codec *c, Tile *t, const uint8_t *messages, int64_t stride, int ranks, float limit)
+/* Values beyond `limit`, infinities too, become that. */
+static void saturate(float *x, int n, const float limit)
 {
-    const int plain = !c->asym && !c->spike && !c->hadamard_factor && limit == INFINITY;
-    for (int rank = 0; rank < ranks; rank++) {
-        if (plain) {
-            read_tile(c, t, messages + rank * stride);
-            dequantize(c, t, rank == 0, t->total);
-        } else {
-            add_tile(c, t, messages + rank * stride, rank == 0, limit);
-        }
-    }
+    for (int i = 0; i < n; i++)
+        x[i] = x[i] > limit ? limit : x[i] < -limit ? -limit : x[i];
 }
 
 static int64_t tile_values(const Codec *c) { return TILE < 8 * c->block ? 8 * c->block : TILE; }
