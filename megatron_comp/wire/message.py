@@ -112,7 +112,8 @@ def unpack(plane: torch.Tensor, section: Section) -> torch.Tensor:
     uint8 for planes up to 8 bits; the 16- or 32-bit integer that has the same bits for wider ones.
     """
     if section.width > 8:
-        return plane.contiguous().view(_INTEGER_OF_BYTES[section.width // 8])
+        # A copy, because a message may begin at any byte and wide integers may not.
+        return plane.clone(memory_format=torch.contiguous_format).view(_INTEGER_OF_BYTES[section.width // 8])
     if section.width == 8:
         return plane
     mask = 2**section.width - 1

@@ -5,6 +5,8 @@ acts in exactly one of them: `hadamard` in transform; `spike`, `asym`, `search` 
 All arithmetic is fp32, one rounding an operation. Legend: R rows, H hidden, N blocks a row, B values a block.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from . import message
@@ -23,28 +25,60 @@ def encode(x_RH: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
     # The padding of sections travels too and must be the same in every run.
     out.zero_()
     for first, last in _tiles(rows, hidden, x_RH.device):
-        for field, codes in _encode_tile(x_RH[first:last].float(), fmt).items():
-            message.write(out, layout.fields[field], first, codes)
+        _write_tile(out, layout, first, _encode_tile(x_RH[first:last].float(), fmt))
+
+
+def encode_slices(x_RH: torch.Tensor, fmt: Format, rows: Sequence[int], out: torch.Tensor) -> None:
+    """The messages of consecutive slices of `x_RH`, so many rows each, one after another into `out`."""
+    end = 0
+    for part in x_RH.split(rows):
+        start, end = end, end + message.layout(fmt, *part.shape).nbytes
+        encode(part, fmt, out[start:end])
 
 
 def decode_sum(messages: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
-    """uint8 `[ranks, nbytes]` to the sum `out` `[rows, hidden]`: fp32, in rank order, rounded once to its dtype."""
-    rows, hidden = out.shape
-    layout = message.layout(fmt, rows, hidden)
-    for first, last in _tiles(rows, hidden, messages.device):
-        total = _decode_tile(messages[0], layout, first, last, hidden, out.dtype, fmt)
-        for other in messages[1:]:
-            total = total + _decode_tile(other, layout, first, last, hidden, out.dtype, fmt)
-        out[first:last] = total
+    """uint8 `[ranks, nbytes]` to the sum `out` `[rows, hidden]`: fp32, in rank order, rounded once to its dtype.
+
+    One message alone saturates where `out` is fp16, which cannot hold what a power-of-two scale may round 65504 up to.
+    A sum becomes infinite where fp16 does not reach, as it does without codecs.
+    """
+    limit = 65504.0 if len(messages) == 1 and out.dtype == torch.float16 else torch.inf
+    _decode_sum(messages, fmt, limit, out)
+
+
+def decode_slices(slots: torch.Tensor, fmt: Format, rows: Sequence[int], out: torch.Tensor) -> None:
+    """The messages of sums, one at the start of each slot of uint8 `[slices, bytes]`, to their rows of `out`.
+
+    What a message leaves of its slot is not read. Nothing saturates: these are sums.
+    """
+    for slot, part in zip(slots, out.split(rows), strict=True):
+        _decode_sum(slot.unsqueeze(0), fmt, torch.inf, part)
 
 
 def decode_sum_encode(
     messages: torch.Tensor, shape: tuple[int, int], fmt: Format, second: Format, out: torch.Tensor
 ) -> None:
-    """The middle of the two-step all-reduce: the fp32 sum of `messages`, `shape` = (rows, hidden), encoded again."""
-    total = torch.empty(shape, dtype=torch.float32, device=messages.device)
-    decode_sum(messages, fmt, total)
-    encode(total, second, out)
+    """The middle of the two-step all-reduce: the fp32 sum of `messages`, `shape` = (rows, hidden), encoded again.
+
+    Where both formats transform blocks of one size, the transformed sum is encoded as it stands.
+    """
+    rows, hidden = shape
+    layout, second_layout = message.layout(fmt, *shape), message.layout(second, *shape)
+    transformed = fmt.hadamard and second.hadamard and fmt.block == second.block
+    out.zero_()
+    for first, last in _tiles(rows, hidden, messages.device):
+        total = _sum_tile(messages, layout, first, last, fmt)
+        if not transformed:
+            total = _transform_back(total, fmt)
+        _write_tile(out, second_layout, first, _encode_tile(total, second, transformed))
+
+
+def _decode_sum(messages: torch.Tensor, fmt: Format, limit: float, out: torch.Tensor) -> None:
+    rows, hidden = out.shape
+    layout = message.layout(fmt, rows, hidden)
+    for first, last in _tiles(rows, hidden, messages.device):
+        total = _transform_back(_sum_tile(messages, layout, first, last, fmt), fmt)
+        out[first:last] = total.clamp(-limit, limit) if limit < torch.inf else total
 
 
 def _tiles(rows: int, hidden: int, device: torch.device):
@@ -52,10 +86,16 @@ def _tiles(rows: int, hidden: int, device: torch.device):
     return ((first, min(first + max(step, 1), rows)) for first in range(0, rows, max(step, 1)))
 
 
-def _encode_tile(x_RH: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
-    """The codes of every field of the message; fp32 in."""
+def _write_tile(out: torch.Tensor, layout: message.Layout, first: int, fields: dict[str, torch.Tensor]) -> None:
+    for field, codes in fields.items():
+        message.write(out, layout.fields[field], first, codes)
+
+
+def _encode_tile(x_RH: torch.Tensor, fmt: Format, transformed: bool = False) -> dict[str, torch.Tensor]:
+    """The codes of every field of the message; fp32 in. transformed: the blocks of `x_RH` are so already."""
     hidden = x_RH.shape[1]
-    x_RNB = _transform(_clean(x_RH, fmt), fmt)
+    x_RH = _clean(x_RH, fmt)
+    x_RNB = _blocks(x_RH, fmt.block) if transformed else _transform(x_RH, fmt)
     peak_RN = x_RNB.abs().amax(dim=-1)
     bad_RN = peak_RN.isnan()
     fields = {}
@@ -83,28 +123,31 @@ def _encode_tile(x_RH: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
     return fields
 
 
-def _decode_tile(
-    source: torch.Tensor, layout: message.Layout, first: int, last: int, hidden: int, dtype: torch.dtype, fmt: Format
-) -> torch.Tensor:
-    """fp32 `[last - first, hidden]`; each value is finite in `dtype` unless its block is NaN."""
+def _sum_tile(messages: torch.Tensor, layout: message.Layout, first: int, last: int, fmt: Format) -> torch.Tensor:
+    """fp32 `[last - first, hidden]`: the messages' sum, in their order, before the transform back."""
+    total = _decode_tile(messages[0], layout, first, last, fmt)
+    for other in messages[1:]:
+        total = total + _decode_tile(other, layout, first, last, fmt)
+    return total
+
+
+def _decode_tile(source: torch.Tensor, layout: message.Layout, first: int, last: int, fmt: Format) -> torch.Tensor:
+    """fp32 `[last - first, hidden]`; with `hadamard`, transformed."""
 
     def field(name: str) -> torch.Tensor:
         return message.read(source, layout.fields[name], first, last)
 
     rows_R1 = field("row_scale").view(torch.float32) if fmt.scale.row_scaled else None
     scales_RN = scale_values(field("scale"), fmt, rows_R1)
-    y_RNB = _blocks(lookup(field("payload"), table(fmt.element.table, source.device)), fmt.block)
+    codes_RH = field("payload")
+    y_RNB = _blocks(lookup(codes_RH, table(fmt.element.table, source.device)), fmt.block)
     y_RNB = y_RNB * scales_RN[..., None]
     if fmt.asym:
         y_RNB = y_RNB + field("zero_point").view(torch.bfloat16).float()[..., None]
     if fmt.spike:
         values = field("spike_value").view(torch.bfloat16).float().view(last - first, -1, 2)
         y_RNB.scatter_(2, field("spike_index").view(last - first, -1, 2).long(), values)
-    if fmt.hadamard:
-        y_RNB = _hadamard(y_RNB, hidden)
-    y_RH = y_RNB.flatten(1)[:, :hidden]
-    # Half precision cannot hold what a power-of-two scale may round 65504 up to.
-    return y_RH.clamp(-65504.0, 65504.0) if dtype == torch.float16 else y_RH
+    return y_RNB.flatten(1)[:, : codes_RH.shape[1]]
 
 
 # Transform.
@@ -129,6 +172,11 @@ def _clean(x: torch.Tensor, fmt: Format) -> torch.Tensor:
 def _transform(x_RH: torch.Tensor, fmt: Format) -> torch.Tensor:
     x_RNB = _blocks(x_RH, fmt.block)
     return _hadamard(x_RNB, x_RH.shape[1]) if fmt.hadamard else x_RNB
+
+
+def _transform_back(y_RH: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """The transform is linear: one for a sum, not one for each summand."""
+    return _transform(y_RH, fmt).flatten(1)[:, : y_RH.shape[1]] if fmt.hadamard else y_RH
 
 
 def _blocks(x_RH: torch.Tensor, block: int) -> torch.Tensor:
