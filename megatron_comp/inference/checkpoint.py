@@ -6,10 +6,14 @@ tensor lies; and `.distcp` files, of one or more a rank. Tensors go by the names
 around them (training saves the model's under `model`) leaves no trace. Training's folder holds one such folder an
 iteration, and a file that names the latest.
 
+`.metadata` and parts of the rest are pickles, which can run any code when they are read. So nothing is read but what the
+model's tensors need, and each file only after `_check_safe` has found no more in it than such tensors and plain values.
+
 A compressed model's tensors, names and extra state are the stock model's, so it reads and writes what stock Megatron
 writes and reads.
 """
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -30,11 +34,15 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from tqdm import tqdm
+
+from .metadata import read_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # Megatron's word for weights that belong to no iteration, in the tracker and as the folder's name
 COMPLETE = "metadata.json"
+HUGGING_FACE = ("model.safetensors", "model.safetensors.index.json")
 
 # Names of one norm: alone, as experts and Megatron's own layers have it, or fused into the linear that follows it.
 NORMS = (
@@ -46,9 +54,12 @@ NORMS = (
 def find(folder) -> Path | None:
     """The distributed checkpoint in `folder`: itself, or the iteration that a training's folder names as its latest.
 
-    None if the folder is neither. Raises ValueError for a checkpoint that is not complete or of another format.
+    None if the folder is neither, and where safetensors lie in it: those are its weights then, whatever else is there,
+    as hidden files are that nobody sees. Raises ValueError for a checkpoint that is not complete or of another format.
     """
     folder = Path(folder)
+    if any(folder.glob("*.safetensors")):
+        return None
     tracker = folder / TRACKER
     if tracker.is_file():
         word = tracker.read_text().strip()
@@ -117,22 +128,45 @@ def load(model: GPTModel, folder) -> None:
     Tensors are cast to the model's dtype. What training keeps beside weights (optimizer, schedule) is not read.
     Entries that only pad a vocabulary may differ in number; those that the checkpoint lacks become zeros.
 
+    Nothing in the folder is run. Torch and Megatron unpickle `.metadata`, and every entry that is described as anything
+    but a tensor: both are looked at first, and no such entry is asked for. Extra state (Transformer Engine's, for fp8)
+    is such an entry; it is left as the model has it.
+
     Raises ValueError, naming a tensor, if the checkpoint and the model do not have the same, in the same shapes, or if
     the checkpoint cannot be read.
     """
+    described = read_metadata(folder).state_dict_metadata
+    names = described.keys()
     with _reading(folder):
-        names = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.keys()
         metadata = dist_checkpointing.load_content_metadata(str(folder))
     prefix = _prefix(names, folder)
     sharded = model.sharded_state_dict(prefix=prefix, metadata=metadata)
+    sharded = {name: entry for name, entry in sharded.items() if "_extra_state" not in name}
     _rename_norms(sharded, names)
-    _check(folder, "tensors of this model are missing in the checkpoint", _keys(sharded) - names)
+    asked = _keys(sharded)
+    _check(folder, "tensors of this model are missing in the checkpoint", asked - names)
+    odd = {name for name in asked if not isinstance(described[name], TensorStorageMetadata)}
+    _check(folder, "tensors of this model are no tensors in the checkpoint", odd)
     with _reading(folder):
         loaded, unread, _ = dist_checkpointing.load({"model": sharded}, str(folder), strict=StrictHandling.RETURN_ALL)
     parts = tuple(f"{prefix}{name}." for name, _ in model.named_children())
     _check(folder, "tensors have no place in this model", {name for name in unread if name.startswith(parts)})
     state = {name.removeprefix(prefix): value for name, value in loaded["model"].items()}
     model.load_state_dict(state, strict=False)  # extra state may be absent; all else was checked
+
+
+def _check_safe(folder) -> Metadata:
+    """What lies where in a checkpoint; raises UnpicklingError, before any code could run, if a file could run some."""
+    folder = Path(folder)
+    content = json.loads((folder / COMPLETE).read_text())
+    if not isinstance(content, dict) or content.get("sharded_backend") != "torch_dist":
+        raise ValueError(f"{COMPLETE} does not say that the checkpoint's format is torch_dist")
+    common = folder / "common.pt"
+    if common.is_file():
+        torch.load(common, map_location="cpu", weights_only=True)
+    # torch may prefer a rank's own file, such as `__0.metadata`.
+    found = {file.name: load_metadata(file) for file in folder.iterdir() if file.name.endswith(".metadata")}
+    return found[".metadata"]
 
 
 def _prefix(names, folder) -> str:
@@ -164,7 +198,6 @@ def _keys(sharded) -> set[str]:
 
 
 def _check(folder, problem: str, names: set[str]) -> None:
-    # Extra state is Transformer Engine's, for fp8; without it, it is empty.
     if names := sorted(name for name in names if "_extra_state" not in name):
         raise ValueError(f"{folder}: {len(names)} {problem}, the first is {names[0]}")
 
@@ -174,7 +207,7 @@ def _reading(folder):
     """Makes a ValueError of what Megatron and torch raise for a checkpoint that does not fit or is damaged."""
     try:
         yield
-    except (CheckpointingException, CheckpointException, OSError, EOFError, UnpicklingError) as error:
+    except (CheckpointingException, CheckpointException, OSError, EOFError, UnpicklingError, ValueError) as error:
         if isinstance(error, CheckpointException):  # all ranks' tracebacks: the first that failed will do
             error = next(iter(error.failures.values()))[0]
         misfit = isinstance(error, CheckpointingException)
