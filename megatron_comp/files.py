@@ -151,7 +151,7 @@ class _Loader(yaml.SafeLoader):
                 raise _error("a list or a mapping is no key", key_node)
             key = "<<" if key_node.tag == _MERGE else self.construct_object(key_node)
             if key in seen:
-                raise _error(f"{shown(key)} is given more than once", key_node)
+                raise _error(f"{shown(key)} is given more than once", node)
             seen.add(key)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:

@@ -6,14 +6,10 @@ tensor lies; and `.distcp` files, of one or more a rank. Tensors go by the names
 around them (training saves the model's under `model`) leaves no trace. Training's folder holds one such folder an
 iteration, and a file that names the latest.
 
-`.metadata` and parts of the rest are pickles, which can run any code when they are read. So nothing is read but what the
-model's tensors need, and each file only after `_check_safe` has found no more in it than such tensors and plain values.
-
 A compressed model's tensors, names and extra state are the stock model's, so it reads and writes what stock Megatron
 writes and reads.
 """
 
-import json
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -153,20 +149,6 @@ def load(model: GPTModel, folder) -> None:
     _check(folder, "tensors have no place in this model", {name for name in unread if name.startswith(parts)})
     state = {name.removeprefix(prefix): value for name, value in loaded["model"].items()}
     model.load_state_dict(state, strict=False)  # extra state may be absent; all else was checked
-
-
-def _check_safe(folder) -> Metadata:
-    """What lies where in a checkpoint; raises UnpicklingError, before any code could run, if a file could run some."""
-    folder = Path(folder)
-    content = json.loads((folder / COMPLETE).read_text())
-    if not isinstance(content, dict) or content.get("sharded_backend") != "torch_dist":
-        raise ValueError(f"{COMPLETE} does not say that the checkpoint's format is torch_dist")
-    common = folder / "common.pt"
-    if common.is_file():
-        torch.load(common, map_location="cpu", weights_only=True)
-    # torch may prefer a rank's own file, such as `__0.metadata`.
-    found = {file.name: load_metadata(file) for file in folder.iterdir() if file.name.endswith(".metadata")}
-    return found[".metadata"]
 
 
 def _prefix(names, folder) -> str:
