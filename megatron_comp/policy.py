@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import yaml
-
+from .files import read_yaml, shown
 from .wire.codec import Codec, CodecPair, parse_codec
 from .wire.cost import ALGORITHMS, pays, step_codecs
 from .wire.figures import ASSUMED, Figures
@@ -64,7 +63,7 @@ class CompressionPolicy:
         self._check_codec("codec", self.codec)
         _check_choice("algorithm", self.algorithm, ALGORITHMS)
         if self.min_bytes != "auto" and (type(self.min_bytes) is not int or self.min_bytes < 0):
-            raise ValueError(f"policy: min_bytes: {self.min_bytes!r} is neither 'auto' nor a number of bytes >= 0")
+            raise ValueError(f"policy: min_bytes: {shown(self.min_bytes)} is neither 'auto' nor a number of bytes >= 0")
         self._check_codecs("phases", self.phases, PHASES)
         self._check_codecs("sites", self.sites, SITES)
         self._codecs_of_layers  # noqa: B018 - parsed now, so that mistakes are raised now
@@ -72,10 +71,7 @@ class CompressionPolicy:
     @classmethod
     def from_file(cls, path: str | Path) -> "CompressionPolicy":
         """From a YAML file. Raises ValueError for anything that is not a policy, OSError if it cannot be read."""
-        try:
-            content = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
-        except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"policy file {path} is not YAML: {error}") from None
+        content = read_yaml(path, "policy file")
         try:
             return cls.from_dict(content)
         except ValueError as error:
@@ -85,7 +81,7 @@ class CompressionPolicy:
     def from_dict(cls, content: Mapping) -> "CompressionPolicy":
         keys = [each.name for each in fields(cls)]
         if not isinstance(content, Mapping):
-            raise ValueError(f"policy: expected keys ({', '.join(keys)}), got {content!r}")
+            raise ValueError(f"policy: expected keys ({', '.join(keys)}), got {shown(content)}")
         for key in content:
             _check_choice("key", key, keys)
         return cls(**content)
@@ -166,7 +162,7 @@ class CompressionPolicy:
         """Raises ValueError that names a key under `layers` that a model of `count` layers does not have."""
         for key in self.layers:
             if _layer_range(key)[-1] >= count:
-                raise ValueError(f"policy: layers: {key!r} is out of range; the model has layers 0 to {count - 1}")
+                raise ValueError(f"policy: layers: {shown(key)} is out of range; the model has layers 0 to {count - 1}")
 
     def digest(self) -> str:
         """A short text that is equal for equal policies."""
@@ -183,7 +179,7 @@ class CompressionPolicy:
     def _codecs_of_layers(self) -> dict[int, dict[str, str]]:
         """By layer number: codec names by site, the layer's own under the empty name."""
         if not isinstance(self.layers, Mapping):
-            raise ValueError(f"policy: layers: expected layer numbers or ranges with codecs, got {self.layers!r}")
+            raise ValueError(f"policy: layers: expected layer numbers or ranges with codecs, got {shown(self.layers)}")
         by_layer: dict[int, dict[str, str]] = {}
         for key, value in self.layers.items():
             if isinstance(value, Mapping):
@@ -193,7 +189,7 @@ class CompressionPolicy:
                 value = {"": value}
             for layer in _layer_range(key):
                 if layer in by_layer:
-                    raise ValueError(f"policy: layers: {key!r} names layer {layer}, which another key names too")
+                    raise ValueError(f"policy: layers: {shown(key)} names layer {layer}, which another key names too")
                 by_layer[layer] = dict(value)
         return by_layer
 
@@ -202,7 +198,7 @@ class CompressionPolicy:
     ) -> None:
         """drop: the one key that may say so."""
         if not isinstance(codecs, Mapping):
-            raise ValueError(f"policy: {where}: expected codecs by {', '.join(allowed)}, got {codecs!r}")
+            raise ValueError(f"policy: {where}: expected codecs by {', '.join(allowed)}, got {shown(codecs)}")
         for key, name in codecs.items():
             _check_choice(where, key, allowed)
             if name != DROP or key != drop:
@@ -218,19 +214,7 @@ class CompressionPolicy:
         except ValueError as error:
             raise ValueError(f"policy: {where}: {error}, or 'none'") from None
         if isinstance(codec, CodecPair) and self.algorithm == "gather_sum":
-            raise ValueError(f"policy: {where}: gather_sum has one phase and takes one codec, not {name!r}")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Where YAML lets a later key replace an equal one without a word, this raises."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if repeated := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{repeated[0]!r} is given more than once", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
+            raise ValueError(f"policy: {where}: gather_sum has one phase and takes one codec, not {shown(name)}")
 
 
 @lru_cache
@@ -245,16 +229,16 @@ def _with_text_keys(value: object) -> object:
 
 def _check_choice(where: str, given: object, allowed: Sequence[str]) -> None:
     if given not in allowed:
-        raise ValueError(f"policy: {where}: {given!r} is unknown; allowed are {', '.join(allowed)}")
+        raise ValueError(f"policy: {where}: {shown(given)} is unknown; allowed are {', '.join(allowed)}")
 
 
 def _layer_range(key: int | str) -> range:
     first, dash, last = str(key).partition("-")
     if isinstance(key, bool) or not first.isdecimal() or (dash and not last.isdecimal()):
-        raise ValueError(f"policy: layers: {key!r} is neither a layer number, as in 3, nor a range, as in 0-2")
+        raise ValueError(f"policy: layers: {shown(key)} is neither a layer number, as in 3, nor a range, as in 0-2")
     if max(len(first), len(last)) > 5:
-        raise ValueError(f"policy: layers: {key!r} is beyond any model's number of layers")
+        raise ValueError(f"policy: layers: {shown(key)} is beyond any model's number of layers")
     layers = range(int(first), int(last if dash else first) + 1)
     if not layers:
-        raise ValueError(f"policy: layers: {key!r} is an empty range")
+        raise ValueError(f"policy: layers: {shown(key)} is an empty range")
     return layers

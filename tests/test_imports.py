@@ -27,6 +27,7 @@ ROOMS = {
     "wire": ["megatron_comp.wire"],
     "kernels": ["megatron_comp.kernels"],
     "version": ["megatron_comp.version"],
+    "files": ["megatron_comp.files"],
 }
 ORDER = list(ROOMS)
 

@@ -30,11 +30,15 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from tqdm import tqdm
+
+from .metadata import read_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # Megatron's word for weights that belong to no iteration, in the tracker and as the folder's name
 COMPLETE = "metadata.json"
+HUGGING_FACE = ("model.safetensors", "model.safetensors.index.json")
 
 # Names of one norm: alone, as experts and Megatron's own layers have it, or fused into the linear that follows it.
 NORMS = (
@@ -46,9 +50,12 @@ NORMS = (
 def find(folder) -> Path | None:
     """The distributed checkpoint in `folder`: itself, or the iteration that a training's folder names as its latest.
 
-    None if the folder is neither. Raises ValueError for a checkpoint that is not complete or of another format.
+    None if the folder is neither, and where safetensors lie in it: those are its weights then, whatever else is there,
+    as hidden files are that nobody sees. Raises ValueError for a checkpoint that is not complete or of another format.
     """
     folder = Path(folder)
+    if any(folder.glob("*.safetensors")):
+        return None
     tracker = folder / TRACKER
     if tracker.is_file():
         word = tracker.read_text().strip()
@@ -117,16 +124,25 @@ def load(model: GPTModel, folder) -> None:
     Tensors are cast to the model's dtype. What training keeps beside weights (optimizer, schedule) is not read.
     Entries that only pad a vocabulary may differ in number; those that the checkpoint lacks become zeros.
 
+    Nothing in the folder is run. Torch and Megatron unpickle `.metadata`, and every entry that is described as anything
+    but a tensor: both are looked at first, and no such entry is asked for. Extra state (Transformer Engine's, for fp8)
+    is such an entry; it is left as the model has it.
+
     Raises ValueError, naming a tensor, if the checkpoint and the model do not have the same, in the same shapes, or if
     the checkpoint cannot be read.
     """
+    described = read_metadata(folder).state_dict_metadata
+    names = described.keys()
     with _reading(folder):
-        names = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.keys()
         metadata = dist_checkpointing.load_content_metadata(str(folder))
     prefix = _prefix(names, folder)
     sharded = model.sharded_state_dict(prefix=prefix, metadata=metadata)
+    sharded = {name: entry for name, entry in sharded.items() if "_extra_state" not in name}
     _rename_norms(sharded, names)
-    _check(folder, "tensors of this model are missing in the checkpoint", _keys(sharded) - names)
+    asked = _keys(sharded)
+    _check(folder, "tensors of this model are missing in the checkpoint", asked - names)
+    odd = {name for name in asked if not isinstance(described[name], TensorStorageMetadata)}
+    _check(folder, "tensors of this model are no tensors in the checkpoint", odd)
     with _reading(folder):
         loaded, unread, _ = dist_checkpointing.load({"model": sharded}, str(folder), strict=StrictHandling.RETURN_ALL)
     parts = tuple(f"{prefix}{name}." for name, _ in model.named_children())
@@ -164,7 +180,6 @@ def _keys(sharded) -> set[str]:
 
 
 def _check(folder, problem: str, names: set[str]) -> None:
-    # Extra state is Transformer Engine's, for fp8; without it, it is empty.
     if names := sorted(name for name in names if "_extra_state" not in name):
         raise ValueError(f"{folder}: {len(names)} {problem}, the first is {names[0]}")
 
@@ -174,7 +189,7 @@ def _reading(folder):
     """Makes a ValueError of what Megatron and torch raise for a checkpoint that does not fit or is damaged."""
     try:
         yield
-    except (CheckpointingException, CheckpointException, OSError, EOFError, UnpicklingError) as error:
+    except (CheckpointingException, CheckpointException, OSError, EOFError, UnpicklingError, ValueError) as error:
         if isinstance(error, CheckpointException):  # all ranks' tracebacks: the first that failed will do
             error = next(iter(error.failures.values()))[0]
         misfit = isinstance(error, CheckpointingException)

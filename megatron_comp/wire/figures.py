@@ -17,8 +17,8 @@ The file is YAML:
 """
 
 import bisect
-import math
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from ..files import cache_folder, read_yaml, shown, write_text
 from . import exchange
 from .codec import Codec
 
@@ -124,10 +125,7 @@ class Figures:
     @classmethod
     def from_file(cls, path: str | Path) -> "Figures":
         """Raises ValueError that names file and key for what is no calibration, OSError if it cannot be read."""
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"calibration file {path} is not YAML: {error}") from None
+        content = read_yaml(path, "calibration file")
         try:
             return cls._from_content(content, str(path))
         except ValueError as error:
@@ -138,12 +136,12 @@ class Figures:
         keys = ("schema", "measured", "links", "codecs", "margin", "hidden")
         content = _mapping("", {"hidden": 1.0} | content if isinstance(content, dict) else content, keys)
         if content["schema"] != SCHEMA:
-            raise ValueError(f"schema {content['schema']!r} is not {SCHEMA}, which this version reads")
+            raise ValueError(f"schema {shown(content['schema'])} is not {SCHEMA}, which this version reads")
         measured = _mapping("measured", content["measured"])
         if type(measured.get("ranks")) is not int or measured["ranks"] < 2:
-            raise ValueError(f"measured: ranks: {measured.get('ranks')!r} is not a number of ranks above 1")
+            raise ValueError(f"measured: ranks: {shown(measured.get('ranks'))} is not a number of ranks above 1")
         if measured.get("device") not in DEVICES:
-            raise ValueError(f"measured: device: {measured.get('device')!r} is not one of {', '.join(DEVICES)}")
+            raise ValueError(f"measured: device: {shown(measured.get('device'))} is not one of {', '.join(DEVICES)}")
         links = {
             name: _link(f"links: {name}", words) for name, words in _mapping("links", content["links"], LINKS).items()
         }
@@ -170,9 +168,7 @@ class Figures:
             "margin": self.margin,
             "hidden": self.hidden,
         }
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(yaml.safe_dump(content, sort_keys=False, width=120))
-        partial.replace(path)
+        write_text(path, yaml.safe_dump(content, sort_keys=False, width=120))
 
 
 ASSUMED = Figures()
@@ -193,13 +189,10 @@ def default_path(ranks: int, hosts: int, backend: str, device: str) -> Path:
     groups apart: also the network interface, where GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names one, or the link
     that MEGATRON_COMP_LINK names, as `launch/slow_network.sh` does.
     """
-    folder = os.environ.get("MEGATRON_COMP_CACHE")
-    if not folder:
-        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "megatron_comp")
     interface = os.environ.get("MEGATRON_COMP_LINK") or os.environ.get(f"{backend.upper()}_SOCKET_IFNAME", "")
     parts = [backend, device, f"{ranks}ranks", f"{hosts}hosts", interface]
     name = "_".join("".join(c if c.isalnum() else "-" for c in part) for part in parts if part)
-    return Path(folder, "calibration", f"{name}.yaml").absolute()
+    return cache_folder() / "calibration" / f"{name}.yaml"
 
 
 def find_figures(ranks: int, hosts: int, backend: str, device: str) -> Figures:
@@ -227,10 +220,10 @@ def _mapping(where: str, value: object, keys: tuple[str, ...] | None = None) -> 
     """`value`, if it is a mapping from text with just these keys."""
     prefix = f"{where}: " if where else ""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{prefix}expected names with values, got {value!r}")
+        raise ValueError(f"{prefix}expected names with values, got {shown(value)}")
     for key in value:
         if keys and key not in keys:
-            raise ValueError(f"{prefix}{key!r} is unknown; allowed are {', '.join(keys)}")
+            raise ValueError(f"{prefix}{shown(key)} is unknown; allowed are {', '.join(keys)}")
     for key in keys or ():
         if key not in value:
             raise ValueError(f"{prefix}{key} is missing")
@@ -241,11 +234,11 @@ def _link(where: str, value: object) -> Link:
     words = dict(_mapping(where, {"points": []} | value if isinstance(value, dict) else value))
     points, place = words.pop("points", None), f"{where}: points"
     if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
-        raise ValueError(f"{place}: {points!r} is not a list of [bytes, seconds]")
+        raise ValueError(f"{place}: {shown(points)} is not a list of [bytes, seconds]")
     points = tuple(tuple(_number(place, number) for number in point) for point in points)
     sizes = [0.0, *(size for size, _ in points)]
     if any(size <= before for before, size in zip(sizes, sizes[1:])):
-        raise ValueError(f"{place}: {sizes[1:]} bytes do not ascend from above 0")
+        raise ValueError(f"{place}: {shown(sizes[1:])} bytes do not ascend from above 0")
     names = ("bytes_per_s", "latency_s")
     numbers = {key: _number(f"{where}: {key}", number) for key, number in _mapping(where, words, names).items()}
     if not numbers["bytes_per_s"]:
@@ -262,6 +255,6 @@ def _number(where: str, value: object) -> float:
     if isinstance(value, str):  # YAML takes 1e-5, without a point, for text
         with suppress(ValueError):
             value = float(value)
-    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{where}: {value!r} is not a number >= 0")
+    if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:  # NaN is neither
+        raise ValueError(f"{where}: {shown(value)} is not a number >= 0")
     return float(value)

@@ -1,0 +1,168 @@
+"""Files that are whole or not there, YAML that cannot exhaust memory, and the folder of caches."""
+
+import json
+import os
+import reprlib
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import yaml
+
+# Of a YAML file. Policies and calibrations take a few kilobytes; PyYAML reads about 200 of them a second.
+MAX_BYTES = 1 << 20
+MAX_VALUES = 200_000
+MAX_DEPTH = 32
+MAX_DIGITS = 100
+
+
+# Values as error messages show them: an alias in YAML, or a hostile file, may stand for gigabytes of text.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 6, 8, 80, 80, 40
+
+
+def shown(value: object) -> str:
+    """`repr(value)`, cut to a few hundred characters."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives the path of a new file beside `path`, of the same suffix, and renames it to `path` at the end.
+
+    Readers see the old file or the whole new one, whenever the process ends. Permissions are those of a file that
+    `open` makes, or of the file that is replaced; a link stays a link. Devices and pipes are written in place.
+
+    Raises OSError if the file cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        yield target  # /dev/stdout, a pipe
+        return
+    partial = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}{target.suffix}")
+    try:
+        partial.touch(exist_ok=False)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None  # of the file that somebody asked for
+    mode = (target if target.exists() else partial).stat().st_mode & 0o777
+    try:
+        yield partial
+        partial.chmod(mode)  # a writer may have made the file anew, with other permissions
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        with suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """UTF-8; whole or not there."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Whole or not there."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_json(path: str | Path, content: object, indent: int | None = None) -> None:
+    """One line, or indented; whole or not there."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def cache_folder() -> Path:
+    """The folder that MEGATRON_COMP_CACHE names, else `megatron_comp` in XDG_CACHE_HOME or in `~/.cache`.
+
+    A user without a home, as in some containers, has one in the folder of temporary files.
+    """
+    if folder := os.environ.get("MEGATRON_COMP_CACHE"):
+        return Path(folder).absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(base):
+        return Path(base, "megatron_comp")
+    return Path(tempfile.gettempdir(), f"megatron_comp-{os.getuid()}").absolute()
+
+
+def read_yaml(path: str | Path, what: str) -> object:
+    """The content of a small YAML file; `what` names its kind in errors, as in `policy file`.
+
+    Stricter than YAML: a mapping may name a key once (one that it merges by `<<` may be overruled), and a file may
+    neither be large nor nest deeply, nor stand for more than 200,000 values once its aliases are resolved.
+
+    Raises ValueError for what cannot be read so, OSError if the file cannot be opened.
+    """
+    with open(path, "rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    try:
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        return yaml.load(content.decode("utf-8"), _Loader)
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{what} {path} is not YAML: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without what multiplies, nests without end, or lets a later key replace an equal one without a word."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise _error(f"it nests deeper than {MAX_DEPTH} levels", self.peek_event())
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def compose_document(self) -> yaml.Node:
+        node = super().compose_document()
+        self._count(node, {}, set())
+        return node
+
+    def _count(self, node: yaml.Node, counts: dict[int, int], inside: set[int]) -> int:
+        """How many values a node stands for once aliases are resolved; checks it and all in it."""
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        if id(node) in inside:
+            raise _error("an alias stands inside of what it names", node)
+        if id(node) not in counts:
+            inside.add(id(node))
+            if isinstance(node, yaml.MappingNode):
+                self._check_keys(node)
+            parts = [value for _, value in node.value] if isinstance(node, yaml.MappingNode) else node.value
+            counts[id(node)] = len(parts) + sum(self._count(part, counts, inside) for part in parts)
+            inside.remove(id(node))
+            if counts[id(node)] > MAX_VALUES:
+                raise _error(f"it stands for more than {MAX_VALUES:,} values", node)
+        return counts[id(node)]
+
+    def _check_keys(self, node: yaml.MappingNode) -> None:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _error("a list or a mapping is no key", key_node)
+            key = "<<" if key_node.tag == _MERGE else self.construct_object(key_node)
+            if key in seen:
+                raise _error(f"{shown(key)} is given more than once", node)
+            seen.add(key)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > MAX_DIGITS:  # more than a float can hold, and more than a message should
+            raise _error(f"a number of {len(node.value)} digits", node)
+        return super().construct_yaml_int(node)
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _error(problem: str, place: yaml.Node | yaml.Event) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, place.start_mark)
