@@ -37,7 +37,8 @@ def encode(
 ) -> None:
     """`x` [rows, hidden] into `messages`, one for each slice of its rows, all in one launch.
 
-    starts: where each message starts, in units of 16 bytes. first_rows: see `slices.py`. programs: of the longest slice.
+    starts: where each message starts, in units of 16 bytes. first_rows: see `slices.py`. programs: of the longest
+    slice.
     """
     encode_kernel[(programs, len(starts))](
         x,

@@ -9,6 +9,7 @@ import argparse
 import torch
 
 from ..launcher import output
+from ..quality.origin import digest
 from ..spd.blocks import parse_blocks, write_policy
 from ..spd.criteria import LOSSES
 from . import drop_options
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
     blocks = check(args)
     recipe = Recipe(args.ranks, args.epochs, args.batch, args.learning_rate, args.loss, args.seed)
-    start = {"start": drop_options.digest(args.start)} if args.start else {}
+    start = {"start": digest(args.start)} if args.start else {}
     config, file, missing = begin(args, blocks, {"recipe": str(recipe), **start})
     if args.start:
         hf.check_extra(args.start, args.ranks)

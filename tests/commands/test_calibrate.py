@@ -77,14 +77,14 @@ def test_times_that_follow_the_model_give_back_its_figures(hidden):
     assert list(made.cost(MXFP4).__dict__.values()) == pytest.approx([1e-4, 1e-9, 1e-4, 1e-9])
     assert made.hidden == pytest.approx(hidden, abs=1e-9)
     assert made.margin == 0.1
-    # Whole sums that take twice as long as their parts say: those that then lose to stock must be kept.
+    # Whole sums that take three times as long as their parts say: those that then lose to stock must be kept.
     promised = []
     for what in samples:
         if what[0] == "sum":
             promised.append(samples["all_reduce", what[1]][0] / samples[what][0])
-            samples[what] = [2 * samples[what][0]]
-    lost = [gain - 1 for gain in promised if gain < 2]
-    assert len(lost) < len(promised)
+            samples[what] = [3 * samples[what][0]]
+    lost = [gain - 1 for gain in promised if gain < 3]
+    assert 0 < len(lost) < len(promised)
     assert fit.figures(setting, Timings(samples), truth.measured).margin == pytest.approx(max(0.1, *lost))
 
 

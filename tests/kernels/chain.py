@@ -27,7 +27,7 @@ def nothing(*_, **__) -> None:
 for name in ("all_gather_single", "all_gather_into_tensor", "all_to_all_single"):
     setattr(dist, name, nothing)
 
-from megatron_comp.tools.bench import timing  # noqa: E402
+from megatron_comp.bench import timing  # noqa: E402
 from megatron_comp.wire import collectives  # noqa: E402
 
 CODECS = ["mxfp4", "nvfp4", "int4:32:fp16", "int4:32:fp16:hadamard"]

@@ -51,8 +51,8 @@ def test_any_number_of_ranks(codec, ranks):
 @pytest.mark.parametrize(
     "codec", ["fp4_e2m1:32:e8m0:ceil", "nvfp4", "int8:32:fp32:hadamard", "int4:32:bf16:asym:spike"]
 )
-def test_half_precision_holds_no_larger_values(codec, ranks):
-    """Each rank's values are cut to fp16's range before they are added, NaN are not."""
+def test_sums_beyond_half_precision(codec, ranks):
+    """One message alone is cut to fp16's range, but for its NaN; a sum of several becomes infinite."""
     fmt, shape = Format.parse(codec), (2, 1999)
     tensors = [cases.tensor(shape, torch.float32, fmt.block, seed) for seed in range(ranks)]
     cases.check_decode_sum(fmt, cases.encoded(fmt, tensors), shape, torch.float16)

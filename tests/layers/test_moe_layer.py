@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_comp as mc
 from megatron_comp.inference.model import build_model
-from megatron_comp.wire.codec import Codec, parse_codec
+from megatron_comp.layers import mappings
+from megatron_comp.wire.codec import parse_codec
+from megatron_comp.wire.collectives import run
 
 
 class Sent(TorchDispatchMode):
@@ -54,14 +56,15 @@ def one_layer(rank, world_size, tp, ep, folder):
                 mc.remove_compression(model)
                 if words is not None:
                     mc.apply_compression(model, policy(**words))
-                encoded, encode = [], Codec.encode
+                encoded = []
 
-                def noted(codec, part, encode=encode, encoded=encoded):
-                    encoded.append(part.clone())
-                    return encode(codec, part)
+                def noted(plan, partial, *args, encoded=encoded):
+                    slices = plan.chunks[0].slices if plan.algorithm == "reduce_scatter" else [len(partial)]
+                    encoded.extend(partial.clone().split(slices))
+                    return run(plan, partial, *args)
 
                 sent = Sent()
-                with patch.object(Codec, "encode", noted), sent:
+                with patch.object(mappings, "run", noted), sent:
                     output, bias = layer(x)
                 assert bias is None and output.dtype == x.dtype and output.shape == x.shape
                 stats = [site for site in mc.stats(model).sites if (site.layer, site.site) == (1, "experts")]

@@ -14,7 +14,8 @@ from ranks import run_ranks
 import megatron_comp as mc
 from megatron_comp.inference import cpu
 from megatron_comp.inference.model import build_model, init_parallel
-from megatron_comp.wire.codec import Codec
+from megatron_comp.layers import mappings
+from megatron_comp.wire.collectives import run
 
 
 @torch.no_grad()
@@ -87,14 +88,14 @@ def half_precision(rank, world_size, folder):
             torch.manual_seed(rank if scattered else 0)
             x = torch.randn(4, 2, HIDDEN).bfloat16()
             stock, _ = layer(x)
-            types, encode = set(), Codec.encode
+            types = set()
 
-            def noted(codec, part, encode=encode, types=types):
-                types.add(part.dtype)
-                return encode(codec, part)
+            def noted(plan, partial, *args, types=types):
+                types.add(partial.dtype)
+                return run(plan, partial, *args)
 
             mc.apply_compression(model, policy(codec=INT8))
-            with patch.object(Codec, "encode", noted):
+            with patch.object(mappings, "run", noted):
                 ours, _ = layer(x)
             mc.apply_compression(model, policy(min_bytes=10**9))
             kept, _ = layer(x)

@@ -71,7 +71,7 @@ def frontier_of_bits(items=12):
     )
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.0, 1.3, 4.0])
+@pytest.mark.parametrize("factor", [0.5, 0.7, 1.0, 1.3, 4.0])
 def test_tune_uses_the_bound_and_keeps_it(factor):
     """Predictions that are wrong by a factor: as good an answer as from right ones."""
     frontier, measured = frontier_of_bits(), []

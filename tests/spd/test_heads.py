@@ -79,6 +79,38 @@ def test_scores_are_causal_means(two_blocks):
     torch.testing.assert_close(scores.sum(-1), torch.ones(8, 24))
 
 
+def test_shards_are_scored_by_what_they_put_out(two_blocks):
+    """By "norm": the mean length of it where attention is one part's; by "error": less that of its difference to what
+    it is where attention is whole. Both token by token, from the block's weights alone."""
+    ((block, x, _, rope),) = streamed(two_blocks)
+    layer, ranks = block.modules_of, 2
+    mlp, out_proj = layer.mlp, layer.self_attn.o_proj.weight
+    size, inner = out_proj.shape[1] // ranks, mlp.gate_proj.weight.shape[0] // ranks
+
+    @torch.no_grad()
+    def length(part, shard, error):
+        total = 0.0
+        neurons = slice(shard * inner, (shard + 1) * inner)
+
+        def shard_of_mlp(attention):
+            normed = layer.post_attention_layernorm(window + attention)
+            up = mlp.act_fn(normed @ mlp.gate_proj.weight[neurons].t()) * (normed @ mlp.up_proj.weight[neurons].t())
+            return up @ mlp.down_proj.weight[:, neurons].t()
+
+        for window in x:
+            seen = block.heads(window[None], rope)[0]
+            columns = slice(part * size, (part + 1) * size)
+            put_out = shard_of_mlp(seen[:, columns] @ out_proj[:, columns].t())
+            if error:
+                put_out = shard_of_mlp(seen @ out_proj.t()) - put_out
+            total += sum(row.norm().item() for row in put_out)
+        return total / (len(x) * x.shape[1])
+
+    for match, sign in (("norm", 1), ("error", -1)):
+        expected = [[sign * length(part, shard, match == "error") for shard in range(ranks)] for part in range(ranks)]
+        assert heads.match_scores(block, x, rope, ranks, match) == [pytest.approx(row, rel=1e-4) for row in expected]
+
+
 def test_matchings_are_the_best_there_are():
     scores = torch.rand(5, 5, generator=torch.Generator().manual_seed(2)).tolist()
     found = heads.best_matching(scores)

@@ -216,17 +216,17 @@ def test_predicted_times_of_one_chunk_add_up():
     gathered = 3e-3 + 3 * message / 4e6 + 3e-4 + values * (1e-9 + 4 * 3e-9)
     assert sum_seconds(SMALL, codec, 4, "gather_sum", FIGURES) == pytest.approx(gathered)
     wire = 4e-3 + 0.75 * message / 5e6 + 3e-3 + 0.75 * message / 4e6
-    work = 4 * 1e-4 + 2e-4 + 1e-4 + 4 * 2e-4 + values * (1e-9 + 3e-9 + 0.25e-9 + 3e-9)
+    work = 1e-4 + 2e-4 + 1e-4 + 2e-4 + values * (1e-9 + 3e-9 + 0.25e-9 + 3e-9)
     assert sum_seconds(SMALL, codec, 4, "two_step", FIGURES) == pytest.approx(wire + work)
     wire = 4e-3 + 0.75 * message / 5e6
-    scattered = wire + 4 * 1e-4 + 2e-4 + values * (1e-9 + 3e-9)
+    scattered = wire + 1e-4 + 2e-4 + values * (1e-9 + 3e-9)
     assert scatter_seconds(SMALL, codec, 4, FIGURES) == pytest.approx(scattered)
 
 
 def test_a_pair_takes_each_phase_at_its_own_cost():
     first, second = (parse_codec("mxfp4>mxfp8").first, parse_codec("mxfp4>mxfp8").second)
     wire = 4e-3 + 0.75 * first.message_bytes(SMALL) / 5e6 + 3e-3 + 0.75 * second.message_bytes(SMALL) / 4e6
-    work = 4 * 1e-4 + 2e-4 + 5e-4 + 4 * 6e-4 + 16384 * (1e-9 + 3e-9 + 5e-9 / 4 + 7e-9)
+    work = 1e-4 + 2e-4 + 5e-4 + 6e-4 + 16384 * (1e-9 + 3e-9 + 5e-9 / 4 + 7e-9)
     assert sum_seconds(SMALL, parse_codec("mxfp4>mxfp8"), 4, "two_step", FIGURES) == pytest.approx(wire + work)
 
 
@@ -256,11 +256,11 @@ def test_the_number_of_chunks_that_is_predicted_fastest(name, way):
                 work = n * (1e-4 + 2e-4) + values * (1e-9 + 4 * 3e-9)
             elif name == "mxfp4":
                 wire = 4e-3 + 0.75 * message / 5e6 + 3e-3 + 0.75 * message / 4e6
-                work = n * (4 * 1e-4 + 2e-4 + 1e-4 + 4 * 2e-4) + values * (1e-9 + 3e-9 + 0.25e-9 + 3e-9)
+                work = n * (1e-4 + 2e-4 + 1e-4 + 2e-4) + values * (1e-9 + 3e-9 + 0.25e-9 + 3e-9)
             else:
                 longer = parse_codec("mxfp8").message_bytes(shape)
                 wire = 4e-3 + 0.75 * message / 5e6 + 3e-3 + 0.75 * longer / 4e6
-                work = n * (4 * 1e-4 + 2e-4 + 5e-4 + 4 * 6e-4) + values * (1e-9 + 3e-9 + 5e-9 / 4 + 7e-9)
+                work = n * (1e-4 + 2e-4 + 5e-4 + 6e-4) + values * (1e-9 + 3e-9 + 5e-9 / 4 + 7e-9)
             seconds.append(wire + work - hidden * min(wire, work) * (1 - 1 / n))
         best = choose_chunks(shape, codec, 4, way, known, 1 << 18)
         assert best == 1 + seconds.index(min(seconds))

@@ -8,6 +8,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,7 +76,25 @@ def check_decode_sum_encode(device, fmt, shape, dtype, seed) -> None:
     _compare(found, expected)
 
 
-def check_far(device, fmt, shape, dtype, seed) -> None:
+def check_slices(device, fmt, shape, dtype, seed) -> None:
+    """All slices in one launch; what messages leave of their slots is never read. Of the shape only `hidden` counts."""
+    rows, hidden = SLICES[seed % len(SLICES)], shape[1]
+    x = kernel_cases.tensor((sum(rows), hidden), dtype, fmt.block, seed)
+    sizes = [message.layout(fmt, count, hidden).nbytes for count in rows]
+    slots, found = torch.full((len(rows), max(sizes)), 0xFF, dtype=torch.uint8), _filled(sum(sizes))
+    decoded, expected = torch.full(x.shape, torch.nan, dtype=dtype), torch.empty(x.shape)
+    for part, slot, size, total in zip(x.split(rows), slots, sizes, expected.split(rows)):
+        if len(part):
+            reference.encode(part, fmt, slot[:size])
+            reference.decode_sum(slot[None, :size], fmt, total)
+    device.run(lambda: gpu.encode_slices(x, fmt, rows, found), [x], [found])
+    _compare(found, torch.cat([slot[:size] for slot, size in zip(slots, sizes)]))
+    device.run(lambda: gpu.decode_slices(slots, fmt, rows, decoded), [slots], [decoded])
+    # Rounded from fp32: as the message of a sum it may be infinite in half precision.
+    kernel_cases.assert_same_bits(decoded, expected.to(dtype))
+
+
+def check_far(device, fmt, shape, dtype, seed, slices=1) -> None:
     """More than 2^31 values: the blocks of the first and of the last row, encoded and decoded.
 
     The system gives memory when it is first used, so that the tensors cost what these two rows touch.
@@ -84,17 +103,18 @@ def check_far(device, fmt, shape, dtype, seed) -> None:
     ends = kernel_cases.tensor((2, hidden), dtype, fmt.block, seed)
     x, found = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
     x[0], x[-1] = ends
-    layout = message.layout(fmt, *shape)
-    its_message, expected = torch.empty(layout.nbytes, dtype=torch.uint8), torch.empty_like(ends)
-    tiles = -(-hidden // TILE)
+    layout = message.layout(fmt, rows // slices, hidden)
+    messages, expected = torch.empty(slices, layout.nbytes, dtype=torch.uint8), torch.empty_like(ends)
+    counts, tiles = [rows // slices] * slices, -(-hidden // TILE)
     blocks = [*range(tiles), *range(-tiles, 0)]
-    device.run(lambda: gpu.encode(x, fmt, its_message), [x], [its_message], blocks)
-    device.run(lambda: gpu.decode_sum(its_message[None], fmt, found), [its_message], [found], blocks)
-    of_ends = _messages(fmt, ends.shape)[1]
+    device.run(lambda: gpu.encode_slices(x, fmt, counts, messages.view(-1)), [x], [messages], blocks)
+    device.run(lambda: gpu.decode_slices(messages, fmt, counts, found), [messages], [found], blocks)
+    of_ends = torch.empty(message.layout(fmt, *ends.shape).nbytes, dtype=torch.uint8)
     reference.encode(ends, fmt, of_ends)
     for field, sections in message.layout(fmt, *ends.shape).fields.items():
         for section, whole in zip(sections, layout.fields[field]):
-            _compare(whole.view(its_message)[[0, -1]].flatten(), section.view(of_ends).flatten())
+            its_ends = torch.cat([whole.view(messages[0])[0], whole.view(messages[-1])[-1]])
+            _compare(its_ends, section.view(of_ends).flatten())
     reference.decode_sum(of_ends[None], fmt, expected)
     kernel_cases.assert_same_bits(found[[0, -1]], expected)
 
@@ -103,16 +123,24 @@ OPERATIONS = {
     "encode": check_encode,
     "decode_sum": check_decode_sum,
     "decode_sum_encode": check_decode_sum_encode,
+    "slices": check_slices,
     "far": check_far,
+    "far slices": partial(check_far, slices=2),
 }
-IN_TURN = list(OPERATIONS)[:3]
-# Taken as one long row, and row by row because a row is no number of whole blocks.
-FAR = [Case("far", "int8:32:fp32", (140_001, hidden), "bf16") for hidden in (16_384, 16_384 + 8)]
+IN_TURN = list(OPERATIONS)[:4]
+# Rows of each slice: long ones before short ones, none in the end, none first.
+SLICES = [(2, 2, 1), (1, 1, 1, 0, 0), (0, 3, 1)]
+# Rows of 16384 values are taken as one long row; longer by 8, they are no number of whole blocks, and stay rows.
+FAR = [Case(how, "int8:32:fp32", (140_002, 16_384 + more), "bf16") for how in ("far", "far slices") for more in (0, 8)]
+
+
+def _filled(nbytes):
+    return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
 
 
 def _messages(fmt, shape):
     nbytes = message.layout(fmt, *shape).nbytes
-    return torch.full((nbytes,), 0xFF, dtype=torch.uint8), torch.empty(nbytes, dtype=torch.uint8)
+    return _filled(nbytes), torch.empty(nbytes, dtype=torch.uint8)
 
 
 def _encoded(fmt, shape, dtype, seed):
@@ -147,7 +175,7 @@ def every_shape() -> list[Case]:
 # What the test suite runs.
 SUITE = {
     "shapes": every_shape,
-    "presets": lambda: list(in_turn([*PRESETS], 3)),
+    "presets": lambda: list(in_turn([*PRESETS], len(IN_TURN))),
     "options": lambda: list(in_turn(covering()[len(PRESETS) :], 2)),
 }
 
@@ -159,7 +187,7 @@ def in_turn(codecs: list[str], operations: int) -> Iterator[Case]:
         for i in range(operations):
             turn = number + i
             shape, dtype = shapes[(number + 3 * i) % len(shapes)], [*DTYPES][(number // 3 + i) % 3]
-            yield Case(IN_TURN[turn % 3], codec, shape, dtype, number)
+            yield Case(IN_TURN[turn % len(IN_TURN)], codec, shape, dtype, number)
 
 
 def covering() -> list[str]:

@@ -22,7 +22,7 @@ from memory import Fault
 from triton.compiler.errors import CompilationError
 from triton.runtime.jit import JITFunction
 
-ROOMS = ["blocks", "decode_sum", "decode_sum_encode", "encode", "numbers", "planes", "scales"]
+ROOMS = ["blocks", "decode_sum", "decode_sum_encode", "encode", "numbers", "planes", "scales", "slices"]
 NOT_FOUND = "NOT FOUND"
 PARTLY_FILLED = (2, 4096 + 33)  # rows that end inside of a tile, and inside of a block
 
@@ -58,7 +58,10 @@ MUTANTS = {
         FAR[0], source=(r"first = tl\.cast\(tile, tl\.int64\) \* TILE", "first = tile * TILE")
     ),
     "output addresses of 32 bits": Mutant(
-        FAR[0], source=(r"row \* hidden \+ tl\.cast\(tile, tl\.int64\) \* TILE", "row * hidden + tile * TILE")
+        FAR[0], source=(r"first_row \* hidden \+ row \* columns \+ first", r"(\g<0>).to(tl.int32)")
+    ),
+    "a slice that starts at the first row": Mutant(
+        Case("slices", "mxfp4", (3, 1024), "bf16"), source=(r"first_row \* x_stride", "0 * x_stride")
     ),
     "hidden = 1 as a constant": Mutant(
         Case("decode_sum", "mxfp4", (3, 1), "bf16"),
