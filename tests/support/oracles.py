@@ -263,12 +263,37 @@ def spike_places(fields: dict[str, np.ndarray], codec: str) -> np.ndarray:
 
 
 def decode(fields: dict[str, np.ndarray], codec: str) -> np.ndarray:
-    """fp32 `[rows, hidden]` of the fields of a codec without `hadamard`."""
+    """fp32 `[rows, hidden]` of the fields; with `hadamard`, transformed."""
     scales, zeros = scales_and_zeros(fields, codec)
     y = element_table(codec.split(":")[0]).astype(np.float32)[fields["payload"]] * scales + zeros
     if "spike_value" in fields:
         np.put_along_axis(y, spike_places(fields, codec), scale_values(fields["spike_value"], "bf16"), axis=1)
     return y
+
+
+def hadamard(x: np.ndarray, block: int) -> np.ndarray:
+    """The orthonormal transform of every whole block of fp32 `[rows, hidden]`, its own inverse.
+
+    Step by step each value becomes its partner's plus or minus itself, with partners 1, 2, 4, ... places away.
+    """
+    whole = x.shape[1] // block * block
+    y = x[:, :whole].reshape(len(x), -1, block)
+    places = np.arange(block)
+    for distance in (2**step for step in range(block.bit_length() - 1)):
+        y = y[..., places ^ distance] + np.where(places & distance, np.float32(-1), np.float32(1)) * y
+    return np.concatenate([(y * np.float32(block**-0.5)).reshape(len(x), whole), x[:, whole:]], axis=1)
+
+
+def decoded_sum(messages: torch.Tensor, codec: str, rows: int, hidden: int, transformed: bool = False) -> np.ndarray:
+    """fp32 `[rows, hidden]`: the values of all messages in their order, with `hadamard` transformed back once.
+
+    transformed: not transformed back.
+    """
+    total = np.full((rows, hidden), np.float32(-0.0))
+    for message in messages:
+        total = total + decode(read(message, codec, rows, hidden), codec)
+    _, block, _, *options = codec.split(":")
+    return hadamard(total, int(block)) if "hadamard" in options and not transformed else total
 
 
 # Messages.

@@ -31,7 +31,8 @@ CORNERS = [
 
 
 def same(fmt, tensors, second):
-    """Native and reference, on tensors [rows, hidden] of the ranks: messages, sums of all types, the sum's message.
+    """Native and reference, on tensors [rows, hidden] of the ranks: messages, sums of all types, the sum's message,
+    and the same of slices of rows.
 
     Outputs begin as 0xFF or NaN, with a margin that must stay so.
     """
@@ -61,6 +62,26 @@ def same(fmt, tensors, second):
         written(backend, "decode_sum_encode", second, messages, shape, fmt, second) for backend in (native, reference)
     ]
     assert torch.equal(*both), f"{fmt} > {second} {tuple(shape)} of {len(messages)}"
+    same_slices(fmt, tensors[0])
+
+
+def same_slices(fmt, x):
+    """Native and reference, on slices of half the rows, of none, and of the others, in slots that end in garbage."""
+    rows, hidden = (len(x) // 2, 0, len(x) - len(x) // 2), x.shape[1]
+    sizes = [message.layout(fmt, count, hidden).nbytes for count in rows]
+    ours, theirs = (torch.full((sum(sizes) + 40,), 0xFF, dtype=torch.uint8) for _ in range(2))
+    for backend, margin in ((native, ours), (reference, theirs)):
+        backend.encode_slices(x, fmt, rows, margin[17 : 17 + sum(sizes)])
+    assert torch.equal(ours, theirs), f"{fmt} slices {rows} of {tuple(x.shape)}"
+    slots = torch.full((len(rows), max(sizes) + 7), 0xFF, dtype=torch.uint8)
+    for slot, each in zip(slots, ours[17:-23].split(sizes), strict=True):
+        slot[: len(each)] = each
+    for dtype in DTYPES:
+        ours, theirs = (torch.full((len(x) + 2, hidden), NAN, dtype=dtype) for _ in range(2))
+        for backend, margin in ((native, ours), (reference, theirs)):
+            backend.decode_slices(slots, fmt, rows, margin[1:-1])
+        assert oracles.same_bits(ours, theirs), f"{fmt} slices {rows} to {dtype} {tuple(x.shape)}"
+        assert ours[0].isnan().all() and ours[-1].isnan().all()
 
 
 def corner_rows(width, dtype):
