@@ -47,7 +47,7 @@ def decode_sum(
     )
 
 
-@triton.jit(do_not_specialize=["first_rows"])
+@triton.jit
 def decode_sum_kernel(
     messages,
     message_stride,

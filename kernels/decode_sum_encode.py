@@ -12,7 +12,7 @@ from .slices import row_and_tile, section_offsets, slice_rows
 
 def decode_sum_encode(
     messages: torch.Tensor,
-    rows: int,
+    first_rows: tuple,
     hidden: int,
     fmt: KernelFormat,
     out: torch.Tensor,
@@ -21,12 +21,12 @@ def decode_sum_encode(
     flat: bool,
     align: int,
 ) -> None:
-    """uint8 `messages` [ranks, bytes] of `fmt` to the message `out` of `out_fmt`."""
+    """uint8 `messages` [ranks, bytes] of `fmt` to the message `out` of `out_fmt`. first_rows: see `slices.py`."""
     decode_sum_encode_kernel[(programs,)](
         messages,
         messages.stride(0),
         out,
-        (0, rows),
+        first_rows,
         hidden,
         fmt,
         out_fmt,
@@ -39,7 +39,7 @@ def decode_sum_encode(
     )
 
 
-@triton.jit(do_not_specialize=["first_rows"])
+@triton.jit
 def decode_sum_encode_kernel(
     messages,
     message_stride,

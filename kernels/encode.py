@@ -22,7 +22,7 @@ from .numbers import (
 )
 from .planes import places, store_field, store_padding
 from .scales import reciprocal_of_power_below, row_scale, scale_codes, scale_values
-from .slices import row_and_tile, section_offsets, slice_rows
+from .slices import row_and_tile, section_offsets, slice_rows, take
 
 
 def encode(
@@ -37,8 +37,8 @@ def encode(
 ) -> None:
     """`x` [rows, hidden] into `messages`, one for each slice of its rows, all in one launch.
 
-    starts: where each message starts, in units of 16 bytes. first_rows: see `slices.py`. programs: of the longest
-    slice.
+    starts: where each message starts, in units of 16 bytes, as `slices.as_arguments` says it. first_rows: see
+    `slices.py`. programs: of the longest slice.
     """
     encode_kernel[(programs, len(starts))](
         x,
@@ -56,7 +56,7 @@ def encode(
     )
 
 
-@triton.jit(do_not_specialize=["starts", "first_rows"])
+@triton.jit
 def encode_kernel(
     x_ptr,
     x_stride,
@@ -69,10 +69,7 @@ def encode_kernel(
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    start = tl.cast(starts[0], tl.int64)
-    for i in tl.static_range(1, len(starts)):
-        start = tl.where(tl.program_id(1) == i, starts[i], start)
-    message = messages + start * ALIGNMENT
+    message = messages + take(starts, tl.program_id(1)) * ALIGNMENT
     first_row, rows, columns = slice_rows(first_rows, hidden, FLAT)
     x_slice = x_ptr + first_row * x_stride
     at = section_offsets(rows, columns, F)

@@ -1,9 +1,10 @@
 """Which rows and which message a program works on: a kernel's second grid axis is the slice.
 
-A tensor of one message is one slice. In `first_rows` stand the first row of each slice and the number of all rows; they
-are never compile-time constants, so that other rows need no other kernel. FLAT: the rows of a slice share no block and
-no byte, and are taken for one long row.
+A tensor of one message is one slice. `first_rows`, made by `as_arguments`: the first row of each slice, and the number
+of all rows. FLAT: the rows of a slice share no block and no byte, and are taken for one long row.
 """
+
+from collections.abc import Iterable
 
 import triton
 import triton.language as tl
@@ -11,16 +12,30 @@ import triton.language as tl
 from .format import ALIGNMENT
 
 
+def as_arguments(numbers: Iterable[int]) -> tuple[int, ...]:
+    """A kernel's argument for which it is compiled once, whatever the numbers are.
+
+    In a tuple Triton makes every 1 a compile-time constant and tells multiples of 16 from others, even where it is
+    told not to specialize. What is sent is neither: 2n + 3.
+    """
+    return tuple(2 * number + 3 for number in numbers)
+
+
+@triton.jit
+def take(arguments, place, AFTER: tl.constexpr = 0):
+    """int64: the number at `place` + AFTER, where `place` is one that only the kernel knows."""
+    number = tl.cast(arguments[AFTER], tl.int64)
+    for i in tl.static_range(1, len(arguments) - AFTER):
+        number = tl.where(place == i, arguments[AFTER + i], number)
+    return (number - 3) >> 1
+
+
 @triton.jit
 def slice_rows(first_rows, hidden, FLAT: tl.constexpr):
     """(first row, rows, columns) of this program's slice, int64; of a flat slice as the one long row that it is."""
     slice = tl.program_id(1)
-    first_row = tl.cast(first_rows[0], tl.int64)
-    stop = tl.cast(first_rows[1], tl.int64)
-    for i in tl.static_range(1, len(first_rows) - 1):
-        first_row = tl.where(slice == i, first_rows[i], first_row)
-        stop = tl.where(slice == i, first_rows[i + 1], stop)
-    rows, columns = stop - first_row, tl.cast(hidden, tl.int64)
+    first_row = take(first_rows, slice)
+    rows, columns = take(first_rows, slice, 1) - first_row, tl.cast(hidden, tl.int64)
     if FLAT:
         columns = rows * columns
         rows = tl.minimum(rows, 1)

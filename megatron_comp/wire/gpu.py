@@ -12,6 +12,7 @@ from ..kernels.decode_sum import decode_sum as _decode_sum
 from ..kernels.decode_sum_encode import decode_sum_encode as _decode_sum_encode
 from ..kernels.encode import encode as _encode
 from ..kernels.format import TILE, Field, KernelFormat, SmallFloat
+from ..kernels.slices import as_arguments
 from . import message, scales
 from .formats import Format, Minifloat, PowerOfTwo, SmallFloatScale
 from .reference import input_limit
@@ -76,8 +77,9 @@ def decode_sum_encode(
     if fmt.hadamard and second.hadamard and fmt.block == second.block:
         first, last = _untransformed(first), _untransformed(last)
     programs = _programs(rows, hidden, flat, second.scale.row_scaled)
+    _, first_rows, _ = _slices(second, (rows,), hidden)
     with _on_device_of(out):
-        _decode_sum_encode(_on_words(messages), rows, hidden, first, out, last, programs, flat, align)
+        _decode_sum_encode(_on_words(messages), first_rows, hidden, first, out, last, programs, flat, align)
 
 
 def _on_words(messages: torch.Tensor) -> torch.Tensor:
@@ -99,9 +101,13 @@ def _untransformed(fmt: KernelFormat) -> KernelFormat:
 
 @lru_cache(maxsize=4096)
 def _slices(fmt: Format, rows: tuple[int, ...], hidden: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """(where each slice's message starts, in units of 16 bytes; first row of each slice and all rows; most rows)."""
+    """(where each slice's message starts, in units of 16 bytes; first row of each slice and all rows; most rows).
+
+    The first two as kernels take them.
+    """
     units = [message.layout(fmt, count, hidden).nbytes // message.ALIGNMENT for count in rows]
-    return tuple(accumulate(units[:-1], initial=0)), tuple(accumulate(rows, initial=0)), max(rows)
+    starts, first_rows = accumulate(units[:-1], initial=0), accumulate(rows, initial=0)
+    return as_arguments(starts), as_arguments(first_rows), max(rows)
 
 
 def _programs(rows: int, hidden: int, flat: bool, by_row: bool) -> int:
