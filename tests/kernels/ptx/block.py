@@ -9,7 +9,7 @@ import re
 import floats
 import instructions
 import numpy as np
-from instructions import UNSIGNED, compare_floats
+from instructions import SIGNED, UNSIGNED, compare_floats
 from memory import Fault, Global, Shared, Unknown
 from program import Instruction, Program, registers
 
@@ -23,7 +23,7 @@ class Block:
     """Block number (x, y) of a grid. arguments: each parameter's value as an integer, by its name."""
 
     def __init__(self, program: Program, arguments: dict, memory: Global, shared_bytes: int, at: tuple, grid: tuple):
-        self.program, self.arguments, self.memory = program, arguments, memory
+        self.program, self.memory = program, memory
         self.lane = np.arange(program.threads)
         self.warp_start = self.lane // WARP * WARP
         self.shared = Shared(shared_bytes, self.lane // WARP)
@@ -39,6 +39,9 @@ class Block:
             "%nctaid.y": grid[1],
         }
         self.special |= {"%tid.y": 0, "%tid.z": 0, "global_smem": 0, "true": -1, "false": 0}
+        # Parameters have addresses too: code may choose between them before it loads.
+        self.parameters = np.frombuffer(b"".join(value.to_bytes(8, "little") for value in arguments.values()), np.uint8)
+        self.special |= {name: 8 * place for place, name in enumerate(arguments)}
 
     def run(self) -> None:
         place, steps = 0, 0
@@ -129,28 +132,22 @@ class Block:
 
     def _load(self, instruction: Instruction, active: np.ndarray) -> None:
         space = instruction.words[1]
-        if space == "param":
-            return self._load_parameter(instruction)
         targets, width = registers(instruction.operands[0]), instruction.bits // 8
-        addresses = self._addresses(instruction.operands[1], 64 if space == "global" else 32)[active]
+        addresses = self._addresses(instruction.operands[1], 32 if space == "shared" else 64)[active]
         if active.any():
-            if space == "global":
+            if space == "param":
+                data = self.parameters[addresses.astype(np.int64)[:, None] + np.arange(width * len(targets))]
+            elif space == "global":
                 data = self.memory.load(addresses, width * len(targets), self.threads[active])
             else:
                 data = self.shared.load(addresses, width * len(targets), active)
             for i, register in enumerate(targets):
                 raw = np.zeros((len(self.lane), 8), np.uint8)
                 raw[active, :width] = data[:, i * width : (i + 1) * width]
-                self._write(register, raw.view(U64)[:, 0].astype(_type_of(register)), active)
-
-    def _load_parameter(self, instruction: Instruction) -> None:
-        register, bits = instruction.operands[0], instruction.bits
-        value = self.arguments[instruction.operands[1].strip("[]")] & ((1 << bits) - 1)
-        if instruction.kind == "s" and value >> (bits - 1):
-            value -= 1 << bits
-        dtype = _type_of(register)
-        full = np.full(len(self.lane), value & ((1 << 8 * np.dtype(dtype).itemsize) - 1), dtype)
-        self._write(register, full, np.ones(len(full), bool))
+                value = raw.view(U64)[:, 0]
+                if instruction.kind == "s":  # extended by its sign, where the register is wider
+                    value = value.astype(UNSIGNED[8 * width]).view(SIGNED[8 * width])
+                self._write(register, value.astype(_type_of(register)), active)
 
     def _store(self, instruction: Instruction, active: np.ndarray) -> None:
         space, width = instruction.words[1], instruction.bits // 8
