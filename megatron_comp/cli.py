@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 
-from .commands import bench, calibrate, convert, drop, evaluate, generate, plan, search
 from .commands.subcommands import Subcommands
 from .launcher import ranks
 from .version import __version__
@@ -12,14 +11,17 @@ from .version import __version__
 SUBCOMMANDS = Subcommands(
     "subcommand",
     {
-        "generate": (generate, "text, time to first token, decode rate and bytes of one prompt"),
-        "evaluate": (evaluate, "perplexity, KL divergence and bytes on a text, one row a codec"),
-        "search": (search, "the policy of fewest bits that keeps a bound on KL or perplexity"),
-        "drop": (drop, "blocks without the sum after attention: which ones, and how to make up for it"),
-        "bench": (bench, "figures of speed, beside what they are compared to in the same run"),
-        "plan": (plan, "predicted time to first token on a GPU and link, and whether to compress; no GPU needed"),
-        "calibrate": (calibrate, "this group's link and codecs, and the message size from which compression pays"),
-        "convert": (convert, "a Hugging Face checkpoint as Megatron's distributed checkpoint"),
+        "generate": ("generate", "Continue a prompt; show time to first token, decode rate and bytes received."),
+        "evaluate": ("evaluate", "Measure perplexity, KL divergence and bytes on a text, one row per codec."),
+        "search": ("search", "Find the policy of fewest bits that keeps a bound on KL or perplexity."),
+        "drop": ("drop", "Leave out the sum after attention: in which blocks, and how to make up for it."),
+        "bench": ("bench", "Measure speed, beside an uncompressed baseline of the same run."),
+        "plan": ("plan", "Predict time to first token on a GPU and link, and whether to compress; needs no GPU."),
+        "calibrate": (
+            "calibrate",
+            "Measure this group's link and codecs, and from which message size compression pays.",
+        ),
+        "convert": ("convert", "Write a Hugging Face checkpoint as a distributed checkpoint of Megatron."),
     },
 )
 

@@ -2,7 +2,6 @@
 
 import argparse
 
-from . import bench_codec, bench_collective, bench_ttft
 from .subcommands import Subcommands
 
 EPILOG = None  # each bench has its own
@@ -10,12 +9,12 @@ EPILOG = None  # each bench has its own
 BENCHES = Subcommands(
     "bench",
     {
-        "codec": (bench_codec, "encode, decode and sum on one device, beside a plain copy of the tensor"),
+        "codec": ("bench_codec", "Times of encode, decode and sum on one device, beside a plain copy of the tensor."),
         "collective": (
-            bench_collective,
-            "the sum over ranks, stock, in 16 bits and compressed, as they are or on links of a rate",
+            "bench_collective",
+            "Times of sums over ranks, stock, in 16 bits and compressed, on this machine's links or on slower ones.",
         ),
-        "ttft": (bench_ttft, "time to first token of a model, stock and compressed, as they are or on links of a rate"),
+        "ttft": ("bench_ttft", "Time to first token of a model, stock and compressed, on links of any rate."),
     },
 )
 

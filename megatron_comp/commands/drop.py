@@ -2,7 +2,6 @@
 
 import argparse
 
-from . import drop_curve, drop_distill, drop_group, drop_sensitivity
 from .subcommands import Subcommands
 
 EPILOG = None  # each step has its own
@@ -10,13 +9,13 @@ EPILOG = None  # each step has its own
 STEPS = Subcommands(
     "step",
     {
-        "sensitivity": (drop_sensitivity, "what each block's dropped sum costs on a text; ranks and classes of blocks"),
-        "distill": (drop_distill, "weights with which chosen blocks give what they gave before"),
-        "group": (
-            drop_group,
-            "weights with heads assigned to ranks anew, to start the distillation of extreme blocks",
+        "sensitivity": (
+            "drop_sensitivity",
+            "Measure what each block's dropped sum costs on a text, and rank the blocks.",
         ),
-        "curve": (drop_curve, "quality and bytes against the share of dropped sums"),
+        "distill": ("drop_distill", "Train weights with which chosen blocks give what they gave before."),
+        "group": ("drop_group", "Assign heads to ranks anew, to start the distillation of extreme blocks."),
+        "curve": ("drop_curve", "Measure quality and bytes against the share of dropped sums."),
     },
 )
 

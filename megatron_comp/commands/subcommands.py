@@ -1,33 +1,56 @@
 """Tables of subcommands: a module each, which adds its arguments, checks them and runs."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 
 
 @dataclass(frozen=True)
 class Subcommands:
-    """modules: by name of the subcommand, the module and one line of help. dest: where argparse leaves the name.
+    """modules: by name of the subcommand, its module in this package and one line of help. dest: where argparse leaves
+    the name.
 
-    A module's docstring says after its first `: ` what it does, and its EPILOG, if it has one, what a user reads last.
+    A module is imported when its subcommand is chosen: most need torch, which takes a second to import. Its docstring
+    says after its first `: ` what it does, and its EPILOG, if it has one, what a user reads last.
     """
 
     dest: str
-    modules: Mapping[str, tuple[ModuleType, str]]
+    modules: Mapping[str, tuple[str, str]]
 
     def add_to(self, parser: argparse.ArgumentParser, epilog: str | None = None) -> None:
         """epilog: of modules that have none of their own."""
-        subparsers = parser.add_subparsers(dest=self.dest, required=True, metavar=self.dest.upper())
+        subparsers = parser.add_subparsers(
+            dest=self.dest, required=True, metavar=self.dest.upper(), parser_class=_LazyParser
+        )
         for name, (module, help_) in self.modules.items():
-            subparser = subparsers.add_parser(
-                name,
-                help=help_,
-                description=module.__doc__.partition(": ")[2],
-                epilog=getattr(module, "EPILOG", epilog),
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-            )
-            module.add_arguments(subparser)
+            subparsers.add_parser(name, help=help_, fill=lambda made, module=module: _fill(made, _load(module), epilog))
 
     def chosen(self, args: argparse.Namespace) -> ModuleType:
-        return self.modules[getattr(args, self.dest)][0]
+        return _load(self.modules[getattr(args, self.dest)][0])
+
+
+class _LazyParser(argparse.ArgumentParser):
+    """Gets its description and its arguments from `fill` when it is first used."""
+
+    def __init__(self, *args: object, fill: Callable[[argparse.ArgumentParser], None], **more: object) -> None:
+        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+        self._fill: Callable[[argparse.ArgumentParser], None] | None = fill
+
+    def parse_known_args(self, *args: object, **more: object) -> tuple[argparse.Namespace, list[str]]:
+        if self._fill:
+            self._fill, fill = None, self._fill
+            fill(self)
+        return super().parse_known_args(*args, **more)
+
+
+def _fill(parser: argparse.ArgumentParser, module: ModuleType, epilog: str | None) -> None:
+    description = (module.__doc__ or "").partition(": ")[2]  # python -OO leaves docstrings out
+    parser.description = description[:1].upper() + description[1:]
+    parser.epilog = getattr(module, "EPILOG", epilog)
+    module.add_arguments(parser)
+
+
+def _load(module: str) -> ModuleType:
+    return import_module(f".{module}", __package__)

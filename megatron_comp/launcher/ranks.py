@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from torch.distributed import TCPStore
-
 from .network import Network
 
 # How long the other ranks have, once one has failed, to notice and to say what they saw.
@@ -109,6 +107,8 @@ def _meeting(ranks: int, link: str | None) -> Iterator[tuple[dict[str, str], Cal
             yield network.environment, network.enter
         return
     # This process holds the store, on a port that the kernel chose: no other process can take it in between.
+    from torch.distributed import TCPStore  # takes a second to import: not for `--version` and `--help`
+
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
     place = {
         "MASTER_ADDR": "127.0.0.1",
