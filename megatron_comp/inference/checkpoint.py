@@ -131,6 +131,9 @@ def load(model: GPTModel, folder) -> None:
     Raises ValueError, naming a tensor, if the checkpoint and the model do not have the same, in the same shapes, or if
     the checkpoint cannot be read.
     """
+    if any(Path(folder).glob("__*.metadata")):
+        # Torch would turn to these, unread by us, if it could not go by `.metadata`.
+        raise ValueError(f"{folder} describes the parts of single ranks (__*.metadata), which are not read here")
     described = read_metadata(folder).state_dict_metadata
     names = described.keys()
     with _reading(folder):

@@ -98,6 +98,9 @@ def loads(rank, world_size, source, folder):
     file = next(folder.glob("*.distcp"))
     file.write_bytes(pickle.dumps(Runs(folder / "marker")) * 1000)  # what would be unpickled as that object
     said.append(message_of(checkpoint.load, model, folder))
+    path.write_bytes(good)
+    (folder / "__0.metadata").write_bytes(pickle.dumps(Runs(folder / "marker")))
+    said.append(message_of(checkpoint.load, model, folder))
     path.write_bytes(pickle.dumps(Runs(folder / "marker")))
     # Beside safetensors it is not even looked at.
     for name in ("config.json", "model.safetensors"):
@@ -108,9 +111,10 @@ def loads(rank, world_size, source, folder):
 
 def test_loading_a_checkpoint_runs_nothing(tmp_path):
     source = tiny_llama(tmp_path / "source")
-    ((attack, no_tensor), same, ran) = run_ranks(loads, 1, source, tmp_path / "saved")[0]
+    ((attack, no_tensor, of_ranks), same, ran) = run_ranks(loads, 1, source, tmp_path / "saved")[0]
     assert "which no description of tensors needs" in attack
     assert "1 tensors of this model are no tensors in the checkpoint, the first is decoder.final_layern" in no_tensor
+    assert "describes the parts of single ranks" in of_ranks
     assert same and not ran
 
 
