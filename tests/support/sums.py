@@ -7,7 +7,7 @@ import oracles
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_comp.wire.codec import CodecPair
+from megatron_comp.wire.codec import CodecPair, parse_codec
 
 
 def tensor(number, rank, shape, dtype):
@@ -21,12 +21,11 @@ def digest(x):
 # The same sums in one process.
 
 
-def rank_order_sum(messages, codec, shape):
-    """Separate fp32 additions, rank 0 first."""
-    total = codec.decode(messages[0], shape, torch.float32)
-    for message in messages[1:]:
-        total = total + codec.decode(message, shape, torch.float32)
-    return total
+def rank_order_sum(messages, codec, shape, transformed=False):
+    """Separate fp32 additions, rank 0 first; transformed back once, or left `transformed`."""
+    rows, hidden = math.prod(shape[:-1]), shape[-1]
+    total = oracles.decoded_sum(torch.stack(messages), str(codec), rows, hidden, transformed)
+    return torch.from_numpy(total).view(shape)
 
 
 def expected_gather_sum(tensors, codec):
@@ -43,8 +42,13 @@ def expected_two_step(tensors, codec):
         count = rows // ranks + (owner < rows % ranks)
         if count:
             slices = [each.reshape(rows, hidden)[start : start + count] for each in tensors]
-            total = rank_order_sum([first.encode(each) for each in slices], first, (count, hidden))
-            parts.append(second.decode(second.encode(total), (count, hidden), x.dtype))
+            messages = [first.encode(each) for each in slices]
+            # Where both codecs transform blocks of one size, the second one takes over what is transformed already.
+            stays = first.format.hadamard and second.format.hadamard and first.format.block == second.format.block
+            total = rank_order_sum(messages, first, (count, hidden), stays)
+            plain = parse_codec(str(second).replace(":hadamard", "")) if stays else second
+            message = plain.encode(total)
+            parts.append(rank_order_sum([message], second, (count, hidden)).to(x.dtype))
         start += count
     return torch.cat(parts).view(x.shape)
 

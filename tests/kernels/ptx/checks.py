@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # where kernel_cases is
+sys.path.insert(0, str(Path(__file__).parents[2] / "support"))  # where kernel_cases is
 
 import kernel_cases  # noqa: E402
 from device import Device  # noqa: E402
