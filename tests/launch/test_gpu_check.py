@@ -95,7 +95,7 @@ def test_every_step_runs_and_the_worst_status_is_returned(gpu_check, tmp_path):
 
 
 def test_gpu_tests_need_no_megatron(gpu_check, tmp_path):
-    """The files that the script runs are collected, and the summary is written, where there is none."""
+    """Without it, pytest collects the files that the script runs and writes its summary."""
     (tests,) = re.findall(r"-m pytest -q -m gpu -n 12 (.*)", gpu_check("", DRY_RUN="1").stdout)
     blocked = dict.fromkeys(("megatron", "transformers", "safetensors", "huggingface_hub", "torchao"))
     code = f"import sys; sys.modules.update({blocked}); import pytest; sys.exit(pytest.main(sys.argv[1:]))"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from memory import Unknown
 
-# Lines that say something about the code but are none of it.
+# Lines that describe the code and are not instructions.
 DIRECTIVES = (".reg", ".loc", ".file", ".section", ".pragma", ".b8", ".b32", ".b64", "{", "}")
 
 
