@@ -132,6 +132,17 @@ def triton_release():
 
 
 @pytest.fixture(scope="session")
+def transformer_engine_wheel():
+    """Folder with the Python of Transformer Engine; see tests/support/real_te.py."""
+    import real_te
+
+    try:
+        return cached(f"transformer-engine-{real_te.VERSION}", real_te.fetch)
+    except subprocess.CalledProcessError:
+        pytest.skip(f"pip could not fetch transformer-engine=={real_te.VERSION}")
+
+
+@pytest.fixture(scope="session")
 def compiled_kernels():
     """Folder that Triton keeps compiled kernels in."""
     return cached("compiled-kernels", Path.mkdir)
