@@ -130,7 +130,7 @@ def test_compressed_sizes_begin_where_the_gate_turns():
 
 def test_compressed_sizes_may_have_a_gap():
     """Small gathers that beat a slow all-reduce of small messages, a fast one between, the wire's rate after it."""
-    slow_first = Link(1e7, 1e-4, ((4096.0, 9e-3), (65536.0, 5e-4), (1e6, 9e-2)))
+    slow_first = Link(1e7, 1e-4, ((4096.0, 9e-3), (90000.0, 5e-4), (1e6, 9e-2)))
     figures = replace(known(), links=known().links | {"all_reduce": slow_first})
     ranges = fit.compressed_sizes(MXFP4, 4, figures, hidden=256)
     assert len(ranges) == 2 and ranges[0][0] == 256 * 4 and ranges[1][1] is None
@@ -148,19 +148,18 @@ def test_sizes_that_pay_grow_with_the_link():
 
 
 def test_nothing_is_gained_past_a_measured_loss():
-    """A line through these points would cross stock just beyond the largest size; the gate stays closed there."""
-    shape = (1024, 256)
-    largest = float(ring_bytes(4 * 1024 * 256, 3))
-    truth = known(1e7)
-    lost = min(sum_seconds(shape, MXFP4, 3, way, truth) for way in ("gather_sum", "two_step")) * 0.9
-    measured = Link(1e7, 1e-4, ((largest / 2, lost / 2), (largest, lost)))
-    figures = replace(truth, links=truth.links | {"all_reduce": measured})
-    without = replace(figures, links=truth.links | {"all_reduce": replace(measured, points=())})
-    assert not decided(1024, figures) and not decided(1_000_000, figures) and decided(1_000_000, without)
+    """By the line through its points the codec would win just beyond the largest size; the gate stays closed there."""
+    rows, fixed = 1024, 0.2
+    largest = float(ring_bytes(4 * 256 * rows, 3))
+    measured = Link(1e7, 1e-4, tuple((size, 1e-4 + size / 1e7) for size in (largest / 2, largest)))
+    line = known(1e7, encode_fixed_s=fixed)
+    figures = replace(line, links=line.links | {"all_reduce": measured})
+    assert not decided(rows, line) and decided(4 * rows, line)
+    assert not decided(rows, figures) and not decided(4 * rows, figures)
     assert fit.compressed_sizes(MXFP4, 4, figures, hidden=256) == []
-    won = replace(measured, points=((largest / 2, lost * 3), (largest, lost * 6)))
-    figures = replace(truth, links=truth.links | {"all_reduce": won})
-    assert decided(1024, figures) and decided(1_000_000, figures)
+    gains = known(1e7)
+    gains = replace(gains, links=gains.links | {"all_reduce": measured})
+    assert decided(rows, gains) and decided(1000 * rows, gains)
 
 
 def test_stock_goes_by_ring_bytes():
