@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_comp.wire import message, native, reference
-from megatron_comp.wire.formats import Format
+from megatron_comp.wire.formats import SCALES, Format, Minifloat
 
 pytestmark = pytest.mark.skipif(native.compiler() is None, reason="needs a C compiler")
 
@@ -154,6 +154,39 @@ def test_codes_that_are_no_numbers(element):
         for backend, out in zip((native, reference), sums, strict=True):
             backend.decode_sum(sent, fmt, out)
         assert oracles.same_bits(*sums) and sums[0].isnan().any()
+
+
+NEW_ROWS = [
+    *(Minifloat("fp8_e3m4", 3, 4), Minifloat("fp8_e2m5", 2, 5), Minifloat("fp8_e6m1", 6, 1)),
+    *(Minifloat("fp7_e2m4", 2, 4), Minifloat("fp7_e3m3", 3, 3), Minifloat("fp6_e1m4", 1, 4)),
+    # Some of their codes are not numbers.
+    *(Minifloat("fp4_e2m1n", 2, 1, 1), Minifloat("fp6_e3m2n", 3, 2, 4), Minifloat("fp8_e3m4n", 3, 4, 1)),
+]
+
+
+@pytest.mark.parametrize("element", NEW_ROWS, ids=lambda element: element.name)
+@pytest.mark.parametrize("scale", ["e8m0", "e4m3", "fp16"])
+def test_a_row_is_all_that_a_new_format_needs(element, scale):
+    """Values, and every code, of formats that no table has."""
+    for block, options in itertools.product((8, 32), ({}, {"search": True}, {"hadamard": True})):
+        fmt = Format(element, block, SCALES[scale], **options)
+        tensors = [oracles.random_tensor((5, 576), seed=seed, spread=4) for seed in range(2)]
+        same(fmt, tensors, fmt)
+        same(fmt, [corner_rows(2 * block + 5, torch.bfloat16)], fmt)
+    fmt = Format(element, 32, SCALES[scale])
+    layout = message.layout(fmt, 16, 256)
+    sent = torch.empty(1, layout.nbytes, dtype=torch.uint8)
+    reference.encode(oracles.random_tensor((16, 256)), fmt, sent[0])
+    for plane in layout.fields["payload"]:
+        any_bytes = torch.randint(
+            0, 256, (plane.end - plane.offset,), generator=torch.Generator().manual_seed(plane.offset)
+        )
+        sent[0, plane.offset : plane.end] = any_bytes
+    sums = [torch.empty(16, 256) for _ in range(2)]
+    for backend, out in zip((native, reference), sums, strict=True):
+        backend.decode_sum(sent, fmt, out)
+    assert oracles.same_bits(*sums)
+    assert sums[0].isnan().any() == (element.specials > 0)
 
 
 @pytest.mark.parametrize(
