@@ -78,7 +78,7 @@ class CompressionPolicy:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
-    def from_dict(cls, content: Mapping) -> "CompressionPolicy":
+    def from_dict(cls, content: object) -> "CompressionPolicy":
         keys = [each.name for each in fields(cls)]
         if not isinstance(content, Mapping):
             raise ValueError(f"policy: expected keys ({', '.join(keys)}), got {shown(content)}")
@@ -127,7 +127,7 @@ class CompressionPolicy:
         if self.min_bytes == "auto" and figures.measured:
             if not pays(shape, itemsize, codec, world_size, self.algorithm, figures, scatter):
                 return Decision(None, reason="predicted slower")
-        elif math.prod(shape) * itemsize < (DEFAULT_MIN_BYTES if self.min_bytes == "auto" else self.min_bytes):
+        elif math.prod(shape) * itemsize < (DEFAULT_MIN_BYTES if self.min_bytes == "auto" else int(self.min_bytes)):
             return Decision(None, reason="min_bytes")
         return Decision(codec, self.algorithm)
 
