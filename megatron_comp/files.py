@@ -85,6 +85,17 @@ def write_json(path: str | Path, content: object, indent: int | None = None) -> 
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
+def read_json(path: str | Path, what: str) -> object:
+    """The content of a JSON file; `what` names its kind in errors, as in `config file`.
+
+    Raises ValueError for what is not JSON or nests too deeply to be read, OSError if the file cannot be opened.
+    """
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} {path} is not valid JSON: {error}") from None
+
+
 class InUse(ValueError):
     """Another process is at work on a file."""
 

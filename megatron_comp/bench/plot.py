@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from ..launcher import output
+
 LINE_STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
 
@@ -37,7 +39,7 @@ def draw_codecs(rows: list[dict], path: str | Path) -> None:
         f"Bytes moved a second, as a share of what a plain copy moves: {shapes} {rows[0]['dtype']}\n"
         f"{_circumstances(rows[0])}"
     )
-    figure.savefig(path, dpi=150)
+    output.save_figure(figure, path)
 
 
 def _lines(axes, rows: list[dict], sizes: dict, codecs: list[str], backends: list[str]) -> None:
@@ -106,7 +108,7 @@ def draw_times(
         axes.set_yticks(range(len(names)), names)
     all_axes[0].invert_yaxis()
     figure.suptitle(f"{title}\n{_circumstances(rows[0])}", fontsize="medium")
-    figure.savefig(path, dpi=150)
+    output.save_figure(figure, path)
 
 
 def _circumstances(row: dict) -> str:

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -89,6 +89,29 @@ def report(message: str) -> None:
     else:
         where = f" on rank {rank}" if "WORLD_SIZE" in os.environ else ""
         print(f"megatron-comp: error{where}: {message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def alone(path: str | None) -> Iterator[None]:
+    """Every rank calls this, and rank 0 keeps other commands from work on `path`, if there is one.
+
+    Raises files.InUse, on every rank, if another process is at work on it.
+    """
+    import torch.distributed as dist  # a second, like the rest of torch
+
+    from .. import files
+
+    with ExitStack() as held:
+        problem: list[Exception | None] = [None]
+        if path is not None and dist.get_rank() == 0:
+            try:
+                held.enter_context(files.locked(path))
+            except (files.InUse, OSError) as error:
+                problem[0] = error
+        dist.broadcast_object_list(problem, 0)
+        if problem[0] is not None:
+            raise problem[0]
+        yield
 
 
 def _die_with(starter: int) -> None:

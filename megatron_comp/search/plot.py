@@ -1,7 +1,8 @@
 """The frontier that a search found, drawn from its rows."""
 
 from collections.abc import Mapping
-from pathlib import Path
+
+from ..launcher import output
 
 KINDS = {
     "mixed": "mixed, measured",
@@ -64,4 +65,4 @@ def draw(
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(Path(path), dpi=150)
+    output.save_figure(figure, path)

@@ -1,6 +1,6 @@
 """Figures of `megatron-comp drop`, drawn from its rows."""
 
-from pathlib import Path
+from ..launcher import output
 
 
 def draw_sensitivity(rows: list[dict], measure: str, path: str) -> None:
@@ -22,7 +22,7 @@ def draw_sensitivity(rows: list[dict], measure: str, path: str) -> None:
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
     upper.legend(fontsize="small")
-    figure.savefig(Path(path), dpi=150)
+    output.save_figure(figure, path)
 
 
 def draw_curve(rows: list[dict], path: str) -> None:
@@ -46,4 +46,4 @@ def draw_curve(rows: list[dict], path: str) -> None:
         axes.set(xlabel="attention sums dropped, %")
         axes.grid(alpha=0.3)
     left.legend(fontsize="small")
-    figure.savefig(Path(path), dpi=150)
+    output.save_figure(figure, path)
