@@ -132,7 +132,17 @@ def _meeting(ranks: int, link: str | None) -> Iterator[tuple[dict[str, str], Cal
     # This process holds the store, on a port that the kernel chose: no other process can take it in between.
     from torch.distributed import TCPStore  # takes a second to import: not for `--version` and `--help`
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
+    # Whoever reaches the store decides what ranks unpickle. By itself it would listen on every network of this machine.
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        store = TCPStore(
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(minutes=5),
+            master_listen_fd=server.detach(),
+        )
     place = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
