@@ -139,13 +139,12 @@ class Checkpoint:
 
 def _read_index(path: Path) -> dict[str, str]:
     """The file of each tensor. Raises ValueError if the index says anything else."""
-    content = read_json(path, "index of safetensors shards")
-    files = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise ValueError(
-            f"{path} is not an index of safetensors shards: expected a weight_map from names of tensors to names of "
-            f"files, it holds {shown(content)}"
-        )
+    try:
+        files = read_json(path, "index")["weight_map"]
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise ValueError(f"expected a weight_map of names of files by names of tensors, not {shown(files)}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not an index of safetensors shards: {error!r}") from None
     return files
 
 

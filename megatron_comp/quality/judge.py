@@ -16,8 +16,6 @@ from ..policy import CompressionPolicy
 from .comparison import Comparison
 from .origin import digest
 
-MEASURED = ("perplexity", "kl", "top1_agreement", "received_bytes")
-
 
 class Measured:
     """Points in a file: rank 0 reads and writes it, and what it holds is what all ranks know.
@@ -40,8 +38,8 @@ class Measured:
             content = files.read_json(self.path, "--state")
             settings, points = content["settings"], content["points"]
             for name, point in points.items():
-                if not all(isinstance(point[key], (int, float)) for key in MEASURED):
-                    raise ValueError(f"point {shown(name)} lacks a number of {', '.join(MEASURED)}")
+                if not all(isinstance(value, (int, float)) for value in point.values()):
+                    raise ValueError(f"point {shown(name)} does not consist of numbers")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             return f"--state {self.path} is not a state of this command: {error!r}"
         ours = json.loads(json.dumps(self.settings))

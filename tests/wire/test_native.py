@@ -152,6 +152,44 @@ def test_codes_that_are_no_numbers(element):
         assert oracles.same_bits(*sums) and sums[0].isnan().any()
 
 
+@pytest.mark.parametrize("codec", ["nvfp4", "int4:16:e4m3", "int8:16:e4m3:asym", "fp6_e3m2:16:e4m3:hadamard"])
+def test_scales_of_e4m3_have_no_sign(codec):
+    """All 256 codes in turn: from 127 on they are NaN, and so is the whole block; encoding sends none of these."""
+    fmt, shape = Format.parse(codec), (1, 256 * 16)
+    sent = torch.empty(message.layout(fmt, *shape).nbytes, dtype=torch.uint8)
+    reference.encode(oracles.random_tensor(shape), fmt, sent)
+    message.write(sent, message.layout(fmt, *shape).fields["scale"], 0, torch.arange(256).view(1, 256))
+    sums = [torch.empty(shape) for _ in range(2)]
+    for backend, out in zip((native, reference), sums, strict=True):
+        backend.decode_sum(sent.unsqueeze(0), fmt, out)
+    assert oracles.same_bits(*sums)
+    nan = sums[0].view(256, 16).isnan()
+    assert not nan[:127].any() and nan[127:].all()
+
+
+@pytest.mark.parametrize("codec", oracles.all_codecs()[::11])
+def test_messages_at_odd_addresses(codec):
+    """Bytes of a larger buffer, as a socket or a file leaves them: both backends take them."""
+    fmt, shape = Format.parse(codec), (3, 97)
+    x, nbytes = oracles.random_tensor(shape), message.layout(fmt, *shape).nbytes
+    found = []
+    for backend, start in itertools.product((native, reference), (0, 1, 3)):
+        buffer = torch.empty(2 * nbytes + 5, dtype=torch.uint8)
+        messages = buffer[start : start + 2 * nbytes].view(2, nbytes)
+        for sent in messages:
+            backend.encode(x, fmt, sent)
+        out = torch.empty(shape)
+        backend.decode_sum(messages, fmt, out)
+        again = torch.empty(nbytes + 1, dtype=torch.uint8)[1:]
+        backend.decode_sum_encode(messages, shape, fmt, fmt, again)
+        slices = torch.empty(shape)
+        backend.decode_slices(messages[:1], fmt, (3,), slices)
+        found.append((messages.clone(), out, again.clone(), slices))
+    for each in found[1:]:
+        assert torch.equal(each[0], found[0][0]) and torch.equal(each[2], found[0][2])
+        assert oracles.same_bits(each[1], found[0][1]) and oracles.same_bits(each[3], found[0][3])
+
+
 @pytest.mark.parametrize(
     "view",
     [
