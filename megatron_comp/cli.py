@@ -38,13 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     module = SUBCOMMANDS.chosen(args)
     try:
-        own_ranks = hasattr(args, "link")  # a bench that starts its ranks once a link
+        own_ranks = hasattr(args, "link")  # a bench that starts its ranks once per link
         if ranks.joined() or not (hasattr(args, "tp") or own_ranks):  # one of the ranks, or a subcommand of one process
             _quiet_libraries()
             module.run(args)
             return 0
         module.check(args)
-        if own_ranks:
+        if hasattr(module, "start"):
             return module.start(args, argv)
         return ranks.start(args.tp, [sys.executable, "-m", "megatron_comp.cli", *argv])
     except KeyboardInterrupt:

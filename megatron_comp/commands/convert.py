@@ -4,12 +4,15 @@ import argparse
 import math
 import os
 import shutil
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from ..launcher import output
+from .. import files
+from ..launcher import output, ranks
 from . import options
 
 COLUMNS = {
@@ -55,10 +58,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     options.check_files(args)
     out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: exists and is not an empty folder")
+    check_empty(out)
     if not out.resolve().parent.is_dir():
         raise ValueError(f"--out {out}: its folder does not exist")
+    files.check_free(out)
+
+
+def check_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: exists and is not an empty folder")
+
+
+def start(args: argparse.Namespace, argv: list[str]) -> int:
+    """Runs the ranks of this machine. Where they were killed, what they wrote is removed."""
+    out = Path(args.out).resolve()
+    try:
+        return ranks.start(args.tp, [sys.executable, "-m", "megatron_comp.cli", *argv])
+    finally:
+        with suppress(files.InUse), files.locked(out):  # else it is another command's
+            remove(partial_of(out))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -74,17 +92,26 @@ def run(args: argparse.Namespace) -> None:
 
 
 def convert(model_dir: str, out: Path, dtype_name: str) -> dict:
-    """Writes beside `out` and renames at the end, so that nothing half-written ever goes by its name."""
+    """Writes beside `out` and renames at the end, so that nothing half-written ever goes by its name.
+
+    Raises ValueError, on every rank, if `out` is not free.
+    """
+    with ranks.alone(str(out)):
+        check_empty(out)  # another command may have been faster
+        return _convert(model_dir, out, dtype_name)
+
+
+def _convert(model_dir: str, out: Path, dtype_name: str) -> dict:
     from ..inference import checkpoint, hf
     from ..inference.model import build_model
 
-    start = time.perf_counter()
+    began = time.perf_counter()
     config = hf.read_config(model_dir)
     dtype = getattr(torch, dtype_name) if dtype_name != "auto" else config.dtype or torch.float32
     check_space(out, parameter_count(config) * dtype.itemsize)
-    partial, first = out.with_name(f".{out.name}.partial"), output.is_first_rank()
+    partial, first = partial_of(out), output.is_first_rank()
     if first:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        remove(partial)  # of a run that was killed
     model = build_model(model_dir, dtype=dtype)
     torch.distributed.barrier()
     try:
@@ -97,14 +124,27 @@ def convert(model_dir: str, out: Path, dtype_name: str) -> dict:
         torch.distributed.barrier()
     finally:
         if first:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
     return {
         "tp": model.config.tensor_model_parallel_size,
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": parameter_count(config),
         "bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
-        "seconds": time.perf_counter() - start,
+        "seconds": time.perf_counter() - began,
     }
+
+
+def partial_of(out: Path) -> Path:
+    """Where it is written before it has its name."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def remove(path: Path) -> None:
+    """A folder with all in it, or a file; nothing if there is neither."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def parameter_count(config) -> int:

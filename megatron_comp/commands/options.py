@@ -180,6 +180,6 @@ def read_tokenizer(model_dir: str):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {model_dir}: no tokenizer that transformers can load: {error}") from None

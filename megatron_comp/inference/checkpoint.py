@@ -38,6 +38,7 @@ from .metadata import read_metadata
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # Megatron's word for weights that belong to no iteration, in the tracker and as the folder's name
 COMPLETE = "metadata.json"
+COMMON = "common.pt"  # what training keeps besides tensors
 HUGGING_FACE = ("model.safetensors", "model.safetensors.index.json")
 
 # Names of one norm: alone, as experts and Megatron's own layers have it, or fused into the linear that follows it.
@@ -124,9 +125,9 @@ def load(model: GPTModel, folder) -> None:
     Tensors are cast to the model's dtype. What training keeps beside weights (optimizer, schedule) is not read.
     Entries that only pad a vocabulary may differ in number; those that the checkpoint lacks become zeros.
 
-    Nothing in the folder is run. Torch and Megatron unpickle `.metadata`, and every entry that is described as anything
-    but a tensor: both are looked at first, and no such entry is asked for. Extra state (Transformer Engine's, for fp8)
-    is such an entry; it is left as the model has it.
+    Nothing in the folder is run. Torch and Megatron unpickle `.metadata`, `common.pt`, and every entry that is
+    described as anything but a tensor: the files are looked at first, and no such entry is asked for. Extra state
+    (Transformer Engine's, for fp8) is such an entry; it is left as the model has it.
 
     Raises ValueError, naming a tensor, if the checkpoint and the model do not have the same, in the same shapes, or if
     the checkpoint cannot be read.
@@ -137,6 +138,8 @@ def load(model: GPTModel, folder) -> None:
     described = read_metadata(folder).state_dict_metadata
     names = described.keys()
     with _reading(folder):
+        # Megatron reads this file, too, and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD would let it run what the file names.
+        torch.load(Path(folder, COMMON), map_location="cpu", weights_only=True)
         metadata = dist_checkpointing.load_content_metadata(str(folder))
     prefix = _prefix(names, folder)
     sharded = model.sharded_state_dict(prefix=prefix, metadata=metadata)

@@ -4,7 +4,6 @@
 exactly those. No process ever holds more of a checkpoint than its own share.
 """
 
-import json
 from collections.abc import Container
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
+from ..files import read_json, shown
 from .shards import WHOLE, Piece, Share, plan
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM"}  # model_type -> architecture
@@ -28,10 +28,7 @@ def read_config(model_dir) -> PretrainedConfig:
     path = Path(model_dir) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing: expected the folder of a Hugging Face checkpoint")
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    raw = read_json(path, "config")
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds no JSON object")
     model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
@@ -41,7 +38,7 @@ def read_config(model_dir) -> PretrainedConfig:
         given = f"{', '.join(architectures) or 'no architecture'} (model_type {model_type})"
         raise ValueError(f"{path}: {given} is not supported; allowed: {allowed}")
     try:
-        config = AutoConfig.from_pretrained(model_dir)
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"{path} is not a valid {model_type} config: {error}") from None
     _check_config(config, path)
@@ -85,10 +82,7 @@ class Checkpoint:
         if single.is_file():
             self._file_of = dict.fromkeys(self._file(single.name).keys(), single.name)
         elif index.is_file():
-            try:
-                self._file_of = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from None
+            self._file_of = _read_index(index)
         else:
             raise FileNotFoundError(f"{self.folder} holds neither {single.name} nor {index.name}")
         if extra is not None:
@@ -141,6 +135,17 @@ class Checkpoint:
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged or incomplete ({path.stat().st_size} bytes): {error}") from None
         return self._open[name]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor. Raises ValueError if the index says anything else."""
+    try:
+        files = read_json(path, "index")["weight_map"]
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise ValueError(f"expected a weight_map of names of files by names of tensors, not {shown(files)}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not an index of safetensors shards: {error!r}") from None
+    return files
 
 
 @torch.no_grad()
