@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
 
 def convert(model_dir: str, out: Path, dtype_name: str) -> dict:
     """Writes beside `out` and renames at the end, so that nothing half-written ever goes by its name."""
-    from ..inference import checkpoint, hf
+    from ..inference import checkpoint, hf, model_files
     from ..inference.model import build_model
 
     start = time.perf_counter()
@@ -89,10 +89,10 @@ def convert(model_dir: str, out: Path, dtype_name: str) -> dict:
     torch.distributed.barrier()
     try:
         common = {"checkpoint_version": 3.0, "iteration": 0, "args": megatron_args(model)}
-        checkpoint.save(model, partial / checkpoint.RELEASE, **common)
+        checkpoint.save(model, partial / model_files.RELEASE, **common)
         if first:
             copy_companions(Path(model_dir), partial)
-            (partial / checkpoint.TRACKER).write_text(checkpoint.RELEASE)
+            (partial / model_files.TRACKER).write_text(model_files.RELEASE)
             os.replace(partial, out)  # onto nothing, or onto an empty folder
         torch.distributed.barrier()
     finally:
