@@ -4,7 +4,6 @@
 exactly those. No process ever holds more of a checkpoint than its own share.
 """
 
-import warnings
 from collections.abc import Container
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
+from ..notices import notice
 from . import model_files
 from .config import check_sizes, read_raw, unknown_keys
 from .metadata import read_metadata
@@ -35,18 +35,14 @@ def read_config(model_dir) -> PretrainedConfig:
     path = Path(model_dir) / "config.json"
     raw = read_raw(model_dir)
     if unknown := unknown_keys(raw, GenerationConfig().to_dict()):
-        warnings.warn(f"{path}: unknown keys, which have no effect here: {', '.join(unknown)}", stacklevel=2)
+        notice(f"{path}: unknown keys, which have no effect here: {', '.join(unknown)}")
     try:
-        config = AutoConfig.from_pretrained(model_dir)
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ValueError(f"{path} is not a valid {raw['model_type']} config: {error}") from None
     check_sizes(config, path)
     if config.tie_word_embeddings and _holds_own_head(Path(model_dir)):
-        warnings.warn(
-            f"{path}: tie_word_embeddings is true, but the weights hold an output layer unlike the embedding, which is "
-            "used",
-            stacklevel=2,
-        )
+        notice(f"{path}: tie_word_embeddings is true, but the weights hold another output layer, which is used")
         config.tie_word_embeddings = False
     return config
 

@@ -20,7 +20,7 @@ def read_tokenizer(model_dir):
             path = folder / "tokenizer_config.json"
             said = read_json(path) if path.is_file() else {}
             return LlamaTokenizer.from_pretrained(folder, add_bos_token=said.get("add_bos_token", True))
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except ImportError as error:
         raise ValueError(f"{folder}: the tokenizer needs a package that is missing: {error}") from None
     except Exception as error:  # tokenizers raises bare Exceptions for files that it cannot read
