@@ -150,11 +150,11 @@ def read_raw(model_dir: str | Path) -> dict:
         raise ValueError(f"{path} is missing: expected the folder of a Hugging Face checkpoint")
     raw = read_json(path)
     model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
+    architectures = architectures if isinstance(architectures, list) else [architectures]
     expected = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if expected is None or (architectures and expected not in architectures):
         allowed = ", ".join(f"{a} (model_type {t})" for t, a in ARCHITECTURES.items())
-        names = map(str, architectures) if isinstance(architectures, list) else [shown(architectures)]
-        given = f"{', '.join(names) or 'no architecture'} (model_type {model_type})"
+        given = f"{', '.join(map(str, architectures)) or 'no architecture'} (model_type {model_type})"
         raise ValueError(f"{path}: {given} is not supported; allowed: {allowed}")
     for key in QUANTIZATION:
         if raw.get(key) is not None:
