@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import reprlib
 import secrets
 import socket
@@ -197,7 +198,8 @@ def read_yaml(path: str | Path, what: str) -> object:
     """The content of a small YAML file; `what` names its kind in errors, as in `policy file`.
 
     Stricter than YAML: a mapping may name a key once (one that it merges by `<<` may be overruled), and a file may
-    neither be large nor nest deeply, nor stand for more than 200,000 values once its aliases are resolved.
+    neither be large nor nest deeply, nor stand for more than 200,000 values once its aliases are resolved. Numbers are
+    plain decimals.
 
     Raises ValueError for what cannot be read so, OSError if the file cannot be opened.
     """
@@ -259,11 +261,26 @@ class _Loader(yaml.SafeLoader):
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         if len(node.value) > MAX_DIGITS:  # more than a float can hold, and more than a message should
             raise _error(f"a number of {len(node.value)} digits", node)
-        return super().construct_yaml_int(node)
+        return self._plain(node, super().construct_yaml_int(node))
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        return self._plain(node, super().construct_yaml_float(node))
+
+    def _plain(self, node: yaml.ScalarNode, value: float) -> float:
+        """The value, unless people read other digits: YAML takes 010 for 8, 0x10 for 16 and 1:30 for 90."""
+        if not _PLAIN.fullmatch(node.value):
+            raise _error(
+                f"{node.value} stands for {value} in YAML: write {value}, or quotes around what is no number", node
+            )
+        return value
 
 
 _MERGE = "tag:yaml.org,2002:merge"
+_PLAIN = re.compile(
+    r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][-+]?[0-9]+)?|-?\.[0-9]+([eE][-+]?[0-9]+)?|[-+]?\.(inf|nan)", re.I
+)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
 def _error(problem: str, place: yaml.Node | yaml.Event) -> yaml.YAMLError:

@@ -13,6 +13,7 @@ import torch
 
 from .. import files
 from ..launcher import output, ranks
+from ..notices import notice
 from . import options
 
 COLUMNS = {
@@ -35,6 +36,10 @@ COMPANIONS = (
     "chat_template*",
     "LICENSE*",
 )
+
+
+# What Megatron's rule for Llama 3 takes besides a factor.
+MEGATRON_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +107,7 @@ def convert(model_dir: str, out: Path, dtype_name: str) -> dict:
 
 
 def _convert(model_dir: str, out: Path, dtype_name: str) -> dict:
-    from ..inference import checkpoint, hf
+    from ..inference import checkpoint, hf, model_files
     from ..inference.model import build_model
 
     began = time.perf_counter()
@@ -116,10 +121,10 @@ def _convert(model_dir: str, out: Path, dtype_name: str) -> dict:
     torch.distributed.barrier()
     try:
         common = {"checkpoint_version": 3.0, "iteration": 0, "args": megatron_args(model)}
-        checkpoint.save(model, partial / checkpoint.RELEASE, **common)
+        checkpoint.save(model, partial / model_files.RELEASE, **common)
         if first:
             copy_companions(Path(model_dir), partial)
-            (partial / checkpoint.TRACKER).write_text(checkpoint.RELEASE)
+            (partial / model_files.TRACKER).write_text(model_files.RELEASE)
             os.replace(partial, out)  # onto nothing, or onto an empty folder
         torch.distributed.barrier()
     finally:
@@ -167,9 +172,36 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copy(file, target)
 
 
+def rope_args(rope: dict) -> dict[str, object]:
+    """Megatron's words for scaled rotary frequencies: one for positions, one for Llama 3's rule, whose parameters other
+    than the factor it fixes.
+
+    Raises ValueError for a rule that they cannot say.
+    """
+    kind = rope["rope_type"]
+    if kind == "default":
+        return {"use_rope_scaling": False}
+    if kind == "linear":
+        return {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": rope["factor"]}
+    given = {key: rope.get(key) for key in MEGATRON_ROPE}
+    if kind == "llama3" and given == MEGATRON_ROPE:
+        return {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    raise ValueError(f"Megatron has no words for the rope type {kind!r} with {given}; its own has {MEGATRON_ROPE}")
+
+
 def megatron_args(model) -> argparse.Namespace:
-    """The command line of Megatron's training for this model, which its scripts read from a checkpoint."""
+    """The command line of Megatron's training for this model, which its scripts read from a checkpoint.
+
+    Warns of what that command line cannot say.
+    """
     config = model.config
+    try:
+        rope = rope_args(model.hf_config.rope_parameters)
+    except ValueError as error:
+        notice(f"{error}. The checkpoint's args leave it out: a script that goes by them alone has other frequencies")
+        rope = {}
+    if config.moe_router_topk == 1 and config.num_moe_experts:
+        notice("Megatron's command line weights one expert per token by its share of all, not by 1 as this model does")
     return argparse.Namespace(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -183,6 +215,7 @@ def megatron_args(model) -> argparse.Namespace:
         position_embedding_type="rope",
         rotary_base=model.rotary_base,
         rotary_percent=1.0,
+        **rope,
         normalization=config.normalization,
         norm_epsilon=config.layernorm_epsilon,
         swiglu=True,

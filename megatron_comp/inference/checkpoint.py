@@ -35,40 +35,13 @@ from tqdm import tqdm
 
 from .metadata import read_metadata
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"  # Megatron's word for weights that belong to no iteration, in the tracker and as the folder's name
-COMPLETE = "metadata.json"
 COMMON = "common.pt"  # what training keeps besides tensors
-HUGGING_FACE = ("model.safetensors", "model.safetensors.index.json")
 
 # Names of one norm: alone, as experts and Megatron's own layers have it, or fused into the linear that follows it.
 NORMS = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
 )
-
-
-def find(folder) -> Path | None:
-    """The distributed checkpoint in `folder`: itself, or the iteration that a training's folder names as its latest.
-
-    None if the folder is neither, and where safetensors lie in it: those are its weights then, whatever else is there,
-    as hidden files are that nobody sees. Raises ValueError for a checkpoint that is not complete or of another format.
-    """
-    folder = Path(folder)
-    if any(folder.glob("*.safetensors")):
-        return None
-    tracker = folder / TRACKER
-    if tracker.is_file():
-        word = tracker.read_text().strip()
-        if word != RELEASE and not word.isdigit():
-            raise ValueError(f"{tracker} says {word!r}; expected an iteration's number or {RELEASE!r}")
-        folder /= word if word == RELEASE else f"iter_{int(word):07d}"
-    elif not (folder / ".metadata").is_file():
-        return None
-    for name in (".metadata", COMPLETE):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing: expected a complete checkpoint of the format torch_dist")
-    return folder
 
 
 class _SaveInThisProcess(TorchDistSaveShardedStrategy):

@@ -1,9 +1,12 @@
 """Tables for people, JSON and CSV for programs."""
 
 import csv
+import io
 import math
 import os
 import platform
+import sys
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -45,7 +48,30 @@ def show_one(title: str, columns: dict[str, tuple[str, str]], row: dict) -> None
 def _print(table: Table) -> None:
     console = Console()
     # Where the output is no terminal there is no width to keep to, and a table is never cut.
-    (console if console.is_terminal else Console(width=500)).print(table)
+    with _reader_may_leave():
+        (console if console.is_terminal else Console(width=500)).print(table)
+
+
+def say(text: str) -> None:
+    """Prints a line."""
+    with _reader_may_leave():
+        print(text, flush=True)
+
+
+def replace_what_cannot_be_written() -> None:
+    """Lets standard output write `?` for characters that its encoding lacks, instead of failing after the work."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+@contextmanager
+def _reader_may_leave():
+    """If whoever reads the output has left, as `head` does, the rest goes nowhere: files are still to be written."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_json(path: str | None, config: dict, rows: list[dict]) -> None:
