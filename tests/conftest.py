@@ -143,6 +143,23 @@ def transformer_engine_wheel():
 
 
 @pytest.fixture(scope="session")
+def modelopt_packages():
+    """Folder with NVIDIA's ModelOpt and what it imports beyond the project's own packages, for a path's end."""
+    packages = [
+        "nvidia-modelopt==0.47.0",
+        "omegaconf==2.3.0",
+        "antlr4-python3-runtime==4.9.3",
+        "pulp<4",
+        "nvidia-ml-py",
+    ]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *packages, "scipy", "--target"]
+    try:
+        return cached("modelopt-0.47.0", lambda path: subprocess.run([*install, path], check=True))
+    except subprocess.CalledProcessError:
+        pytest.skip("pip could not fetch nvidia-modelopt==0.47.0")
+
+
+@pytest.fixture(scope="session")
 def compiled_kernels():
     """Folder that Triton keeps compiled kernels in."""
     return cached("compiled-kernels", Path.mkdir)
