@@ -8,7 +8,8 @@ weights and no codec is what all are compared to.
 import argparse
 
 from ..launcher import output
-from ..quality.origin import origin
+from ..quality.metrics import increase_pct, perplexity
+from ..quality.origin import settings
 from ..quality.windows import read_windows
 from ..spd.blocks import layers_that_drop, read_rows, share_of
 from . import drop_options, options
@@ -67,12 +68,15 @@ def policy(blocks: list[int], codec: str):
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..quality.judge import Judge, Measured
+    from ..inference.weight_overrides import WeightOverrides
+    from ..quality.journal import Journal
+    from ..quality.judge import Judge
 
     codecs = check(args)
     with options.opened(args) as (model, tokenizer):
-        settings = {**origin(args), "tp": args.tp, "dtype": str(next(model.parameters()).dtype)}
-        judge = Judge(model, args.model, read_windows(args, tokenizer), Measured(args.state, settings))
+        journal = Journal(args.state, settings(args, next(model.parameters()).dtype))
+        overrides = WeightOverrides(model, args.model, args.distilled) if args.distilled else None
+        judge = Judge(model, read_windows(args, tokenizer), journal, overrides)
         rows = measure(args, judge, codecs)
     if output.is_first_rank():
         output.show(f"drop curve: TP={args.tp}, {args.tokens} tokens, windows of {args.context}", COLUMNS, rows)
@@ -86,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace, judge, codecs: list[str]) -> list[dict]:
     """A row for each order, codec and share."""
-    from ..inference.weight_overrides import blocks_in
+    from ..quality.judge import Trial
 
     in_order = list(range(judge.model.config.num_layers))
     orders: list[tuple[str, list[int], bool]] = []
@@ -99,15 +103,15 @@ def measure(args: argparse.Namespace, judge, codecs: list[str]) -> list[dict]:
         orders.insert(0, ("in order", in_order, False))
     if args.distilled:
         orders += [(f"{name}, distilled", order, True) for name, order, _ in orders[-1:]]
-    full = judge.point("full", policy([], "none"))["perplexity"]
+    full = judge.point(Trial("full", policy([], "none")))["nll"]
     rows = []
     for name, order, distilled in orders:
         for codec in codecs:
             for percent in args.percent:
                 dropped = share_of(order, percent)
-                replaced = sorted(blocks_in(args.distilled) & set(dropped)) if distilled else []
-                weights = args.distilled if replaced else None
-                point = judge.point(f"{name} {percent:g} % {codec}", policy(dropped, codec), weights, replaced)
+                replaced = sorted(judge.overrides.blocks & set(dropped)) if distilled else []
+                trial = Trial(f"{name} {percent:g} % {codec}", policy(dropped, codec), tuple(replaced))
+                point = judge.point(trial)
                 rows.append(
                     {
                         "order": name,
@@ -115,8 +119,11 @@ def measure(args: argparse.Namespace, judge, codecs: list[str]) -> list[dict]:
                         "percent": percent,
                         "dropped": len(dropped),
                         "replaced": len(replaced),
-                        **point,
-                        "perplexity_increase_pct": 100 * (point["perplexity"] / full - 1),
+                        "perplexity": perplexity(point["nll"]),
+                        "kl": point["kl"],
+                        "top1_agreement": point["top1_agreement"],
+                        "received_bytes": point["received_bytes"],
+                        "perplexity_increase_pct": increase_pct(point["nll"], full),
                     }
                 )
     return rows

@@ -9,7 +9,8 @@ insensitive ones (to be dropped as they are), sensitive (to be distilled) and ex
 import argparse
 
 from ..launcher import output
-from ..quality.origin import origin
+from ..quality.metrics import perplexity
+from ..quality.origin import settings
 from ..quality.windows import read_windows
 from ..spd.blocks import classify, layers_that_drop
 from . import drop_options, options
@@ -49,12 +50,13 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..quality.judge import Judge, Measured
+    from ..quality.journal import Journal
+    from ..quality.judge import Judge
 
     check(args)
     with options.opened(args) as (model, tokenizer):
-        settings = {**origin(args), "tp": args.tp, "dtype": str(next(model.parameters()).dtype)}
-        judge = Judge(model, args.model, read_windows(args, tokenizer), Measured(args.state, settings))
+        journal = Journal(args.state, settings(args, next(model.parameters()).dtype))
+        judge = Judge(model, read_windows(args, tokenizer), journal)
         points, full = measure(judge)
     if not output.is_first_rank():
         return
@@ -75,16 +77,17 @@ def default_thresholds(rank_by: str, full: float) -> tuple[float, float]:
 def measure(judge) -> tuple[list[dict], float]:
     """For each block its `perplexity` with all after it dropped and `kl` alone; and the full model's perplexity."""
     from ..policy import CompressionPolicy
+    from ..quality.judge import Trial
 
     def point(*blocks: int) -> dict:
         policy = CompressionPolicy(layers=layers_that_drop(blocks))
-        return judge.point(f"blocks {blocks[0]} to {blocks[-1]} dropped" if blocks else "full", policy)
+        return judge.point(Trial(f"blocks {blocks[0]} to {blocks[-1]} dropped" if blocks else "full", policy))
 
     count, points = judge.model.config.num_layers, []
-    full = point()["perplexity"]
+    full = perplexity(point()["nll"])
     for block in reversed(range(count)):
         onwards = point(*range(block, count))
-        points.append({"block": block, "perplexity": onwards["perplexity"], "kl": point(block)["kl"]})
+        points.append({"block": block, "perplexity": perplexity(onwards["nll"]), "kl": point(block)["kl"]})
     return points[::-1], full
 
 

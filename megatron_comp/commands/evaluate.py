@@ -1,15 +1,15 @@
 """`megatron-comp evaluate`: what compression does to a model's predictions on a text, codec by codec."""
 
 import argparse
-import math
-import time
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from ..launcher import output
 from ..quality.windows import read_windows
 from . import options
+
+if TYPE_CHECKING:
+    from ..quality.judge import Judge, Judgement
 
 COLUMNS = {
     "codec": ("codec", ""),
@@ -35,91 +35,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> list[options.Setting]:
     options.check_files(args)
     options.check_text(args)
-    return options.with_baseline(options.settings(args, args.codec))
+    return [setting for setting in options.settings(args, args.codec) if setting.name != "none"]  # its row is there
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..quality.judge import Judge
+
     settings = check(args)
     with options.opened(args) as (model, tokenizer):
         windows = read_windows(args, tokenizer)
         overrides = options.overrides(args, model, settings)
-        rows = evaluate(model, windows, settings, overrides)
+        rows = evaluate(Judge(model, windows, overrides=overrides, keep=False), settings)
     if output.is_first_rank():
         scored = f"{len(windows)} windows of {args.context} tokens, TP={args.tp}"
         output.show(f"evaluate: {Path(args.text).name}, {scored}", COLUMNS, rows)
         output.write_json(args.json, vars(args), rows)
 
 
-def evaluate(model, windows, settings: list[options.Setting], overrides=None) -> list[dict]:
-    """A row for each setting, the first of which is the baseline. windows `[windows, context]`.
+def evaluate(judge: "Judge", settings: list[options.Setting]) -> list[dict]:
+    """A row for the uncompressed model, then one for each setting, with the overrides' weights in blocks that it drops
+    the sum of."""
+    from ..quality.judge import Trial
 
-    Window by window all settings run in turn, so that no logits need be kept and a slow minute hits all alike.
-    overrides: `WeightOverrides`, whose weights settings have in the blocks that they drop the sum of.
-    """
-    runs = [_Run(setting) for setting in settings]
-    steps = [(window, run) for window in windows for run in runs]
-    baseline = None
-    for window, run in tqdm(steps, desc="evaluate", unit="forward", disable=not output.is_first_rank()):
-        if overrides:
-            overrides.use(overrides.blocks_for(run.setting.policy))
-        said = run.forward(model, window)
-        baseline = said if run is runs[0] else baseline
-        run.score(model, said, baseline, window)
-    return [run.row(runs[0]) for run in runs]
+    found = judge.overrides
+    trials = [Trial(each.name, each.policy, tuple(found.blocks_for(each.policy)) if found else ()) for each in settings]
+    base, *_ = judged = judge.judge(trials, "evaluate")
+    return [_row(name, each, base) for name, each in zip(["none", *(t.name for t in trials)], judged, strict=True)]
 
 
-class _Run:
-    """One setting on its way through the text."""
-
-    def __init__(self, setting: options.Setting) -> None:
-        from ..layers.apply import ModelStats
-        from ..quality.metrics import Quality
-
-        self.setting = setting
-        self.quality = Quality()
-        self.traffic = ModelStats([])
-        self.seconds = 0.0
-
-    def forward(self, model, window):
-        from ..inference.generate import logits
-        from ..layers.apply import apply_compression, stats
-        from ..layers.site import wait_for_device
-        from ..quality.metrics import Prediction
-
-        apply_compression(model, self.setting.policy)
-        wait_for_device()
-        start = time.perf_counter()
-        out = logits(model, window[None])[0, :-1]
-        wait_for_device()
-        self.seconds += time.perf_counter() - start
-        self.traffic.sites += stats(model).sites
-        return Prediction.of(out, _vocab_start(model), _group(model))
-
-    def score(self, model, said, baseline, window) -> None:
-        self.quality.add(said, baseline, window[1:].to(said.best.device), _vocab_start(model), _group(model))
-
-    def perplexity(self) -> float:
-        nll = self.quality.nll / self.quality.tokens
-        return math.exp(nll) if nll < 700 else math.inf
-
-    def row(self, base: "_Run") -> dict:
-        perplexity, base_perplexity = self.perplexity(), base.perplexity()
-        return {
-            "codec": self.setting.name,
-            "algorithm": "+".join(sorted(self.traffic.algorithms)) or "all_reduce",
-            "bits_per_value": self.traffic.bits_per_value,
-            "perplexity": perplexity,
-            "perplexity_increase_pct": 100 * (perplexity / base_perplexity - 1),
-            "kl": self.quality.kl / self.quality.tokens,
-            "top1_agreement": self.quality.agreements / self.quality.tokens,
-            "bytes_per_rank": self.traffic.received_bytes,
-            "seconds": self.seconds,
-        }
-
-
-def _vocab_start(model) -> int:
-    return model.embedding.word_embeddings.vocab_start_index
-
-
-def _group(model):
-    return model.embedding.word_embeddings.tp_group
+def _row(name: str, judged: "Judgement", base: "Judgement") -> dict:
+    return {
+        "codec": name,
+        "algorithm": "+".join(sorted(judged.traffic.algorithms)) or "all_reduce",
+        "bits_per_value": judged.traffic.bits_per_value,
+        "perplexity": judged.perplexity,
+        "perplexity_increase_pct": judged.increase_pct(base),
+        "kl": judged.kl,
+        "top1_agreement": judged.top1_agreement,
+        "bytes_per_rank": judged.traffic.received_bytes,
+        "seconds": judged.seconds,
+    }

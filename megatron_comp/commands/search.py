@@ -13,14 +13,11 @@ goes on from it; searches with another bound, algorithm, link or distilled weigh
 """
 
 import argparse
-import hashlib
-from pathlib import Path
 
 from ..launcher import output
 from ..search.bound import MAX_INCREASE_PCT, Bound
 from ..search.candidates import CANDIDATES, parse_candidates
 from ..search.results import report
-from ..version import __version__
 from . import options, search_options
 
 ALGORITHMS = ("gather_sum", "two_step")
@@ -93,38 +90,39 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..inference.weight_overrides import WeightOverrides
+    from ..quality.journal import Journal
+    from ..quality.judge import Judge
+    from ..quality.origin import settings
     from ..quality.windows import read_windows
-    from ..search.measurements import Calibration
+    from ..search.measurements import Measurements
     from ..search.mixed import search_mixed
     from ..search.paper import search_uniform
-    from ..search.state import State
     from ..search.with_drop import Words, search_with_drop
     from ..spd.weights import write_blocks
 
     check(args)
     candidates = parse_candidates(args.codec or list(CANDIDATES))
     with options.opened(args) as (model, tokenizer):
-        windows = read_windows(args, tokenizer)
-        dtype = next(model.parameters()).dtype
-        state = State(args.state, _settings(args, candidates, dtype))
-        if state.continued and output.is_first_rank():
+        windows, dtype = read_windows(args, tokenizer), next(model.parameters()).dtype
+        journal = Journal(args.state, settings(args, dtype, **_searched(args, candidates)))
+        if journal.continued and output.is_first_rank():
             print(f"search: going on from {args.state}", flush=True)
         overrides = WeightOverrides(model, args.model, args.distilled) if args.distilled else None
-        calibration = Calibration(model, windows, state, overrides)
+        measurements = Measurements(Judge(model, windows, journal, overrides))
         if args.paper:
-            found = search_uniform(calibration, _bound(args), args.min_bytes)
+            found = search_uniform(measurements, _bound(args), args.min_bytes)
         elif args.with_drop:
             figures = search_options.figures(args, candidates, dtype.itemsize)
             if output.is_first_rank() and (warning := search_options.untimed(figures, candidates)):
                 print(warning, flush=True)
             words = Words(candidates, args.algorithm, search_options.job(args, dtype.itemsize), figures)
-            found = search_with_drop(calibration, _bound(args), words, args.min_bytes)
+            found = search_with_drop(measurements, _bound(args), words, args.min_bytes)
         else:
-            found = search_mixed(calibration, _bound(args), candidates, args.algorithm, args.min_bytes)
+            found = search_mixed(measurements, _bound(args), candidates, args.algorithm, args.min_bytes)
     if output.is_first_rank():
         if found.distilled:
             write_blocks(args.distilled, found.distilled, args.weights_out)
-        report(args, found, list(state.seen["points"].values()), state.settings)
+        report(args, found, measurements.judge.points, journal.settings)
 
 
 def _bound(args: argparse.Namespace) -> Bound:
@@ -134,24 +132,12 @@ def _bound(args: argparse.Namespace) -> Bound:
     return Bound("perplexity", MAX_INCREASE_PCT if increase is None else increase)
 
 
-def _settings(args: argparse.Namespace, candidates: tuple, dtype) -> dict:
-    """All that measurements depend on. Bound and algorithm are not of it: others use them too."""
-    config = Path(args.model, "config.json")
+def _searched(args: argparse.Namespace, candidates: tuple) -> dict:
+    """What else measurements depend on. Bound and algorithm are not of it: others use the same measurements."""
     return {
-        "model": f"{Path(args.model).name} {_digest(config)}",
-        "text": f"{Path(args.text).name} {_digest(Path(args.text))}",
-        "tp": args.tp,
-        "tokens": args.tokens,
-        "context": args.context,
-        "dtype": str(dtype).removeprefix("torch."),
         "search": "paper" if args.paper else "with drop" if args.with_drop else "mixed",
         "candidates": [] if args.paper else [str(codec) for codec in candidates],
-        "megatron_comp": __version__,
     }
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
 def _bytes_or_auto(text: str) -> int | str:

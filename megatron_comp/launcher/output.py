@@ -19,6 +19,11 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def bar_disabled() -> bool | None:
+    """For tqdm's `disable`: the first rank's bars are shown, and only on a terminal."""
+    return None if is_first_rank() else True
+
+
 def show(title: str, columns: dict[str, tuple[str, str]], rows: list[dict]) -> None:
     """Prints a table, a line a row; `columns` maps a row's keys to headings and format specs such as `.3f`.
 

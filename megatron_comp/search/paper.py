@@ -14,9 +14,7 @@ summed by the stock collective. The paper gives no formula; these are what the n
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,9 +23,10 @@ from ..layers.apply import remove_compression
 from ..layers.places import find_places
 from ..layers.site import ReductionSite
 from ..policy import CompressionPolicy
+from ..quality.judge import Trial
 from .bound import Bound
 from .candidates import uniform
-from .measurements import Calibration
+from .measurements import Measurements, labels
 from .results import Found
 
 VALUES = ("fp3_e1m1", "fp4_e2m1", "int4", "fp5_e2m2", "fp5_e3m1")
@@ -63,27 +62,35 @@ def topk(x: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(x).scatter(-1, places, x.gather(-1, places))
 
 
-@contextmanager
-def rounded(model: torch.nn.Module, rounding: Callable[[torch.Tensor], torch.Tensor]):
-    """Inside, every sum of the model is of rounded partial sums."""
-    remove_compression(model)
-    policy = CompressionPolicy(
-        codec="mxfp4", min_bytes=0
-    )  # one that compresses, so that every place can be attached to
-    for place in find_places(model):
-        place.attach(RoundedSite(policy, place.layer, place.site, rounding=rounding))
-    yield
-    remove_compression(model)
+@dataclass(frozen=True)
+class Rounded(Trial):
+    """Stock sums of partial sums that `rounding` has rounded: `[..., hidden]` to the same shape."""
+
+    rounding: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def apply(self, model: torch.nn.Module) -> None:
+        remove_compression(model)
+        # With a policy that compresses, every place lets itself be attached to.
+        policy = CompressionPolicy(codec="mxfp4", min_bytes=0)
+        for place in find_places(model):
+            place.attach(RoundedSite(policy, place.layer, place.site, rounding=self.rounding))
 
 
-def search_uniform(calibration: Calibration, bound: Bound, min_bytes: int | str) -> Found:
+def search_uniform(measurements: Measurements, bound: Bound, min_bytes: int | str) -> Found:
     """The codec of fewest bits within the bound, for all places. Raises ValueError if there is none."""
     points = {}
     for codec in (f"{value}:{block}:{scale}" for value in VALUES for block in BLOCKS for scale in SCALES):
-        points[codec] = calibration.point(codec, "format", uniform(codec, "gather_sum"))
-    tokens = calibration.windows.shape[1]
-    calibration.simulated("int4 channel-wise", 4 + 16 / tokens, partial(rounded, rounding=int4_by_channel))
-    calibration.simulated("topk 3x", 16 / TOPK_RATIO, partial(rounded, rounding=topk))
+        points[codec] = measurements.point(codec, "format", uniform(codec, "gather_sum"))
+    judge = measurements.judge
+    for trial, bits in (
+        (Rounded("int4 channel-wise", rounding=int4_by_channel), 4 + 16 / judge.windows.shape[1]),
+        (Rounded("topk 3x", rounding=topk), 16 / TOPK_RATIO),
+    ):
+        judge.point(trial, **(labels(trial, "baseline") | {"algorithm": "all_reduce", "bits_per_value": bits}))
     able = [codec for codec, point in points.items() if bound.of(point) <= bound.limit]
     if not able:
         best = min(points, key=lambda codec: bound.of(points[codec]))

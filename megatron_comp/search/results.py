@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,9 @@ import yaml
 
 from ..launcher import output
 from ..policy import CompressionPolicy
+from ..quality.metrics import increase_pct, perplexity
 from ..spd.blocks import dropped_blocks
-from .bound import Bound, perplexity_increase_pct
+from .bound import Bound
 from .plot import draw
 
 COLUMNS = {
@@ -95,7 +95,7 @@ def _listed(blocks: Sequence[int]) -> str:
 
 
 def _row(point: dict, found: Found) -> dict:
-    nll, of_drops = point["nll"], {}
+    of_drops = {}
     if found.seconds:
         policy = _measured_policy(point)
         of_drops = {
@@ -111,8 +111,8 @@ def _row(point: dict, found: Found) -> dict:
         "bits_per_value": point["bits_per_value"],
         "predicted_kl": point["predicted_kl"],
         "kl": point["kl"],
-        "perplexity": math.exp(nll) if nll < 700 else math.inf,
-        "perplexity_increase_pct": perplexity_increase_pct(point),
+        "perplexity": perplexity(point["nll"]),
+        "perplexity_increase_pct": increase_pct(point["nll"], point["base_nll"]),
         "top1_agreement": point["top1_agreement"],
         "chosen": "<- written" if point == found.point else "",
     }
@@ -126,7 +126,7 @@ def _header(args: argparse.Namespace, found: Found, settings: dict) -> list[str]
         f"model {settings['model']}, TP={args.tp}, {settings['dtype']}; text {settings['text']}, "
         f"{args.tokens // args.context} windows of {args.context} tokens (digests: of config.json and of the text)",
         f"measured there: {point['bits_per_value']:.3f} bits a value, KL {point['kl']:.5f} nats a token, perplexity "
-        f"{perplexity_increase_pct(point):+.2f} %",
+        f"{increase_pct(point['nll'], point['base_nll']):+.2f} %",
         ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
     if found.distilled:

@@ -10,6 +10,7 @@ from ranks import run_ranks
 from megatron_comp.commands import options
 from megatron_comp.commands.evaluate import evaluate
 from megatron_comp.inference.model import build_model, init_parallel
+from megatron_comp.quality.judge import Judge
 
 KEYS = "codec algorithm bits_per_value perplexity perplexity_increase_pct kl top1_agreement bytes_per_rank seconds"
 WINDOWS, CONTEXT = 2, 64
@@ -57,7 +58,7 @@ def test_rows(command, smollm2, sotu_text, tmp_path, expected_perplexity):
 def mixtral_rows(rank, world_size, ref, dispatcher):
     init_parallel(world_size)
     model = build_model(ref.folder, token_dispatcher=dispatcher)
-    return evaluate(model, ref.ids, [options.NONE, options.Setting("mxfp8", policy(codec="mxfp8"))])
+    return evaluate(Judge(model, ref.ids, keep=False), [options.Setting("mxfp8", policy(codec="mxfp8"))])
 
 
 @pytest.mark.parametrize("dispatcher", options.TOKEN_DISPATCHERS)

@@ -85,7 +85,7 @@ def test_finished_state_serves_other_bounds(done, llama, text, tmp_path):
     assert after["sensitivity"] == before["sensitivity"]
     assert CompressionPolicy.from_file(tmp_path / "policy.yaml").min_bytes == "auto"
     status, said = mixed(tmp_path, llama, text, "--max-kl", "0.01", "--tokens", "192")
-    assert status == 2 and "of another search: it has tokens 128, not 192" in said
+    assert status == 2 and "of another run: it has tokens 128, not 192" in said
 
 
 def test_paper(llama, text, tmp_path):
