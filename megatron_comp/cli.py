@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from types import ModuleType
 
 from .commands.subcommands import Subcommands
 from .launcher import ranks
@@ -36,17 +37,24 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; 0, or non-zero after one clear line on standard error."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    module = SUBCOMMANDS.chosen(args)
+    return carry_out(SUBCOMMANDS.chosen(args), args, "megatron_comp.cli", argv)
+
+
+def carry_out(command: ModuleType, args: argparse.Namespace, program: str, argv: list[str]) -> int:
+    """Runs a command in this process, or `python -m program argv` on the ranks that it wants; returns as `main` does.
+
+    command: has `check(args)` and `run(args)`; one with `--link` also `start(args, argv)`.
+    """
     try:
         own_ranks = hasattr(args, "link")  # a bench that starts its ranks once a link
-        if ranks.joined() or not (hasattr(args, "tp") or own_ranks):  # one of the ranks, or a subcommand of one process
+        if ranks.joined() or not (hasattr(args, "tp") or own_ranks):  # one of the ranks, or a command of one process
             _quiet_libraries()
-            module.run(args)
+            command.run(args)
             return 0
-        module.check(args)
+        command.check(args)
         if own_ranks:
-            return module.start(args, argv)
-        return ranks.start(args.tp, [sys.executable, "-m", "megatron_comp.cli", *argv])
+            return command.start(args, argv)
+        return ranks.start(args.tp, [sys.executable, "-m", program, *argv])
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -13,8 +13,6 @@ from ..launcher import output
 from ..wire.codec import Codec
 from ..wire.collectives import all_reduce
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 # Tensors below this are over in microseconds and noisy: they are timed so many times a round.
 SMALL_BYTES = 256 * 1024
 SMALL_SAMPLES = 5

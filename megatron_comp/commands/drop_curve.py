@@ -1,9 +1,4 @@
-"""`megatron-comp drop curve`: quality and bytes against the share of dropped sums, on a text that nothing was tuned on.
-
-Blocks are dropped in the model's order and, with --sensitivity, from the least sensitive on; with --distilled also with
-those weights in the dropped blocks; each with every --codec in the sums that are left. The full model with its own
-weights and no codec is what all are compared to.
-"""
+"""`megatron-comp drop curve`: quality and bytes against the share of dropped sums."""
 
 import argparse
 
@@ -14,7 +9,16 @@ from ..quality.windows import read_windows
 from ..spd.blocks import layers_that_drop, read_rows, share_of
 from . import drop_options, options
 
-EPILOG = "With --state an interrupted run goes on where it was."
+DESCRIPTION = """\
+Measure quality and bytes against the share of dropped sums, on a text that nothing was tuned on. Blocks are dropped in
+the model's order and, with --sensitivity, from the least sensitive on; with --weights also with those weights in the
+dropped blocks; each with every --codec for the sums that are left. All are compared to the full, uncompressed model.
+"""
+RENAMED = {"--distilled": "--weights"}
+EPILOG = """\
+Example:
+  megatron-comp drop curve --model llama --tp 2 --text prose.txt --sensitivity sensitivity.json --csv curve.csv
+"""
 
 COLUMNS = {
     "order": ("order", ""),
@@ -32,27 +36,32 @@ COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     drop_options.add_ranks(parser, tokens=6144)
-    parser.add_argument("--sensitivity", metavar="FILE", help="JSON of `megatron-comp drop sensitivity`")
-    parser.add_argument("--distilled", metavar="FILE", help="weights of `megatron-comp drop distill` or `drop group`")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--sensitivity", metavar="FILE", help="JSON of `megatron-comp drop sensitivity`.")
+    add("--weights", metavar="FILE", help="Weights of `megatron-comp drop distill` or `drop group`.")
+    add(
         "--percent",
         type=float,
         nargs="+",
         default=[0, 25, 50, 75, 100],
         metavar="P",
-        help="shares of the blocks (default 0 25 50 75 100)",
+        help="Shares of the blocks, in percent (default 0 25 50 75 100).",
     )
-    parser.add_argument(
-        "--codec", action="append", default=[], metavar="C", help="of the sums that are left (default none; repeatable)"
+    add(
+        "--codec",
+        action="append",
+        default=[],
+        metavar="C",
+        help="A codec or preset for the sums that are left. Repeat it for more rows (default none).",
     )
-    parser.add_argument("--in-order", action="store_true", help="with --sensitivity: in the model's order too")
-    parser.add_argument("--state", metavar="FILE", help="keep every measurement there, and go on from it")
-    parser.add_argument("--csv", metavar="FILE", help="write the rows there")
-    parser.add_argument("--figure", metavar="FILE", help="draw the increase of perplexity by share")
+    add("--in-order", action="store_true", help="With --sensitivity, also drop blocks in the model's order.")
+    options.add_state(parser)
+    options.add_csv(parser)
+    options.add_figure(parser, "the increase of perplexity by share")
 
 
 def check(args: argparse.Namespace) -> list[str]:
-    drop_options.check(args, "state", "csv", "figure")
+    drop_options.check(args)
     if outside := [percent for percent in args.percent if not 0 <= percent <= 100]:
         raise ValueError(f"--percent {outside[0]}: allowed are 0 to 100")
     codecs = args.codec or ["none"]
@@ -75,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     codecs = check(args)
     with options.opened(args) as (model, tokenizer):
         journal = Journal(args.state, settings(args, next(model.parameters()).dtype))
-        overrides = WeightOverrides(model, args.model, args.distilled) if args.distilled else None
+        overrides = WeightOverrides(model, args.model, args.weights) if args.weights else None
         judge = Judge(model, read_windows(args, tokenizer), journal, overrides)
         rows = measure(args, judge, codecs)
     if output.is_first_rank():
@@ -101,7 +110,7 @@ def measure(args: argparse.Namespace, judge, codecs: list[str]) -> list[dict]:
         orders.append(("sensitivity", by_rank, False))
     if args.in_order or not args.sensitivity:
         orders.insert(0, ("in order", in_order, False))
-    if args.distilled:
+    if args.weights:
         orders += [(f"{name}, distilled", order, True) for name, order, _ in orders[-1:]]
     full = judge.point(Trial("full", policy([], "none")))["nll"]
     rows = []

@@ -1,10 +1,4 @@
-"""`megatron-comp drop sensitivity`: what each block's dropped sum costs, from the last block back and alone.
-
-Two measures. The paper's (arXiv 2502.20727, section 3): perplexity with blocks i to last dropped, less that with i + 1
-to last dropped. And a second one: KL to the full model with block i alone dropped, which the noise of a short text and
-the damage of other blocks do not reach. Blocks are ranked by the one that --rank-by names; thresholds split them into
-insensitive ones (to be dropped as they are), sensitive (to be distilled) and extreme (to be grouped, then distilled).
-"""
+"""`megatron-comp drop sensitivity`: what each block's dropped sum costs."""
 
 import argparse
 
@@ -15,7 +9,19 @@ from ..quality.windows import read_windows
 from ..spd.blocks import classify, layers_that_drop
 from . import drop_options, options
 
-EPILOG = "With --state an interrupted run goes on where it was. Other thresholds use the same measurements."
+DESCRIPTION = """\
+Measure what each block's dropped sum costs on a text, and rank the blocks. There are two measures: the paper's (arXiv
+2502.20727, section 3), perplexity with blocks i to last dropped, less that with i + 1 to last dropped; and KL to the
+full model with block i alone dropped, which the noise of a short text and the damage of other blocks do not reach. Two
+thresholds split the blocks into insensitive ones (to be dropped as they are), sensitive ones (to be distilled) and
+extreme ones (to be grouped, then distilled).
+"""
+EPILOG = """\
+Example:
+  megatron-comp drop sensitivity --model llama --tp 2 --text calibration.txt --json sensitivity.json
+
+With --state, runs with other thresholds use the same measurements.
+"""
 MEASURES = {"kl": "kl", "perplexity": "perplexity_delta"}
 
 COLUMNS = {
@@ -30,21 +36,23 @@ COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     drop_options.add_ranks(parser, tokens=2048)
-    parser.add_argument("--rank-by", choices=MEASURES, default="kl", help="which measure ranks blocks (default kl)")
+    parser.add_argument(
+        "--rank-by", choices=MEASURES, default="kl", help="The measure by which blocks are ranked (default kl)."
+    )
     parser.add_argument(
         "--thresholds",
         type=float,
         nargs=2,
         metavar=("T1", "T2"),
-        help="of that measure: insensitive up to T1, extreme above T2 (default: 1 %% and 5 %% of the full model's "
-        "perplexity; 0.01 and 0.05 nats)",
+        help="Of that measure: insensitive up to T1, extreme above T2 (default: 1 %% and 5 %% of the full model's "
+        "perplexity, or 0.01 and 0.05 nats).",
     )
-    parser.add_argument("--state", metavar="FILE", help="keep every measurement there, and go on from it")
-    parser.add_argument("--figure", metavar="FILE", help="draw both measures by block")
+    options.add_state(parser)
+    options.add_figure(parser, "both measures by block")
 
 
 def check(args: argparse.Namespace) -> None:
-    drop_options.check(args, "state", "figure")
+    drop_options.check(args)
     if args.thresholds and not args.thresholds[0] <= args.thresholds[1]:
         raise ValueError(f"--thresholds {args.thresholds[0]} {args.thresholds[1]}: the first must not be the larger")
 

@@ -1,4 +1,4 @@
-"""`megatron-comp evaluate`: what compression does to a model's predictions on a text, codec by codec."""
+"""`megatron-comp evaluate`: what compression does to a model's predictions on a text."""
 
 import argparse
 from pathlib import Path
@@ -24,11 +24,21 @@ COLUMNS = {
 }
 
 
+DESCRIPTION = """\
+Measure what compression does to a model's predictions on a text: perplexity, KL divergence from the uncompressed model,
+agreement on the most likely token, and bytes. The output has one row per codec and policy.
+"""
+EPILOG = """\
+Example:
+  megatron-comp evaluate --model llama --tp 2 --text prose.txt --codec mxfp4 --codec int4:32:fp16:hadamard
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
-    options.add_text(parser, 6144, "prose that the model has not been tuned on")
+    options.add_text(parser, 6144, "A text file of prose that the model has not been tuned on.")
     parser.add_argument(
-        "--codec", action="append", default=[], metavar="C", help="a codec or preset; give it again for more rows"
+        "--codec", action="append", default=[], metavar="C", help="A codec or preset. Repeat it for more rows."
     )
 
 

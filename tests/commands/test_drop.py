@@ -104,7 +104,7 @@ def test_lists_of_blocks():
         (("sensitivity", "--tp", 2, "--thresholds", 2, 1), "the first must not be the larger"),
         (("curve", "--tp", 2, "--percent", 120), "--percent 120.0: allowed are 0 to 100"),
         (("curve", "--tp", 2, "--codec", "drop"), "only attention under layers"),
-        (("curve", "--tp", 2, "--distilled", "no"), "--distilled no: no such file"),
+        (("curve", "--tp", 2, "--weights", "no"), "--weights no: no such file"),
     ],
 )
 def test_mistakes_are_one_line(two_blocks, drop_text, tmp_path, monkeypatch, capsys, words, told):
