@@ -60,7 +60,7 @@ def measure(setting: Scope, device: torch.device) -> Timings:
     steps = [step for step in calls for _ in range(SMALL_SAMPLES if setting.nbytes(step[1]) < SMALL_BYTES else 1)]
     for call in calls.values():
         call()  # compiles, connects, fills caches
-    bar = tqdm(total=setting.rounds * len(steps), desc="calibrate", unit="call", disable=not output.is_first_rank())
+    bar = tqdm(total=setting.rounds * len(steps), desc="calibrate", unit="call", disable=output.bar_disabled())
     with bar:
         for _ in range(setting.rounds):
             for what in steps:

@@ -113,7 +113,7 @@ def measure(model, settings: list[options.Setting], tokens: int, runs: int, new_
     prompt = torch.randint(model.hf_config.vocab_size, (tokens,), generator=generator)
     ids = checked_prompt(model, prompt, new_tokens)
     count = len(settings)
-    bar = tqdm(total=(runs + 1) * count, desc="ttft", unit="run", disable=not output.is_first_rank())
+    bar = tqdm(total=(runs + 1) * count, desc="ttft", unit="run", disable=output.bar_disabled())
     traffic, seconds = [], []
     with bar:
         for setting in settings:  # warms up, and tells what one prefill sends

@@ -1,10 +1,12 @@
 """`megatron-comp evaluate`: what compression does to a model's predictions on a text."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..launcher import output
+from ..policy import DROP
 from ..quality.windows import read_windows
 from . import options
 
@@ -26,7 +28,8 @@ COLUMNS = {
 
 DESCRIPTION = """\
 Measure what compression does to a model's predictions on a text: perplexity, KL divergence from the uncompressed model,
-agreement on the most likely token, and bytes. The output has one row per codec and policy.
+agreement on the most likely token, and bytes. The output has one row per codec and policy. The codecs of a policy file
+are judged whether or not its min_bytes would let these messages through, unless --min-bytes says otherwise.
 """
 EPILOG = """\
 Example:
@@ -45,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> list[options.Setting]:
     options.check_files(args)
     options.check_text(args)
-    return [setting for setting in options.settings(args, args.codec) if setting.name != "none"]  # its row is there
+    gate = args.min_bytes or 0  # of policies, too
+    without = argparse.Namespace(**{**vars(args), "min_bytes": None})
+    settings = [setting for setting in options.settings(without, args.codec) if setting.name != "none"]  # it has a row
+    return [replace(setting, policy=replace(setting.policy, min_bytes=gate)) for setting in settings]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -55,22 +61,36 @@ def run(args: argparse.Namespace) -> None:
     with options.opened(args) as (model, tokenizer):
         windows = read_windows(args, tokenizer)
         overrides = options.overrides(args, model, settings)
-        rows = evaluate(Judge(model, windows, overrides=overrides, keep=False), settings)
+        judge = Judge(model, windows, overrides=overrides, keep=False)
+        rows, kept = evaluate(judge, settings)
     if output.is_first_rank():
         scored = f"{len(windows)} windows of {args.context} tokens, TP={args.tp}"
         output.show(f"evaluate: {Path(args.text).name}, {scored}", COLUMNS, rows)
         output.write_json(args.json, vars(args), rows)
+        for line in kept:
+            print(line)
 
 
-def evaluate(judge: "Judge", settings: list[options.Setting]) -> list[dict]:
+def evaluate(judge: "Judge", settings: list[options.Setting]) -> tuple[list[dict], list[str]]:
     """A row for the uncompressed model, then one for each setting, with the overrides' weights in blocks that it drops
-    the sum of."""
+    the sum of; and a line about every setting that left sums uncompressed."""
     from ..quality.judge import Trial
 
     found = judge.overrides
     trials = [Trial(each.name, each.policy, tuple(found.blocks_for(each.policy)) if found else ()) for each in settings]
     base, *_ = judged = judge.judge(trials, "evaluate")
-    return [_row(name, each, base) for name, each in zip(["none", *(t.name for t in trials)], judged, strict=True)]
+    rows = [_row(name, each, base) for name, each in zip(["none", *(t.name for t in trials)], judged, strict=True)]
+    return rows, [line for trial, each in zip(trials, judged[1:], strict=True) if (line := _kept(trial.name, each))]
+
+
+def _kept(name: str, judged: "Judgement") -> str | None:
+    """Why a row that looks harmless may be: nothing, or not all, was compressed."""
+    compressed, kept = judged.traffic.compressed.calls, judged.traffic.kept.calls
+    if not kept:
+        return None
+    reasons = judged.traffic.kept_because.items()
+    because = ", ".join(f"{count} ({reason})" for reason, count in reasons if reason != DROP)
+    return f"{name}: {compressed} of {compressed + kept} sums were compressed; uncompressed: {because}"
 
 
 def _row(name: str, judged: "Judgement", base: "Judgement") -> dict:

@@ -20,7 +20,7 @@ CANDIDATES = (
 )
 
 # What the frontier is set beside.
-PRESETS = ("mxfp4", "nvfp4", "quickreduce-int4", "flash-int4")
+PRESETS = ("mxfp4", "nvfp4", "quickreduce-int4", "flash-int4", "int4:32:fp16:hadamard")
 
 
 def parse_candidates(names: list[str]) -> tuple[Codec, ...]:

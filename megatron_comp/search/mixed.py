@@ -17,8 +17,10 @@ def search_mixed(
     frontier = Frontier(items(places, candidates, measurements.judge.tokens, steps))
 
     def measure(picked: dict[tuple, Choice]) -> dict:
-        name = f"mixed, {bits_per_value(picked, places, steps):.3f} bits"
-        return measurements.point(name, "mixed", policy_of(picked, algorithm), sum(c.damage for c in picked.values()))
+        policy = policy_of(picked, algorithm)
+        what = f"{policy.codec} everywhere" if len(policy.codecs()) == 1 else "mixed"
+        name = f"{what}, {bits_per_value(picked, places, steps):.3f} bits"
+        return measurements.point(name, "mixed", policy, sum(choice.damage for choice in picked.values()))
 
     picked, point = tune(frontier, bound, measure)
     for codec in PRESETS:

@@ -126,7 +126,8 @@ def run(capsys, *arguments):
 
 def test_slow_links_should_compress_and_fast_ones_not(capsys, tmp_path):
     out = run(capsys, "--model", "llama-2-70b", "--tp", 8, "--gpu", "l4", "--link", "pcie4x16")
-    assert "Compress with mxfp4 by two_step" in out
+    # mxfp4 takes 496 ms, this 508: within 5 %, the codec that rounds less is recommended.
+    assert "Compress with int4:32:fp16:hadamard by two_step" in out
     out = run(capsys, "--model", "llama-2-7b", "--tp", 2, "--prompt-tokens", 64, "--gpu", "H100", "--link", "nvlink4")
     assert "Leave compression off" in out
     policy, rows = tmp_path / "policy.yaml", tmp_path / "rows.json"
