@@ -88,7 +88,7 @@ all_steps() {
     step "[3/5] tests" "$tests_limit" "$PYTHON" -m pytest -q -m gpu -n "$WORKERS" $TESTS
 
     mapfile -t options < <(
-        each shape "$SHAPES" && each codec "$CODECS" && each ranks "$RANKS" && each backend "$BACKENDS"
+        each shape "$SHAPES" && each codec "$CODECS" && each tp "$RANKS" && each backend "$BACKENDS"
     )
     step "[4/5] megatron-comp bench codec" "$bench_limit" \
         "$PYTHON" -m megatron_comp.cli bench codec --device cuda --dtype bf16 "${options[@]}" \

@@ -27,7 +27,7 @@ export CUDA_VISIBLE_DEVICES="" # ranks over gloo on the CPU, also where there ar
 RESULTS=$MEGATRON_COMP_CACHE/quickstart
 
 generate() { # CODEC FILE
-    run megatron-comp generate --model "$MODEL" --tp "$TP" --prompt "$PROMPT" --max-new-tokens "$MAX_NEW_TOKENS" \
+    run megatron-comp generate --model "$MODEL" --tp "$TP" --prompt "$PROMPT" --new-tokens "$MAX_NEW_TOKENS" \
         --codec "$1" --json "$RESULTS/$2"
 }
 

@@ -22,17 +22,31 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def show(title: str, columns: dict[str, tuple[str, str]], rows: list[dict]) -> None:
-    """Prints a table, a line a row; `columns` maps a row's keys to headings and format specs such as `.3f`.
+def bar_disabled() -> bool | None:
+    """For tqdm's `disable`: the first rank's bars are shown, and only on a terminal."""
+    return None if is_first_rank() else True
 
-    None is an empty field.
+
+def show(title: str, columns: dict[str, tuple[str, str]], rows: list[dict]) -> None:
+    """Prints a table, a line per row; `columns` maps a row's keys to headings and format specs such as `.3f`.
+
+    None is an empty field. Where a terminal is too narrow, rows become columns, as many side by side as it holds:
+    numbers are never cut.
     """
+    cells = [["" if row[key] is None else format(row[key], spec) for key, (_, spec) in columns.items()] for row in rows]
     table = Table(title=title, title_justify="left")
     for heading, spec in columns.values():
         table.add_column(heading, justify="right" if spec else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*("" if row[key] is None else format(row[key], spec) for key, (_, spec) in columns.items()))
-    _print(table)
+    for line in cells:
+        table.add_row(*line)
+    if _fits(table):
+        _print(table)
+        return
+    headings = [heading for heading, _ in columns.values()]
+    while cells:
+        fitting = max((n for n in range(1, len(cells) + 1) if _fits(_turned(title, headings, cells[:n]))), default=1)
+        _print(_turned(title, headings, cells[:fitting]))
+        title, cells = "", cells[fitting:]
 
 
 def show_one(title: str, columns: dict[str, tuple[str, str]], row: dict) -> None:
@@ -45,11 +59,29 @@ def show_one(title: str, columns: dict[str, tuple[str, str]], row: dict) -> None
     _print(table)
 
 
-def _print(table: Table) -> None:
+def _turned(title: str, headings: list[str], cells: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    for _ in cells:
+        table.add_column(justify="right", no_wrap=True)
+    for line in zip(headings, *cells, strict=True):
+        table.add_row(*line)
+    return table
+
+
+def _fits(table: Table) -> bool:
+    return Console(width=10_000).measure(table).maximum <= _console().width
+
+
+def _console() -> Console:
+    """Where the output is not a terminal there is no width to keep to."""
     console = Console()
-    # Where the output is no terminal there is no width to keep to, and a table is never cut.
+    return console if console.is_terminal else Console(width=500)
+
+
+def _print(table: Table) -> None:
     with _reader_may_leave():
-        (console if console.is_terminal else Console(width=500)).print(table)
+        _console().print(table)
 
 
 def say(text: str) -> None:

@@ -3,7 +3,7 @@ import sys
 
 NEW = 8
 PROMPT = "The three branches of the government of the United States are"
-ARGUMENTS = ("--tp", 3, "--prompt", PROMPT, "--max-new-tokens", NEW)
+ARGUMENTS = ("--tp", 3, "--prompt", PROMPT, "--new-tokens", NEW)
 
 
 def test_own_ranks_and_torchrun_give_one_text(command, real_command, smollm2, tmp_path):

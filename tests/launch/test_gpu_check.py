@@ -13,7 +13,7 @@ from slurm import ROOT
 
 from megatron_comp import cli
 from megatron_comp.commands import bench_codec
-from megatron_comp.commands.bench_options import shape
+from megatron_comp.commands.options import shape
 from megatron_comp.wire.codec import Codec
 
 
@@ -45,7 +45,7 @@ def test_gpu_check_dry_run(gpu_check, tmp_path):
     bytes_of = [2 * rows * hidden for rows, hidden in (shape(text, bench_codec.SHAPE) for text in args.shape)]
     assert bytes_of == [16 << 20, 128 << 20]
     assert len(args.codec) == 4 and all(Codec.parse(name) for name in args.codec)
-    assert (args.device, args.ranks, args.peers, args.repeats) == ("cuda", [2, 8], False, 5)
+    assert (args.device, args.ranks, args.peers, args.runs) == ("cuda", [2, 8], False, 5)
     assert "reference" not in args.backend
     limits = [int(seconds) for seconds in re.findall(r"^timeout --kill-after=10 (\d+)", done.stdout, re.M)]
     assert len(limits) == 3 and sum(limits) <= 8 * 60
