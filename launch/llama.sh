@@ -1,18 +1,1 @@
-#!/usr/bin/env bash
-# A Llama of any size, 7B to 405B, tensor-parallel on one or several machines with compressed communication: the text
-# for a prompt with its speed, or what codecs do to its predictions.
-#
-# Usage:    MODEL=DIR NPROC_PER_NODE=8 bash launch/llama.sh generate --prompt TEXT [--codec C] [more options]
-#           MODEL=DIR NPROC_PER_NODE=8 bash launch/llama.sh evaluate --text FILE [--codec C]... [more options]
-#           on several machines the same on each, with NNODES, MASTER_ADDR and its own NODE_RANK
-#           all options: megatron-comp generate --help, megatron-comp evaluate --help
-# Required: MODEL            folder of a Hugging Face Llama checkpoint, on every machine; as many ranks as divide its heads
-#           a GPU for each rank that holds its share of the weights; without GPUs the ranks run on CPUs over gloo
-#           the environment that launch/quickstart.sh makes, or SETUP=0
-# Optional: NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, TP, SETUP, GLOO_SOCKET_IFNAME and
-#           NCCL_SOCKET_IFNAME of launch/ranks.sh; PYTHON, MEGATRON_COMP_VENV and DRY_RUN of launch/env.sh
-set -euo pipefail
-# shellcheck source=launch/ranks.sh
-. "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
-
-run_model llama "$@"
+model.sh

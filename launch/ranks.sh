@@ -24,15 +24,16 @@ fail() { # MESSAGE: one line, and the status of wrong usage
     exit 2
 }
 
-# run_model KIND generate|evaluate OPTIONS...: that command of megatron-comp, for the checkpoint of that kind in MODEL,
-# on this node's share of the ranks.
+# run_model generate|evaluate OPTIONS...: that command of megatron-comp, for the checkpoint in MODEL, on this node's share
+# of the ranks.
 run_model() {
-    local kind=$1 command=${2:-} name ranks
+    local command=${1:-} name ranks
     [[ $command == generate || $command == evaluate ]] ||
         fail "the first argument is '$command': it has to be generate or evaluate"
-    [[ -n ${MODEL:-} ]] || fail "set MODEL to the folder of a Hugging Face $kind checkpoint"
-    [[ ${DRY_RUN:-0} == 1 ]] || check_model "$kind"
-    shift 2
+    [[ -n ${MODEL:-} ]] || fail "set MODEL to the folder of a checkpoint"
+    [[ ${DRY_RUN:-0} == 1 || -f $MODEL/config.json ]] ||
+        fail "MODEL=$MODEL: no such folder on $(uname -n), or no config.json in it"
+    shift
 
     NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(gpus)}}
     NNODES=${NNODES:-1}
@@ -56,12 +57,6 @@ run_model() {
     # torchrun, of that interpreter
     become "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" "${nodes[@]}" \
         -m megatron_comp.cli "$command" --model "$MODEL" --tp "$ranks" "$@"
-}
-
-check_model() { # KIND
-    [[ -f $MODEL/config.json ]] || fail "MODEL=$MODEL: no such folder on $(uname -n), or no config.json in it"
-    grep -q "\"model_type\": *\"$1\"" "$MODEL/config.json" ||
-        fail "MODEL=$MODEL is no $1 checkpoint, as its config.json has another model_type"
 }
 
 # The environment is not made here: nodes that share it would all write into it.

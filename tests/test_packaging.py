@@ -1,6 +1,7 @@
 """The built wheel carries the linked kernels/ folder, and the name `kernels` is left to the package that owns it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def test_wheel_holds_every_module(members):
     expected = {file.relative_to(REPO).as_posix() for file in REPO.glob("megatron_comp/**/*.py")}
     expected |= {"megatron_comp/" + file.relative_to(REPO).as_posix() for file in REPO.glob("kernels/**/*.py")}
     expected |= {file.relative_to(REPO).as_posix() for file in REPO.glob("megatron_comp/wire/c/*.[ch]")}
-    expected |= {"megatron_comp/kernels/README.md"}
+    expected |= {"megatron_comp/kernels/README.md", "megatron_comp/py.typed"}
     assert expected == {name for name in members if ".dist-info/" not in name}
     assert members["megatron_comp/wire/c/native.c"] == (REPO / "megatron_comp/wire/c/native.c").read_text()
 
@@ -56,6 +57,12 @@ def test_wheel_metadata(members):
     assert "\nLicense-Expression: Apache-2.0\n" in info["METADATA"]
     assert info["LICENSE"] == (REPO / "LICENSE").read_text()
     assert "megatron-comp = megatron_comp.cli:main" in info["entry_points.txt"]
+    required = re.findall(r"^Requires-Dist: (\S+?)(?:[<>=]\S+)?$", info["METADATA"], re.M)
+    assert required == ["torch", "PyYAML"], "without an extra"
+    assert set(re.findall(r"^Provides-Extra: (\S+)$", info["METADATA"], re.M)) == {
+        *("megatron", "cli", "plot", "te", "test"),
+        "bench",  # the former name of plot
+    }
 
 
 def test_installed_wheel_imports_its_kernels_elsewhere(wheel, tmp_path):
@@ -94,3 +101,63 @@ def test_the_link_is_a_symbolic_link_in_git():
     if (REPO / ".git").exists():
         tracked = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert tracked.startswith("120000 "), "megatron_comp/kernels is not in git as a link"
+
+
+# What torch and PyYAML import, and what they in turn require.
+NEEDED = "torch torchgen functorch filelock typing_extensions sympy mpmath networkx jinja2 markupsafe fsspec yaml _yaml"
+
+WITH_TORCH_AND_YAML_ALONE = """
+import sys
+
+allowed = {*sys.stdlib_module_names, "megatron_comp", *sys.argv[3].split()}
+
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in allowed:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Missing())
+import torch
+import torch.distributed as dist
+
+import megatron_comp as mc
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+of_ranks = [torch.randn(4, 96, generator=torch.Generator().manual_seed(rank)) for rank in range(2)]
+total = mc.all_reduce(of_ranks[rank], mc.Codec.parse("int8:32:fp32"))
+assert (total - sum(of_ranks)).abs().max() < 0.05, total
+everyone = [torch.empty_like(total) for _ in range(2)]
+dist.all_gather(everyone, total)
+assert torch.equal(*everyone)
+assert torch.equal(mc.reduce_scatter(of_ranks[rank], "int8:32:fp32"), total.chunk(2)[rank])
+mc.CompressionPolicy(codec="mxfp4", layers={"0-2": "none"})
+try:
+    mc.apply_compression
+except ImportError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+
+
+def test_sums_need_torch_and_yaml_alone(tmp_path):
+    """Two ranks over gloo, in processes where nothing else can be imported."""
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "MEGATRON_COMP_CALIBRATION": "assumed"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WITH_TORCH_AND_YAML_ALONE, str(rank), str(tmp_path / "store"), NEEDED],
+            env=environment,
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for out, errors in [rank.communicate(timeout=120) for rank in ranks]:
+        assert out == "megatron_comp.apply_compression needs Megatron-Core: pip install 'megatron-comp[megatron]'\n", (
+            errors
+        )
+    assert [rank.returncode for rank in ranks] == [0, 0]

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from ..launcher.figure import save
+
 LINE_STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
 
@@ -22,9 +24,10 @@ def draw_codecs(rows: list[dict], path: str | Path) -> None:
     panels = list(dict.fromkeys((row["op"], row["ranks"]) for row in rows))
     across = min(3, len(panels))
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(4.5 * across, 3.6 * down + 1.2), layout="constrained")
+    height = 3.6 if len(sizes) > 1 else max(3.6, 0.15 * len(codecs) * len(backends) + 0.8)  # labels do not overlap
+    figure = Figure(figsize=(4.5 * across, height * down + 1.2), layout="constrained")
     for place, (op, ranks) in enumerate(panels, start=1):
-        axes = figure.add_subplot(down, across, place, title=op if op == "encode" else f"{op}, {ranks} ranks")
+        axes = figure.add_subplot(down, across, place, title=_operation(op, ranks))
         its_rows = [row for row in rows if (row["op"], row["ranks"]) == (op, ranks)]
         if len(sizes) > 1:
             _lines(axes, its_rows, sizes, codecs, backends)
@@ -34,10 +37,19 @@ def draw_codecs(rows: list[dict], path: str | Path) -> None:
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, fontsize="small")
     shapes = ", ".join(f"{rows}x{hidden}" for rows, hidden in sizes)
     figure.suptitle(
-        f"Bytes moved a second, as a share of what a plain copy moves: {shapes} {rows[0]['dtype']}\n"
+        f"Speed of codecs: bytes moved per second, as a share of what a plain copy moves (black line = copy).\n"
+        f"Tensors of {shapes}, {rows[0]['dtype']}, longer bars are faster\n"
         f"{_circumstances(rows[0])}"
     )
-    figure.savefig(path, dpi=150)
+    save(figure, path)
+
+
+def _operation(op: str, ranks: int) -> str:
+    return {
+        "encode": "encode",
+        "decode_sum": f"decode and sum, {ranks} ranks",
+        "decode_sum_encode": f"decode, sum and encode, {ranks} ranks",
+    }.get(op, f"{op}, {ranks} ranks")
 
 
 def _lines(axes, rows: list[dict], sizes: dict, codecs: list[str], backends: list[str]) -> None:
@@ -73,7 +85,7 @@ def draw_times(
     """Milliseconds in the column `time` as bars with a whisker from p20 to p80, each with its `speedup`.
 
     panel, bar: the name of the panel that a row belongs to, and of its bar. A tick marks what the wire alone would take
-    where rows have a `share_of_wire_limit`.
+    where rows have a `share_of_wire_limit`. A hatched bar is a policy that compressed no sum.
     """
     from matplotlib.figure import Figure
 
@@ -91,27 +103,35 @@ def draw_times(
         times = [row[time] for row in its_rows]
         whiskers = [[row[time] - row["p20_ms"] for row in its_rows], [row["p80_ms"] - row[time] for row in its_rows]]
         colors = [f"C{place % 10}" for place in places]
-        bars = axes.barh(places, times, 0.7, xerr=whiskers, color=colors, ecolor="gray")
-        axes.bar_label(
-            bars, [f"{_short(row[time])} ({row[speedup]:.2f}x)" for row in its_rows], padding=4, fontsize="small"
-        )
+        hatches = ["//" if _uncompressed(row) else "" for row in its_rows]
+        bars = axes.barh(places, times, 0.7, xerr=whiskers, color=colors, ecolor="gray", hatch=hatches, edgecolor="w")
+        labels = [f"{_short(row[time])} ({row[speedup]:.2f}x)" for row in its_rows]
+        axes.bar_label(bars, labels, padding=4, fontsize="small")
         for place, row in zip(places, its_rows):
             if share := row.get("share_of_wire_limit"):
                 axes.plot([share * row[time]] * 2, [place - 0.35, place + 0.35], color="black")
         axes.set(
             title=of_panel,
-            xlabel="ms; black: the wire alone" if axes.lines else "ms",
+            xlabel="milliseconds; black tick: bytes over the link's rate" if axes.lines else "milliseconds",
             xlim=(0, 1.35 * max(row["p80_ms"] for row in its_rows)),
         )
         axes.set_yticks(range(len(names)), names)
     all_axes[0].invert_yaxis()
-    figure.suptitle(f"{title}\n{_circumstances(rows[0])}", fontsize="medium")
-    figure.savefig(path, dpi=150)
+    how = "median, whisker from the 20th to the 80th percentile; in brackets: times as fast as stock"
+    if any(map(_uncompressed, rows)):
+        how += "; hatched: a policy that compressed no sum here"
+    figure.suptitle(f"{title}\n{how}\n{_circumstances(rows[0])}", fontsize="medium")
+    save(figure, path)
 
 
 def _circumstances(row: dict) -> str:
     versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "megatron_comp") if row[name])
     return f"{row['device']}; {versions}; {row['date']}"
+
+
+def _uncompressed(row: dict) -> bool:
+    """Whether a policy compressed no sum in this row."""
+    return row.get("policy", "none") != "none" and row["algorithm"] == "all_reduce"
 
 
 def _short(milliseconds: float) -> str:

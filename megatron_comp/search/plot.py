@@ -1,7 +1,8 @@
 """The frontier that a search found, drawn from its rows."""
 
 from collections.abc import Mapping
-from pathlib import Path
+
+from ..launcher.figure import save
 
 KINDS = {
     "mixed": "mixed, measured",
@@ -13,7 +14,7 @@ KINDS = {
 MARKERS = ("o", "D", "s", "s", "^")
 NAMED = ("preset", "format", "baseline")
 COSTS = {
-    "bits_per_value": "bits a value on the wire, scales included",
+    "bits_per_value": "bits per value sent, scales included",
     "sums_ms": "predicted time of all sums of a prompt, ms",
 }
 
@@ -33,7 +34,9 @@ def draw(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.add_subplot(title=title)
+    axes = figure.add_subplot(
+        title=f"What a policy sends, and what that costs in quality (lower left is better)\n{title}"
+    )
     rows = [row for row in rows if row["kind"] in KINDS]
     for turn, (name, curve) in enumerate(curves.items()):
         label = f"{name}, predicted from sensitivities"
@@ -43,15 +46,16 @@ def draw(
         if places:
             costs, kls, names = zip(*places)
             axes.scatter(costs, kls, s=22, color=f"C{turn}", marker=MARKERS[turn], zorder=3, label=label)
-            for *place, name in places if kind in NAMED else ():
-                axes.annotate(name, place, (5, 4), textcoords="offset points", fontsize="small")
+            for above, (*place, name) in enumerate(sorted(places) if kind in NAMED else ()):
+                offset = (5, 4 if above % 2 else -10)  # names of neighbours do not overlap
+                axes.annotate(name, place, offset, textcoords="offset points", fontsize="small")
     if chosen := [row for row in rows if row["chosen"]]:
         place, name = (chosen[0][cost], chosen[0]["kl"]), chosen[0]["name"]
         axes.scatter(
             *place, s=120, facecolors="none", edgecolors="C3", zorder=4, label=f"written to the policy: {name}"
         )
     if bound_kl:
-        axes.axhline(bound_kl, color="black", linewidth=0.8, linestyle="--", label="bound")
+        axes.axhline(bound_kl, color="black", linewidth=0.8, linestyle="--", label=f"bound: KL {bound_kl:g}")
     kls = [row["kl"] for row in rows if row["kl"] > 0]
     costs = [row[cost] for row in rows]
     margin = 0.15 * (max(costs) - min(costs)) or 0.5
@@ -60,8 +64,8 @@ def draw(
         ylim=(min(kls) / 2, max(kls) * 2),
         xlim=(min(costs) - margin, max(costs) + 2 * margin),
         xlabel=COSTS[cost],
-        ylabel="KL to the uncompressed model, nats a token",
+        ylabel="KL to the uncompressed model, nats per token",
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(Path(path), dpi=150)
+    save(figure, path)

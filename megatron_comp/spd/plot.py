@@ -1,6 +1,6 @@
 """Figures of `megatron-comp drop`, drawn from its rows."""
 
-from pathlib import Path
+from ..launcher.figure import save
 
 
 def draw_sensitivity(rows: list[dict], measure: str, path: str) -> None:
@@ -16,13 +16,14 @@ def draw_sensitivity(rows: list[dict], measure: str, path: str) -> None:
             axes.bar(
                 [row["block"] for row in of_class], [row[key] for row in of_class], color=colours[name], label=name
             )
-    upper.set(ylabel="perplexity: blocks i to last dropped,\nless i+1 to last", yscale="symlog")
-    lower.set(ylabel="KL of this block alone dropped,\nnats a token", xlabel="block", yscale="log")
-    upper.set_title(f"What a dropped sum costs; classes by {'perplexity' if measure == 'perplexity_delta' else 'KL'}")
+    upper.set(ylabel="perplexity, blocks i to last dropped,\nminus blocks i+1 to last", yscale="symlog")
+    lower.set(ylabel="KL with this block alone dropped,\nnats per token", xlabel="block", yscale="log")
+    by = "perplexity" if measure == "perplexity_delta" else "KL"
+    upper.set_title(f"What leaving out one block's attention sum costs; colour: class of the block, by {by}")
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
     upper.legend(fontsize="small")
-    figure.savefig(Path(path), dpi=150)
+    save(figure, path)
 
 
 def draw_curve(rows: list[dict], path: str) -> None:
@@ -37,13 +38,15 @@ def draw_curve(rows: list[dict], path: str) -> None:
         label = key[0] if key[1] == "none" else f"{key[0]}, {key[1]}"
         left.plot(percents, [row["perplexity_increase_pct"] for row in line], marker="o", label=label)
         right.plot(percents, [row["kl"] for row in line], marker="o", label=label)
-    left.axhline(3, color="black", linewidth=0.8, linestyle="--")
+    left.axhline(3, color="black", linewidth=0.8, linestyle="--", label="3 %")
     left.set(ylabel="increase of perplexity, %", yscale="symlog")
     left.set_ylim(bottom=min(row["perplexity_increase_pct"] for row in rows) - 0.5)
-    right.set(ylabel="KL to the full model, nats a token", yscale="symlog")
+    right.set(ylabel="KL to the full model, nats per token", yscale="symlog")
     right.set_yscale("symlog", linthresh=0.01)
     for axes in (left, right):
         axes.set(xlabel="attention sums dropped, %")
         axes.grid(alpha=0.3)
-    left.legend(fontsize="small")
-    figure.savefig(Path(path), dpi=150)
+    figure.suptitle("What leaving out attention's sums costs in quality")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
+    save(figure, path)

@@ -169,7 +169,7 @@ def kernel_format(fmt: Format) -> KernelFormat:
         spike=fmt.spike,
         limit=input_limit(fmt),
         sections=tuple(sections_of_all),
-        **{name: fields.get(name) for name in message.FIELDS},
+        **{name: fields.get(name) for name in message.FIELDS},  # type: ignore[arg-type] # payload and scale are there
         exact_products=not fmt.hadamard and not scale.row_scaled and scale.bits < 32,
     )
 

@@ -109,7 +109,8 @@ def _small_codes(wanted: torch.Tensor, fmt: Format, rows: torch.Tensor | None) -
 
 
 def _torch_codes(wanted: torch.Tensor, fmt: Format) -> torch.Tensor:
-    scale: TorchFloatScale = fmt.scale
+    scale = fmt.scale
+    assert isinstance(scale, TorchFloatScale)
     raised = torch.where(wanted > 0, wanted.clamp(min=scale.smallest), wanted)
     limited = raised.clamp(max=largest_scale(fmt))
     if scale.bits == 32:

@@ -29,7 +29,7 @@ def row_of():
 def row_of_one_node(generate, row_of, smollm2_padded, tmp_path_factory):
     """The same from two ranks on one node."""
     out = tmp_path_factory.mktemp("one_node") / "out.json"
-    command = ["bash", ROOT / "launch/llama.sh", *generate(out)]
+    command = ["bash", ROOT / "launch/model.sh", *generate(out)]
     env = launch_environment(MODEL=smollm2_padded, NPROC_PER_NODE=2)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr

@@ -4,11 +4,15 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from slurm import ROOT, launch_environment, unused_ports
 
-SCRIPTS = [f"launch/{name}" for name in ("llama.sh", "mixtral.sh", "llama.sbatch", "mixtral.sbatch", "slow_network.sh")]
+from megatron_comp import cli
+
+SCRIPTS = ["launch/model.sh", "launch/model.sbatch", "launch/slow_network.sh"]
+FORMER_NAMES = [f"{model}.{suffix}" for model in ("llama", "mixtral") for suffix in ("sh", "sbatch")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 GENERATE = ("generate", "--prompt", "two words", "--codec", "mxfp4")
 
@@ -33,24 +37,23 @@ def own(model, tp):
     return ["-m", "megatron_comp.cli", command, "--model", model, "--tp", str(tp), *options]
 
 
-@pytest.mark.parametrize("script", SCRIPTS[:2])
+@pytest.mark.parametrize("script", ["launch/model.sh", "launch/llama.sh", "launch/mixtral.sh"])
 def test_command_of_one_node(script):
     command = dry_run(script, *GENERATE, MODEL="some model", NPROC_PER_NODE=4)
     nodes = ["--standalone", "--local-addr", "127.0.0.1"]
     assert command == [*TORCHRUN, "--nnodes", "1", "--nproc-per-node", "4", *nodes, *own("some model", 4)]
 
 
-@pytest.mark.parametrize("script", SCRIPTS[:2])
-def test_command_of_several_nodes(script):
+def test_command_of_several_nodes():
     place = {"NNODES": 3, "NODE_RANK": 2, "MASTER_ADDR": "10.0.0.1", "TP": 24}
-    command = dry_run(script, *GENERATE, MODEL="model", NPROC_PER_NODE=8, **place)
+    command = dry_run("launch/model.sh", *GENERATE, MODEL="model", NPROC_PER_NODE=8, **place)
     nodes = ["--node-rank", "2", "--master-addr", "10.0.0.1", "--master-port", "29500"]
     assert command == [*TORCHRUN, "--nnodes", "3", "--nproc-per-node", "8", *nodes, *own("model", 24)]
 
 
 def test_a_task_of_slurm_knows_its_node():
     place = {"NNODES": 2, "SLURM_NODEID": 1, "SLURM_GPUS_ON_NODE": 8, "MASTER_ADDR": "node1", "MASTER_PORT": 21234}
-    command = dry_run("launch/llama.sh", *GENERATE, MODEL="model", **place)
+    command = dry_run("launch/model.sh", *GENERATE, MODEL="model", **place)
     nodes = ["--node-rank", "1", "--master-addr", "node1", "--master-port", "21234"]
     assert command == [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "8", *nodes, *own("model", 16)]
 
@@ -67,14 +70,13 @@ def scontrol(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
 @pytest.mark.parametrize("cpus", [{}, {"SLURM_CPUS_PER_TASK": 6}], ids=["", "cpus"])
-def test_command_of_a_job(scontrol, name, cpus):
+def test_command_of_a_job(scontrol, cpus):
     job = {"SLURM_JOB_ID": 123456, "SLURM_JOB_NUM_NODES": 2, "SLURM_JOB_NODELIST": "n[7-8]", **cpus}
-    command = dry_run(f"launch/{name}.sbatch", *GENERATE, path=scontrol, **job)
+    command = dry_run("launch/model.sbatch", *GENERATE, path=scontrol, **job)
     expected = ["srun", "--export=ALL", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     expected += ["--cpus-per-task=6"] if cpus else []
-    assert command == [*expected, "bash", f"launch/{name}.sh", *GENERATE]
+    assert command == [*expected, "bash", "launch/model.sh", *GENERATE]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_where_the_ranks_of_a_job_meet(scontrol, given, address, port):
     srun.write_text("#!/bin/sh\necho $MASTER_ADDR $MASTER_PORT $NNODES ${NODE_RANK-unset}\n")
     srun.chmod(0o755)
     job = {"SLURM_JOB_ID": 123456, "SLURM_JOB_NUM_NODES": 2, "SLURM_JOB_NODELIST": "n[7-8]", "NODE_RANK": 5}
-    done = launch("launch/llama.sbatch", *GENERATE, path=scontrol, **job, **given)
+    done = launch("launch/model.sbatch", *GENERATE, path=scontrol, **job, **given)
     assert done.stdout.split() == [address, port, "2", "unset"], done.stderr
 
 
@@ -97,8 +99,24 @@ def test_a_signal_for_the_script_reaches_torchrun(tmp_path):
     python.chmod(0o755)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     env = launch_environment(MODEL=tmp_path, PYTHON=python)
-    script = subprocess.Popen(["bash", ROOT / "launch/llama.sh", *GENERATE], env=env, stdout=subprocess.PIPE, text=True)
+    script = subprocess.Popen(["bash", ROOT / "launch/model.sh", *GENERATE], env=env, stdout=subprocess.PIPE, text=True)
     assert script.communicate(timeout=60)[0] == f"{script.pid}\n"
+
+
+@pytest.mark.parametrize("cache", [None, "a folder's name"])
+def test_quickstart_ends_with_commands_to_copy(tmp_path, cache):
+    """As a shell takes them apart, they are what the command line accepts."""
+    folder = tmp_path / cache if cache else ROOT / ".cache"
+    done = launch("launch/quickstart.sh", DRY_RUN=1, MEGATRON_COMP_CACHE=folder)
+    assert done.returncode == 0, done.stderr
+    activate, *commands = [shlex.split(line) for line in done.stdout.partition("\nNext, in ")[2].splitlines()[1:]]
+    assert activate[0] == "source" and activate[1].endswith("/bin/activate")
+    assert len(commands) == 3
+    for program, *arguments in commands:
+        assert program == "megatron-comp"
+        args = cli._parser().parse_args(arguments)
+        if args.subcommand != "plan":
+            assert (ROOT / args.model) == folder / "smollm2"
 
 
 SEVERAL = {"MODEL": "model", "NNODES": 2, "DRY_RUN": 1}
@@ -109,7 +127,7 @@ SEVERAL = {"MODEL": "model", "NNODES": 2, "DRY_RUN": 1}
     [
         ([], {"MODEL": "model"}, "the first argument is '': it has to be generate or evaluate"),
         (["train"], {"MODEL": "model"}, "the first argument is 'train'"),
-        (["generate"], {}, "set MODEL to the folder of a Hugging Face llama checkpoint"),
+        (["generate"], {}, "set MODEL to the folder of a checkpoint"),
         (["generate"], {"MODEL": "nowhere"}, "MODEL=nowhere: no such folder on .*, or no config.json in it"),
         (["generate"], {"MODEL": "model", "DRY_RUN": 1, "NPROC_PER_NODE": "two"}, "NPROC_PER_NODE=two: a whole number"),
         (["generate"], {"MODEL": "model", "DRY_RUN": 1, "NNODES": 0}, "NNODES=0: a whole number from 1"),
@@ -125,18 +143,19 @@ SEVERAL = {"MODEL": "model", "NNODES": 2, "DRY_RUN": 1}
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, env, message):
-    refused(launch("launch/llama.sh", *arguments, **env), message)
+    refused(launch("launch/model.sh", *arguments, **env), message)
 
 
-def test_a_model_of_another_kind(smollm2):
-    refused(launch("launch/mixtral.sh", *GENERATE, MODEL=smollm2), "is no mixtral checkpoint")
+@pytest.mark.parametrize("name", FORMER_NAMES)
+def test_former_names_are_links(name):
+    assert (ROOT / "launch" / name).readlink() == Path(f"model.{name.partition('.')[2]}")
 
 
 def test_sbatch_files_outside_of_a_job(tmp_path):
     refused(
-        launch("launch/llama.sbatch", *GENERATE), "not in a Slurm job: sbatch submits this file, bash launch/llama.sh"
+        launch("launch/model.sbatch", *GENERATE), "not in a Slurm job: sbatch submits this file, bash launch/model.sh"
     )
-    command = ["bash", ROOT / "launch/llama.sbatch", *GENERATE]
+    command = ["bash", ROOT / "launch/model.sbatch", *GENERATE]
     elsewhere = subprocess.run(command, env=launch_environment(), cwd=tmp_path, capture_output=True, text=True)
     refused(elsewhere, "submit this from the repository's root")
 
@@ -162,7 +181,7 @@ def test_two_nodes_without_slurm(smollm2_padded, generate, row_of, row_of_one_no
     place = {"NNODES": 2, "NPROC_PER_NODE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "MODEL": smollm2_padded}
     nodes = [
         subprocess.Popen(
-            ["bash", ROOT / "launch/llama.sh", *generate(out)],
+            ["bash", ROOT / "launch/model.sh", *generate(out)],
             env=launch_environment(**place, NODE_RANK=rank),
             stderr=subprocess.PIPE,
             text=True,

@@ -1,4 +1,4 @@
-"""launch/llama.sbatch on a cluster of two nodes: what it computes, and that no rank stays behind, however it ends."""
+"""launch/model.sbatch on a cluster of two nodes: what it computes, and that no rank stays behind, however it ends."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def cluster():
 
 def test_two_nodes_give_the_text_of_one(cluster, smollm2_padded, generate, row_of, row_of_one_node, tmp_path):
     out = tmp_path / "out.json"
-    with cluster.job("launch/llama.sbatch", *generate(out), MODEL=smollm2_padded) as job:
+    with cluster.job("launch/model.sbatch", *generate(out), MODEL=smollm2_padded) as job:
         wait_for(lambda: len(ranks(job)) == 2, 150, job.output)
         assert {(rank, env["SLURMD_NODENAME"]) for rank, (_, env) in ranks(job).items()} == {("0", "n1"), ("1", "n2")}
         assert job.wait() == ("COMPLETED", "0:0"), job.output()
@@ -50,7 +50,7 @@ def test_ranks_that_fail(cluster, generate, tmp_path):
     weights = folder / "model.safetensors"
     with weights.open("r+b") as file:
         file.truncate(weights.stat().st_size - 100)
-    with cluster.job("launch/mixtral.sbatch", *generate(tmp_path / "out.json"), MODEL=folder) as job:
+    with cluster.job("launch/model.sbatch", *generate(tmp_path / "out.json"), MODEL=folder) as job:
         assert_ended(job, "FAILED")
         assert re.search(r"megatron-comp: error on rank [01]: .*model.safetensors", job.output()), job.output()
 
@@ -61,7 +61,7 @@ def test_a_node_that_fails_ends_the_others(cluster, smollm2_padded, generate, tm
     python.write_text(f'#!/bin/sh\n[ "$SLURM_NODEID" = 0 ] || exit 3\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     arguments = generate(tmp_path / "out.json")
-    with cluster.job("launch/llama.sbatch", *arguments, MODEL=smollm2_padded, PYTHON=python) as job:
+    with cluster.job("launch/model.sbatch", *arguments, MODEL=smollm2_padded, PYTHON=python) as job:
         assert_ended(job, "FAILED")
 
 
@@ -69,7 +69,7 @@ def test_a_node_that_fails_ends_the_others(cluster, smollm2_padded, generate, tm
 def test_ends_in_the_middle(cluster, smollm2_padded, cancel):
     """While both nodes generate; a torchrun that is killed cannot end its rank itself."""
     arguments = ("generate", "--prompt", "Hello", "--max-new-tokens", 5000)
-    with cluster.job("launch/llama.sbatch", *arguments, MODEL=smollm2_padded) as job:
+    with cluster.job("launch/model.sbatch", *arguments, MODEL=smollm2_padded) as job:
         wait_for(lambda: re.search(r"[1-9]\d*/5000", job.output()), 150, job.output)
         if cancel:
             cluster.call("scancel", job.id)

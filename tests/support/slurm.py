@@ -1,6 +1,6 @@
 """A Slurm cluster of two nodes on this machine, and jobs on it, for tests of launch scripts.
 
-    with cluster() as slurm, slurm.job("launch/llama.sbatch", "generate", ..., MODEL=folder) as job:
+    with cluster() as slurm, slurm.job("launch/model.sbatch", "generate", ..., MODEL=folder) as job:
         assert job.wait() == ("COMPLETED", "0:0"), job.output()
 
 Both nodes are this machine, so files, ports and the loopback are shared: that nodes are apart is not tested by it.

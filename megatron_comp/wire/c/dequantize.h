@@ -28,7 +28,7 @@ INLINE uint8_t normal_code(uint8_t magnitude, const int mantissa_bits)
     return normal;
 }
 
-/* Elements without infinities and NaNs, which have 6 bits at most. Bytes hold a sign and a 7-bit normal code, 64 of
+/* Elements without infinities and NaNs, of 7 bits at most. Bytes hold a sign and a 7-bit normal code, 64 of
  * them in a vector where fp32 has 16; moved to their place in an fp32, they lack a power of two, `unit`. */
 INLINE void add_short_minifloats(
     const Codec *c, const Tile *t, int n, const int mantissa_bits, const int first, float *restrict out)
@@ -67,6 +67,19 @@ INLINE void add_long_minifloats(
         out[i] = (first ? ZERO : out[i]) + float_of((uint32_t)half[i] << 16) * unit * scale[i];
 }
 
+/* Any other element, slower: mantissas of other lengths, and short elements with codes that are not numbers. */
+INLINE void add_minifloats(const Codec *c, const Tile *t, int n, const int first, float *restrict out)
+{
+    const Minifloat element = c->element;
+    const uint32_t sign = 1u << (c->bits - 1);
+    const uint8_t *restrict codes = t->codes;
+    const float *restrict scale = t->spread;
+    for (int i = 0; i < n; i++) {
+        const uint32_t value = any_minifloat_value(codes[i] & (sign - 1), element);
+        out[i] = (first ? ZERO : out[i]) + float_of((codes[i] & sign) << (32 - c->bits) | value) * scale[i];
+    }
+}
+
 INLINE void add_integers(const Codec *c, const Tile *t, int n, const int first, float *restrict out)
 {
     const uint8_t half = 1 << (c->bits - 1), *restrict codes = t->codes;
@@ -87,7 +100,7 @@ INLINE void add_registers(const Codec *c, const Tile *t, int n, const int is_int
         if (c->integer)
             values[code] = (float)code - (code < sign ? 0 : 2 * sign);
         else
-            values[code] = float_of((code & sign) << (32 - c->bits) | minifloat_value(code & (sign - 1), c->element));
+            values[code] = float_of((code & sign) << (32 - c->bits) | any_minifloat_value(code & (sign - 1), c->element));
     const __m512 table = is_int8 ? _mm512_setzero_ps() : _mm512_loadu_ps(values);
     const int shift = __builtin_ctz(c->block);
     for (int i = 0; i < n; i += 16) {
@@ -113,13 +126,18 @@ INLINE void dequantize_to(const Codec *c, const Tile *t, int n, const int first,
     }
 #endif
     spread(t->scale, t->blocks, c->block, t->spread);
-    switch (c->integer ? 0 : c->bits < 8 ? c->element.mantissa_bits : -c->element.mantissa_bits) {
-    case 0: add_integers(c, t, n, first, out); break;
+    if (c->integer) {
+        add_integers(c, t, n, first, out);
+        return;
+    }
+    const int all_finite = c->element.max_code == (1u << (c->bits - 1)) - 1, mantissa_bits = c->element.mantissa_bits;
+    switch (c->bits == 8 ? -mantissa_bits : all_finite ? mantissa_bits : 0) {
     case 1: add_short_minifloats(c, t, n, 1, first, out); break;
     case 2: add_short_minifloats(c, t, n, 2, first, out); break;
     case 3: add_short_minifloats(c, t, n, 3, first, out); break;
     case -2: add_long_minifloats(c, t, n, 2, first, out); break;
     case -3: add_long_minifloats(c, t, n, 3, first, out); break;
+    default: add_minifloats(c, t, n, first, out);
     }
 }
 
