@@ -61,7 +61,7 @@ def scale_values(codes, row, F: tl.constexpr):
     elif F.scale_kind == "small":
         FLOAT: tl.constexpr = F.scale_float
         values = small_float_values(codes, FLOAT)
-        values = tl.where(codes == F.scale_nan_code, float("nan"), values)
+        values = tl.where(codes >= F.scale_nan_code, float("nan"), values)
         if F.row_scaled:
             values = values * row
     elif F.scale_kind == "fp16":

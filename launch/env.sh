@@ -3,7 +3,7 @@
 # Optional environment:
 #   PYTHON                interpreter that makes the virtual environment, 3.10 or newer (default: python3)
 #   MEGATRON_COMP_VENV    virtual environment to use, made when missing (default: <repository>/.venv)
-#   MEGATRON_COMP_CACHE   where model, text and results go (default: <repository>/.cache)
+#   MEGATRON_COMP_CACHE   where model, text and results go (default: <repository>/.cache); calibrations too, if it is set
 #   DRY_RUN               1 prints the commands instead of running them
 # pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply, for instance to choose a CPU-only build of torch.
 # Threads are left as they are: set OMP_NUM_THREADS to change them.
@@ -13,7 +13,9 @@ REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 MEGATRON_COMP_VENV=$(realpath -m "${MEGATRON_COMP_VENV:-$REPO/.venv}")
 MEGATRON_COMP_CACHE=$(realpath -m "${MEGATRON_COMP_CACHE:-$REPO/.cache}")
-export MEGATRON_COMP_VENV MEGATRON_COMP_CACHE
+export MEGATRON_COMP_VENV
+# MEGATRON_COMP_CACHE is exported only if it came from the environment. Otherwise calibrations and the compiled library go
+# to megatron_comp's own default folder, where commands that are started without these scripts find them too.
 
 # run COMMAND...: the command, or only its text under DRY_RUN=1.
 run() {

@@ -1,12 +1,19 @@
 """The command `megatron-comp`."""
 
 import argparse
+import logging
 import os
 import sys
+import warnings
+from contextlib import contextmanager
+from textwrap import shorten
 
 from .commands.subcommands import Subcommands
-from .launcher import ranks
+from .launcher import output, ranks
+from .notices import Notice
 from .version import __version__
+
+MOST_CHARACTERS = 1500  # of an error
 
 SUBCOMMANDS = Subcommands(
     "subcommand",
@@ -35,16 +42,17 @@ Without WORLD_SIZE in the environment the ranks are started on this machine; und
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; 0, or non-zero after one clear line on standard error."""
     argv = sys.argv[1:] if argv is None else argv
+    output.replace_what_cannot_be_written()
     args = _parser().parse_args(argv)
-    module = SUBCOMMANDS.chosen(args)
     try:
-        own_ranks = hasattr(args, "link")  # a bench that starts its ranks once a link
+        module = SUBCOMMANDS.chosen(args)
+        own_ranks = hasattr(args, "link")  # a bench that starts its ranks once per link
         if ranks.joined() or not (hasattr(args, "tp") or own_ranks):  # one of the ranks, or a subcommand of one process
-            _quiet_libraries()
-            module.run(args)
+            with _own_warnings():
+                module.run(args)
             return 0
         module.check(args)
-        if own_ranks:
+        if hasattr(module, "start"):
             return module.start(args, argv)
         return ranks.start(args.tp, [sys.executable, "-m", "megatron_comp.cli", *argv])
     except KeyboardInterrupt:
@@ -68,18 +76,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _quiet_libraries() -> None:
-    """Megatron and transformers warn of optional packages that inference here does not use."""
-    import logging
-    import warnings
+@contextmanager
+def _own_warnings():
+    """Shows those of this package, each once, on the rank that speaks for all.
 
-    warnings.filterwarnings("ignore")
+    Megatron and transformers warn of optional packages that inference here does not use.
+    """
     for library in ("megatron", "transformers", "torchao"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    logger = logging.getLogger("megatron_comp")
+    handler = _Once() if output.is_first_rank() else logging.NullHandler()
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore")
+            warnings.filterwarnings("always", category=Notice)
+            warnings.showwarning = lambda message, *_, **__: logger.warning("%s", message)
+            yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Once(logging.Handler):
+    """Writes a line of standard error for each warning that it has not written yet."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = " ".join(record.getMessage().split()).removeprefix("megatron_comp: ")
+        if text not in self._seen:
+            self._seen.add(text)
+            print(f"megatron-comp: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    """What an error says, without the frames of C++ that torch adds, and cut where it is no text for people."""
+    said = str(error).partition("\nException raised from ")[0]
+    text = shorten(" ".join(said.split()), MOST_CHARACTERS, placeholder=" ...") or type(error).__name__
     return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
 
 

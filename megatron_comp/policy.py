@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
@@ -49,8 +50,9 @@ class CompressionPolicy:
     algorithm: str = "auto"
     """`gather_sum`, `two_step`, or `auto`: whichever is predicted faster."""
     min_bytes: int | str = "auto"
-    """Messages of fewer bytes, uncompressed, stay uncompressed. `auto`: those that the figures of `megatron-comp
-    calibrate` predict to be slower compressed; where nothing was measured, those of fewer than 262144 bytes."""
+    """Messages of fewer bytes, uncompressed, stay uncompressed; `64k` and `1M` count in steps of 1024. `auto`: those
+    that the figures of `megatron-comp calibrate` predict to be slower compressed; where nothing was measured, those of
+    fewer than 262144 bytes."""
     phases: Mapping[str, str] = field(default_factory=dict)
     """Codecs of `prefill` and `decode`."""
     sites: Mapping[str, str] = field(default_factory=dict)
@@ -60,10 +62,15 @@ class CompressionPolicy:
     those layers do without attention's sum, see `layers/sync_drop.py`."""
 
     def __post_init__(self) -> None:
+        for each in ("codec", "algorithm", "phases", "sites", "layers"):
+            object.__setattr__(self, each, _stripped(getattr(self, each)))
+        object.__setattr__(self, "min_bytes", _bytes(self.min_bytes))
         self._check_codec("codec", self.codec)
         _check_choice("algorithm", self.algorithm, ALGORITHMS)
         if self.min_bytes != "auto" and (type(self.min_bytes) is not int or self.min_bytes < 0):
-            raise ValueError(f"policy: min_bytes: {shown(self.min_bytes)} is neither 'auto' nor a number of bytes >= 0")
+            raise ValueError(
+                f"policy: min_bytes: {shown(self.min_bytes)} is neither 'auto' nor a number of bytes >= 0 (65536, 64k)"
+            )
         self._check_codecs("phases", self.phases, PHASES)
         self._check_codecs("sites", self.sites, SITES)
         self._codecs_of_layers  # noqa: B018 - parsed now, so that mistakes are raised now
@@ -227,14 +234,31 @@ def _with_text_keys(value: object) -> object:
     return {str(k): _with_text_keys(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
+def _stripped(value: object) -> object:
+    """Words without spaces around them, inside of mappings too; keys as they are."""
+    if isinstance(value, Mapping):
+        return {key: _stripped(each) for key, each in value.items()}
+    return value.strip() if isinstance(value, str) else value
+
+
+def _bytes(value: object) -> object:
+    """The number that `64k`, `64KiB`, `1M` or `1MiB` stands for; anything else as it is."""
+    match = re.fullmatch(r"\s*([0-9]{1,9}) ?([kKM])(iB)?\s*", value) if isinstance(value, str) else None
+    return int(match[1]) * {"k": 1 << 10, "m": 1 << 20}[match[2].lower()] if match else _stripped(value)
+
+
 def _check_choice(where: str, given: object, allowed: Sequence[str]) -> None:
     if given not in allowed:
         raise ValueError(f"policy: {where}: {shown(given)} is unknown; allowed are {', '.join(allowed)}")
 
 
+def _is_decimal(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
 def _layer_range(key: int | str) -> range:
     first, dash, last = str(key).partition("-")
-    if isinstance(key, bool) or not first.isdecimal() or (dash and not last.isdecimal()):
+    if isinstance(key, bool) or not _is_decimal(first) or (dash and not _is_decimal(last)):
         raise ValueError(f"policy: layers: {shown(key)} is neither a layer number, as in 3, nor a range, as in 0-2")
     if max(len(first), len(last)) > 5:
         raise ValueError(f"policy: layers: {shown(key)} is beyond any model's number of layers")

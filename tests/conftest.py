@@ -132,6 +132,34 @@ def triton_release():
 
 
 @pytest.fixture(scope="session")
+def transformer_engine_wheel():
+    """Folder with the Python of Transformer Engine; see tests/support/real_te.py."""
+    import real_te
+
+    try:
+        return cached(f"transformer-engine-{real_te.VERSION}", real_te.fetch)
+    except subprocess.CalledProcessError:
+        pytest.skip(f"pip could not fetch transformer-engine=={real_te.VERSION}")
+
+
+@pytest.fixture(scope="session")
+def modelopt_packages():
+    """Folder with NVIDIA's ModelOpt and what it imports beyond the project's own packages, for a path's end."""
+    packages = [
+        "nvidia-modelopt==0.47.0",
+        "omegaconf==2.3.0",
+        "antlr4-python3-runtime==4.9.3",
+        "pulp<4",
+        "nvidia-ml-py",
+    ]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *packages, "scipy", "--target"]
+    try:
+        return cached("modelopt-0.47.0", lambda path: subprocess.run([*install, path], check=True))
+    except subprocess.CalledProcessError:
+        pytest.skip("pip could not fetch nvidia-modelopt==0.47.0")
+
+
+@pytest.fixture(scope="session")
 def compiled_kernels():
     """Folder that Triton keeps compiled kernels in."""
     return cached("compiled-kernels", Path.mkdir)

@@ -28,6 +28,7 @@ ROOMS = {
     "kernels": ["megatron_comp.kernels"],
     "version": ["megatron_comp.version"],
     "files": ["megatron_comp.files"],
+    "notices": ["megatron_comp.notices"],
 }
 ORDER = list(ROOMS)
 

@@ -166,7 +166,20 @@ MISTAKES = {
     "pair_none": ("codec: mxfp4>none", ["codec: ", "'none' is neither a preset"]),
     "algorithm": ("algorithm: ring", ["algorithm: 'ring' is unknown", "auto, gather_sum, two_step"]),
     "algorithm_list": ("algorithm: [auto]", ["algorithm: ['auto'] is unknown", "auto, gather_sum, two_step"]),
-    "min_bytes_text": ("min_bytes: 64k", ["min_bytes: '64k'", "'auto'", "a number of bytes"]),
+    "min_bytes_text": ("min_bytes: 64q", ["min_bytes: '64q'", "'auto'", "a number of bytes"]),
+    "min_bytes_decimal_unit": ("min_bytes: 64kB", ["min_bytes: '64kB'", "(65536, 64k)"]),
+    "octal": ("min_bytes: 0777", ["0777 stands for 511 in YAML", "line 1"]),
+    "hexadecimal": ("min_bytes: 0x10", ["0x10 stands for 16"]),
+    "binary": ("min_bytes: 0b11", ["0b11 stands for 3"]),
+    "base_60": ("min_bytes: 1:00:00", ["1:00:00 stands for 3600"]),
+    "base_60_float": ("min_bytes: 1:30.5", ["1:30.5 stands for 90.5"]),
+    "underscores": ("min_bytes: 1_000", ["1_000 stands for 1000"]),
+    "plus": ("min_bytes: +5", ["+5 stands for 5"]),
+    "layer_octal": ("layers: {010: mxfp4}", ["010 stands for 8"]),
+    "layer_hexadecimal": ("layers: {0x10: mxfp4}", ["0x10 stands for 16"]),
+    "layer_base_60": ("layers:\n  1:30: mxfp4", ["1:30 stands for 90", "line 2"]),
+    "layer_underscores": ("layers: {1_0: mxfp4}", ["1_0 stands for 10"]),
+    "layer_of_another_script": ("layers: {'\u0663': mxfp4}", ["layers: '\u0663'", "as in 3"]),
     "min_bytes_negative": ("min_bytes: -1", ["min_bytes: -1", ">= 0"]),
     "min_bytes_bool": ("min_bytes: true", ["min_bytes: True", "'auto'"]),
     "min_bytes_float": ("min_bytes: 0.5", ["min_bytes: 0.5", "'auto'"]),
@@ -222,6 +235,37 @@ def test_mistakes_name_the_file_the_key_and_what_is_allowed(tmp_path, text, told
         from_text(tmp_path, text)
     for part in [str(tmp_path / "policy.yaml"), *told]:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("text, number", [("64k", 65536), ("64K", 65536), ("64 KiB", 65536), ("1M", 1 << 20), ("0", 0)])
+def test_bytes_in_steps_of_1024(tmp_path, text, number):
+    assert from_text(tmp_path, f"min_bytes: {text}") == CompressionPolicy(min_bytes=number)
+
+
+@pytest.mark.parametrize(
+    "spaced, plain",
+    [
+        ("codec: 'none '", "codec: none"),
+        ("codec: ' mxfp4'\nalgorithm: 'two_step '\nmin_bytes: ' auto '", "codec: mxfp4\nalgorithm: two_step"),
+        ("sites: {mlp: 'none '}", "sites: {mlp: none}"),
+        ("phases: {decode: ' none'}", "phases: {decode: none}"),
+        ("layers: {3: 'mxfp8 ', 4: {attention: 'drop '}}", "layers: {3: mxfp8, 4: {attention: drop}}"),
+    ],
+)
+def test_spaces_around_words_mean_nothing(tmp_path, spaced, plain):
+    spaced, plain = from_text(tmp_path, spaced), from_text(tmp_path, plain)
+    assert spaced == plain and spaced.digest() == plain.digest()
+
+
+def test_merged_mappings(tmp_path):
+    """YAML's merge key, with anchors, at each level that a policy has."""
+    policy = from_text(
+        tmp_path,
+        "codec: mxfp4\nsites: &sites {mlp: mxfp8}\nlayers:\n  0: &first {<<: *sites, attention: none}\n"
+        "  1: {<<: *first, mlp: mxfp6}\n  2: {<<: [*first, *sites]}\n",
+    )
+    names = [[policy.codec_name(layer, site, "prefill") for site in ("attention", "mlp")] for layer in range(4)]
+    assert names == [["none", "mxfp8"], ["none", "mxfp6"], ["none", "mxfp8"], ["mxfp4", "mxfp8"]]
 
 
 def test_a_file_that_is_not_text_or_not_there(tmp_path):

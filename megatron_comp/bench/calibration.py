@@ -13,6 +13,7 @@ from ..launcher import output
 from ..wire.codec import Codec
 from ..wire.collectives import all_reduce
 
+ALGORITHMS = ("gather_sum", "two_step")
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Tensors below this are over in microseconds and noisy: they are timed so many times a round.
@@ -93,7 +94,7 @@ def _calls(setting: Scope, shape: tuple[int, int], device: torch.device) -> dict
         messages = codec.encode(x).expand(ranks, -1).contiguous()
         calls["encode", shape, name] = lambda codec=codec: codec.encode(x)
         calls["decode", shape, name] = lambda codec=codec, messages=messages: codec.decode_sum(messages, shape, x.dtype)
-        for way in ("gather_sum", "two_step"):
+        for way in ALGORITHMS:
             calls["sum", shape, name, way] = lambda codec=codec, way=way: all_reduce(x, codec, None, way)
             for chunks in (1, CHUNKS) if shape == setting.shapes[-1] else ():
                 calls["pieces", shape, name, way, chunks] = lambda codec=codec, way=way, chunks=chunks: all_reduce(

@@ -8,7 +8,7 @@ from ..wire import exchange
 from ..wire.codec import Codec
 from ..wire.cost import pays, ring_bytes, stock_seconds, sum_seconds, wire_and_work
 from ..wire.figures import LINKS, MARGIN, CodecCost, Figures, Link
-from .calibration import CHUNKS, Scope, Timings
+from .calibration import ALGORITHMS, CHUNKS, Scope, Timings
 
 # Where the search for the size that pays ends; also a prefill of 16k tokens of an 8k-wide model stays below.
 LARGEST_BYTES = 256 << 20
@@ -77,7 +77,7 @@ def _hidden(setting: Scope, timings: Timings, unproven: Figures) -> float:
     shape, ranks = setting.shapes[-1], unproven.ranks
     for name, codec in setting.codecs.items():
         count = len(exchange.chunk_rows(shape[0], ranks, CHUNKS))
-        for way in ("gather_sum", "two_step"):
+        for way in ALGORITHMS:
             whole, cut = (timings.median("pieces", shape, name, way, chunks) for chunks in (1, CHUNKS))
             how = shape, codec, ranks, way, unproven
             (_, work), (wire, longer) = wire_and_work(*how, 1), wire_and_work(*how, count)
@@ -91,29 +91,39 @@ def _lost(setting: Scope, timings: Timings, unproven: Figures, shape: tuple[int,
     ranks, worst = unproven.ranks, 0.0
     predicted_stock = stock_seconds(setting.nbytes(shape), ranks, unproven)
     for name, codec in setting.codecs.items():
-        for way in ("gather_sum", "two_step"):
+        for way in ALGORITHMS:
             if timings.median("sum", shape, name, way) > timings.median("all_reduce", shape):
                 worst = max(worst, predicted_stock / sum_seconds(shape, codec, ranks, way, unproven) - 1)
     return worst
 
 
-def pays_from(codec: Codec, itemsize: int, ranks: int, known: Figures, hidden: int = 4096) -> int | None:
-    """Bytes of the smallest uncompressed message from which it and all larger ones are compressed; None: the largest
-    is not. Sizes go by rows of `hidden` values."""
+def compressed_sizes(codec: Codec, itemsize: int, known: Figures, hidden: int = 4096) -> list[tuple[int, int | None]]:
+    """Sizes that `min_bytes: auto` compresses: (first, last) bytes of uncompressed messages, each range ascending.
+
+    None as the last: all larger ones too. Sizes go by rows of `hidden` values, and are looked at at powers of two; a
+    range that begins and ends between two of these is not seen.
+    """
 
     def compressed(rows: int) -> bool:
-        return pays((rows, hidden), itemsize, codec, ranks, "auto", known)
+        return pays((rows, hidden), itemsize, codec, known.ranks, "auto", known)
 
-    high = max(1, LARGEST_BYTES // (hidden * itemsize))
-    if not compressed(high):
-        return None
-    low = high
-    while low > 1 and compressed(low // 2):
-        low //= 2
-    if low == 1:
-        return hidden * itemsize
-    kept, paid = low // 2, low
-    while paid - kept > 1:
-        middle = (kept + paid) // 2
-        kept, paid = (kept, middle) if compressed(middle) else (middle, paid)
-    return paid * hidden * itemsize
+    def turn(low: int, high: int) -> int:
+        """The first rows in (low, high] that are treated as `high` is; `low` is treated otherwise."""
+        wanted = compressed(high)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if compressed(middle) == wanted else (middle, high)
+        return high
+
+    ranges, start, before = [], None, 0
+    for rows in (2**power for power in range(max(1, LARGEST_BYTES // (hidden * itemsize)).bit_length())):
+        if compressed(rows) and start is None:
+            start = turn(before, rows) if before else rows
+        elif start is not None and not compressed(rows):
+            ranges.append((start, turn(before, rows) - 1))
+            start = None
+        before = rows
+    if start is not None:
+        ranges.append((start, None))
+    row = hidden * itemsize
+    return [(first * row, last and last * row) for first, last in ranges]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from .. import files
 from ..launcher import network, output, ranks
 
 # The file in which ranks leave their rows for the process that started them.
@@ -77,7 +78,7 @@ def hand_over(args: argparse.Namespace, rows: list[dict], circumstances: dict, r
     if not output.is_first_rank():
         return
     if file := os.environ.get(_ROWS):
-        Path(file).write_text(json.dumps({"rows": rows, "circumstances": circumstances}))
+        files.write_json(file, {"rows": rows, "circumstances": circumstances})
     else:
         report(args, rows, rows, circumstances)
 

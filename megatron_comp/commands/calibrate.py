@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..bench import fit
-from ..bench.calibration import CHUNKS, DTYPES, Scope, measure
+from ..bench.calibration import ALGORITHMS, CHUNKS, DTYPES, Scope, Timings, measure
 from ..launcher import output
 from ..policy import CompressionPolicy
 from ..wire.codec import Codec
@@ -28,7 +28,7 @@ CODEC_COLUMNS = {
     "codec": ("codec", ""),
     "encode_ns_per_value": ("encode, ns/value", ".3f"),
     "decode_ns_per_value": ("decode, ns/value", ".3f"),
-    "pays_from_bytes": ("pays from, bytes", ""),
+    "compressed_sizes": ("`auto` compresses, bytes", ""),
     "algorithm": ("largest message by", ""),
     "predicted_ms": ("predicted ms", ".2f"),
     "measured_ms": ("measured ms", ".2f"),
@@ -49,8 +49,9 @@ whichever is shorter, sums in chunks hide, from sums of the largest size in one 
 like this one (ranks, machines, backend, device, network interface) find it by themselves; {VARIABLE} names
 another file, or says `assumed`.
 
-Columns: pays from: the size of an uncompressed message from which `min_bytes: auto` compresses it and all larger ones;
-predicted, measured and stock ms, speed-up: of the largest message, by the algorithm that was measured faster.
+Columns: `auto` compresses: sizes of uncompressed messages that `min_bytes: auto` compresses; messages larger than the
+largest that was measured are treated as it is. Predicted, measured and stock ms, speed-up: of the largest message, by
+the algorithm that was measured faster.
 """
 
 
@@ -156,45 +157,60 @@ def _show(setting, timings, figures, args) -> None:
     title = f"calibrate: {about['ranks']} ranks, {about['hosts']} machine(s), {about['backend']}, {about['dtype']}"
     output.show(title, LINK_COLUMNS, links)
     largest = setting.nbytes(setting.shapes[-1])
-    shown = [row | {"pays_from_bytes": _size(row["pays_from_bytes"])} for row in codecs]
+    shown = [row | {"compressed_sizes": _sizes(row["compressed_sizes"])} for row in codecs]
     output.show(f"codecs; the largest message has {largest:,d} bytes", CODEC_COLUMNS, shown)
     output.write_json(args.json, vars(args), [*links, *codecs])
     print(f"Chunks hide {figures.hidden:.0%} of codec or wire, whichever is shorter.")
-    print(_advice(codecs, largest, figures.margin))
+    print(_advice(codecs, figures.margin))
 
 
 def _codec_row(name, codec, setting, timings, figures) -> dict:
     shape, ranks, cost = setting.shapes[-1], figures.ranks, figures.cost(codec)
-    times = {way: timings.median("sum", shape, name, way) for way in ("gather_sum", "two_step")}
+    times = {way: timings.median("sum", shape, name, way) for way in ALGORITHMS}
     algorithm = min(times, key=times.get)
     stock = timings.median("all_reduce", shape)
+    gains = {each: _speedup(timings, each, name) for each in setting.shapes}
+    best = max(gains, key=gains.get)
     return {
         "codec": name,
         "encode_ns_per_value": cost.encode_s_per_value * 1e9,
         "decode_ns_per_value": cost.decode_s_per_value * 1e9,
-        "pays_from_bytes": fit.pays_from(codec, setting.itemsize, ranks, figures, setting.shapes[-1][1]),
+        "compressed_sizes": fit.compressed_sizes(codec, setting.itemsize, figures, shape[1]),
         "algorithm": algorithm,
         "predicted_ms": sum_seconds(shape, codec, ranks, algorithm, figures) * 1e3,
         "measured_ms": times[algorithm] * 1e3,
         "stock_ms": stock * 1e3,
         "speedup": stock / times[algorithm],
+        "best_speedup": gains[best],
+        "best_bytes": setting.nbytes(best),
     }
 
 
-def _size(nbytes: int | None) -> str:
-    return "never" if nbytes is None else f"{nbytes:,d}"
+def _speedup(timings: Timings, shape: tuple[int, int], name: str) -> float:
+    """Of the faster algorithm over the stock all-reduce, as measured."""
+    return timings.median("all_reduce", shape) / min(timings.median("sum", shape, name, way) for way in ALGORITHMS)
 
 
-def _advice(rows: list[dict], largest: int, margin: float) -> str:
-    """One line that says whether to compress."""
-    paying = [row for row in rows if row["pays_from_bytes"] is not None]
+def _sizes(ranges: list[tuple[int, int | None]]) -> str:
+    """`1,024 to 2,048, 16,384 and more`."""
+    said = [f"{first:,d} and more" if last is None else f"{first:,d} to {last:,d}" for first, last in ranges]
+    return ", ".join(said) or "none"
+
+
+def _advice(rows: list[dict], margin: float) -> str:
+    """One line that says whether to compress. Only a codec that was faster in a measurement is ever advised."""
+    gained = [row for row in rows if row["best_speedup"] > 1]
+    if not gained:
+        return "Leave compression off here: no codec was faster than the stock all-reduce at any measured size."
+    paying = [row for row in gained if row["compressed_sizes"]]
     if not paying:
         return (
             "Leave compression off here: no codec is predicted to beat the stock all-reduce by the margin of "
             f"{margin:.0%} at any size."
         )
-    best = max(paying, key=lambda row: row["speedup"])
+    best = max(paying, key=lambda row: row["best_speedup"])
     return (
-        f"Compress: {best['codec']} was {best['speedup']:.2f} times as fast as the stock all-reduce at {largest:,d} "
-        f"bytes and pays from {_size(best['pays_from_bytes'])} bytes on; `min_bytes: auto` keeps what is smaller."
+        f"Compress: {best['codec']} was {best['best_speedup']:.2f} times as fast as the stock all-reduce at "
+        f"{best['best_bytes']:,d} bytes. `min_bytes: auto` compresses messages of {_sizes(best['compressed_sizes'])} "
+        "bytes in this codec, and leaves the others uncompressed."
     )

@@ -7,7 +7,7 @@ weights and no codec is what all are compared to.
 
 import argparse
 
-from ..launcher import output
+from ..launcher import output, ranks
 from ..quality.origin import origin
 from ..quality.windows import read_windows
 from ..spd.blocks import layers_that_drop, read_rows, share_of
@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> list[str]:
-    drop_options.check(args, "state", "csv", "figure")
+    drop_options.check(args, "csv", "figure")
+    output.check_resumed("--state", args.state)
     if outside := [percent for percent in args.percent if not 0 <= percent <= 100]:
         raise ValueError(f"--percent {outside[0]}: allowed are 0 to 100")
     codecs = args.codec or ["none"]
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     from ..quality.judge import Judge, Measured
 
     codecs = check(args)
-    with options.opened(args) as (model, tokenizer):
+    with options.opened(args) as (model, tokenizer), ranks.alone(args.state):
         settings = {**origin(args), "tp": args.tp, "dtype": str(next(model.parameters()).dtype)}
         judge = Judge(model, args.model, read_windows(args, tokenizer), Measured(args.state, settings))
         rows = measure(args, judge, codecs)

@@ -8,6 +8,7 @@ import argparse
 
 import torch
 
+from .. import files
 from ..launcher import output
 from ..quality.origin import digest
 from ..spd.blocks import parse_blocks, write_policy
@@ -65,12 +66,17 @@ def check(args: argparse.Namespace) -> list[int]:
 
 
 def run(args: argparse.Namespace) -> None:
+    blocks = check(args)
+    with files.locked(args.out):
+        _run(args, blocks)
+
+
+def _run(args: argparse.Namespace, blocks: list[int]) -> None:
     from ..inference import hf
     from ..spd.block import Block, stream
     from ..spd.training import Recipe, distill
     from ..spd.weights import begin
 
-    blocks = check(args)
     recipe = Recipe(args.ranks, args.epochs, args.batch, args.learning_rate, args.loss, args.seed)
     start = {"start": digest(args.start)} if args.start else {}
     config, file, missing = begin(args, blocks, {"recipe": str(recipe), **start})

@@ -6,6 +6,7 @@ beside which part. Only the order of heads changes: with the sum, the block comp
 
 import argparse
 
+from .. import files
 from ..launcher import output
 from ..spd.blocks import parse_blocks
 from ..spd.criteria import CRITERIA
@@ -40,12 +41,17 @@ def check(args: argparse.Namespace) -> list[int]:
 
 
 def run(args: argparse.Namespace) -> None:
+    blocks = check(args)
+    with files.locked(args.out):
+        _run(args, blocks)
+
+
+def _run(args: argparse.Namespace, blocks: list[int]) -> None:
     from ..inference import hf
     from ..spd.block import stream
     from ..spd.heads import candidates, permuted_attention
     from ..spd.weights import begin
 
-    blocks = check(args)
     config, file, missing = begin(args, blocks, {"criterion": args.criterion})
     with hf.Checkpoint(args.model) as own:
         for block, x, target, rope in stream(own, config, drop_options.windows(args), missing):

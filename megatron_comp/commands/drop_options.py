@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from ..inference.text import read_tokenizer
 from ..launcher import output
 from ..quality.windows import read_windows
 from . import options
@@ -54,4 +55,4 @@ def check(args: argparse.Namespace, *files: str) -> None:
 
 def windows(args: argparse.Namespace):
     """int64 `[windows, context]` from the start of the text."""
-    return read_windows(args, options.read_tokenizer(args.model))
+    return read_windows(args, read_tokenizer(args.model))

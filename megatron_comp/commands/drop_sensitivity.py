@@ -8,7 +8,7 @@ insensitive ones (to be dropped as they are), sensitive (to be distilled) and ex
 
 import argparse
 
-from ..launcher import output
+from ..launcher import output, ranks
 from ..quality.origin import origin
 from ..quality.windows import read_windows
 from ..spd.blocks import classify, layers_that_drop
@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    drop_options.check(args, "state", "figure")
+    drop_options.check(args, "figure")
+    output.check_resumed("--state", args.state)
     if args.thresholds and not args.thresholds[0] <= args.thresholds[1]:
         raise ValueError(f"--thresholds {args.thresholds[0]} {args.thresholds[1]}: the first must not be the larger")
 
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     from ..quality.judge import Judge, Measured
 
     check(args)
-    with options.opened(args) as (model, tokenizer):
+    with options.opened(args) as (model, tokenizer), ranks.alone(args.state):
         settings = {**origin(args), "tp": args.tp, "dtype": str(next(model.parameters()).dtype)}
         judge = Judge(model, args.model, read_windows(args, tokenizer), Measured(args.state, settings))
         points, full = measure(judge)

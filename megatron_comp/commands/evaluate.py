@@ -83,7 +83,7 @@ class _Run:
     def forward(self, model, window):
         from ..inference.generate import logits
         from ..layers.apply import apply_compression, stats
-        from ..layers.site import wait_for_device
+        from ..layers.meter import wait_for_device
         from ..quality.metrics import Prediction
 
         apply_compression(model, self.setting.policy)

@@ -4,6 +4,7 @@ import argparse
 
 from tqdm import tqdm
 
+from ..inference.text import check_prompt, encode, stop_tokens
 from ..launcher import output
 from . import options
 
@@ -24,6 +25,9 @@ COLUMNS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
+    parser.add_argument(
+        "--chat", action="store_true", help="the prompt is what a user says: put it into the tokenizer's chat template"
+    )
     parser.add_argument("--codec", metavar="C", help="a codec or preset for every reduction; none (the default): stock")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="K", help="at most so many (default 32)")
 
@@ -33,6 +37,7 @@ def check(args: argparse.Namespace) -> list[options.Setting]:
         raise ValueError("give one --codec or --policy, not both")
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: at least one is needed")
+    check_prompt(args.prompt)
     options.check_files(args)
     return options.settings(args, [args.codec] if args.codec else []) or [options.NONE]
 
@@ -42,24 +47,26 @@ def run(args: argparse.Namespace) -> None:
     with options.opened(args) as (model, tokenizer):
         if overrides := options.overrides(args, model, [setting]):
             overrides.use(overrides.blocks_for(setting.policy))
-        row = generate_row(model, tokenizer, setting, args.prompt, args.max_new_tokens)
+        ids = encode(tokenizer, args.prompt, args.chat)
+        stops = stop_tokens(args.model, model.hf_config, tokenizer)
+        row = generate_row(model, tokenizer, setting, ids, args.max_new_tokens, stops)
     if output.is_first_rank():
-        print(row["text"], end="\n\n")
+        output.say(row["text"] + "\n")
         output.show_one("generate", COLUMNS, row)
         output.write_json(args.json, vars(args), [row])
 
 
-def generate_row(model, tokenizer, setting: options.Setting, prompt: str, max_new_tokens: int) -> dict:
-    """Generates two tokens to warm up prefill and decode, and then to measure."""
+def generate_row(
+    model, tokenizer, setting: options.Setting, ids: list[int], max_new_tokens: int, stops: set[int]
+) -> dict:
+    """Generates two tokens to warm up prefill and decode, and then to measure. ids: the prompt's tokens; stops: those
+    that end a text."""
     from ..inference.generate import checked_prompt, generate
     from ..layers.apply import apply_compression, stats
 
-    ids = tokenizer.encode(prompt)
     checked_prompt(model, ids, max_new_tokens)
-    ends = model.hf_config.eos_token_id  # none, one, or several
-    eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     apply_compression(model, setting.policy)
-    generate(model, ids, min(2, max_new_tokens), eos)
+    generate(model, ids, min(2, max_new_tokens), stops)
     apply_compression(model, setting.policy)  # counters start again
 
     prefill_bytes = None
@@ -71,7 +78,7 @@ def generate_row(model, tokenizer, setting: options.Setting, prompt: str, max_ne
                 prefill_bytes = stats(model).received_bytes
             bar.update()
 
-        made = generate(model, ids, max_new_tokens, eos, on_token)
+        made = generate(model, ids, max_new_tokens, stops, on_token)
     after = stats(model)
     return {
         "codec": setting.name,

@@ -161,6 +161,7 @@ def opened(args: argparse.Namespace, weights: str | None = None):
     place."""
     # Here and in the subcommands: Megatron takes seconds to import, and the process that starts the ranks has no use.
     from ..inference.model import build_model, destroy_parallel, init_parallel
+    from ..inference.text import read_tokenizer
 
     init_parallel(args.tp, args.timeout)
     dtype = args.dtype
@@ -174,12 +175,3 @@ def opened(args: argparse.Namespace, weights: str | None = None):
     )
     yield model, read_tokenizer(args.model)
     destroy_parallel()
-
-
-def read_tokenizer(model_dir: str):
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {model_dir}: no tokenizer that transformers can load: {error}") from None

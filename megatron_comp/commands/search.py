@@ -16,7 +16,7 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from ..launcher import output
+from ..launcher import output, ranks
 from ..search.bound import MAX_INCREASE_PCT, Bound
 from ..search.candidates import CANDIDATES, parse_candidates
 from ..search.results import report
@@ -78,8 +78,9 @@ def check(args: argparse.Namespace) -> None:
     if args.tp < 2:
         raise ValueError(f"--tp {args.tp}: one rank sums nothing; 2 or more have something to compress")
     options.check_text(args)
-    for option in ("out", "state", "figure", "csv"):
+    for option in ("out", "figure", "csv"):
         output.check_file(f"--{option}", getattr(args, option))
+    output.check_resumed("--state", args.state)
     if args.max_kl is None and args.max_perplexity_increase is None and not args.paper:
         raise ValueError("a bound is needed: --max-kl, in nats a token, or --max-perplexity-increase, in percent")
     for option in ("max_kl", "max_perplexity_increase"):
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
     check(args)
     candidates = parse_candidates(args.codec or list(CANDIDATES))
-    with options.opened(args) as (model, tokenizer):
+    with options.opened(args) as (model, tokenizer), ranks.alone(args.state):
         windows = read_windows(args, tokenizer)
         dtype = next(model.parameters()).dtype
         state = State(args.state, _settings(args, candidates, dtype))

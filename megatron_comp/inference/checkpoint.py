@@ -35,39 +35,13 @@ from tqdm import tqdm
 
 from .metadata import read_metadata
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"  # Megatron's word for weights that belong to no iteration, in the tracker and as the folder's name
-COMPLETE = "metadata.json"
-HUGGING_FACE = ("model.safetensors", "model.safetensors.index.json")
+COMMON = "common.pt"  # what training keeps besides tensors
 
 # Names of one norm: alone, as experts and Megatron's own layers have it, or fused into the linear that follows it.
 NORMS = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
 )
-
-
-def find(folder) -> Path | None:
-    """The distributed checkpoint in `folder`: itself, or the iteration that a training's folder names as its latest.
-
-    None if the folder is neither, and where safetensors lie in it: those are its weights then, whatever else is there,
-    as hidden files are that nobody sees. Raises ValueError for a checkpoint that is not complete or of another format.
-    """
-    folder = Path(folder)
-    if any(folder.glob("*.safetensors")):
-        return None
-    tracker = folder / TRACKER
-    if tracker.is_file():
-        word = tracker.read_text().strip()
-        if word != RELEASE and not word.isdigit():
-            raise ValueError(f"{tracker} says {word!r}; expected an iteration's number or {RELEASE!r}")
-        folder /= word if word == RELEASE else f"iter_{int(word):07d}"
-    elif not (folder / ".metadata").is_file():
-        return None
-    for name in (".metadata", COMPLETE):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing: expected a complete checkpoint of the format torch_dist")
-    return folder
 
 
 class _SaveInThisProcess(TorchDistSaveShardedStrategy):
@@ -124,9 +98,9 @@ def load(model: GPTModel, folder) -> None:
     Tensors are cast to the model's dtype. What training keeps beside weights (optimizer, schedule) is not read.
     Entries that only pad a vocabulary may differ in number; those that the checkpoint lacks become zeros.
 
-    Nothing in the folder is run. Torch and Megatron unpickle `.metadata`, and every entry that is described as anything
-    but a tensor: both are looked at first, and no such entry is asked for. Extra state (Transformer Engine's, for fp8)
-    is such an entry; it is left as the model has it.
+    Nothing in the folder is run. Torch and Megatron unpickle `.metadata`, `common.pt`, and every entry that is
+    described as anything but a tensor: the files are looked at first, and no such entry is asked for. Extra state
+    (Transformer Engine's, for fp8) is such an entry; it is left as the model has it.
 
     Raises ValueError, naming a tensor, if the checkpoint and the model do not have the same, in the same shapes, or if
     the checkpoint cannot be read.
@@ -137,6 +111,8 @@ def load(model: GPTModel, folder) -> None:
     described = read_metadata(folder).state_dict_metadata
     names = described.keys()
     with _reading(folder):
+        # Megatron reads this file, too, and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD would let it run what the file names.
+        torch.load(Path(folder, COMMON), map_location="cpu", weights_only=True)
         metadata = dist_checkpointing.load_content_metadata(str(folder))
     prefix = _prefix(names, folder)
     sharded = model.sharded_state_dict(prefix=prefix, metadata=metadata)

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -91,6 +91,29 @@ def report(message: str) -> None:
         print(f"megatron-comp: error{where}: {message}", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def alone(path: str | None) -> Iterator[None]:
+    """Every rank calls this, and rank 0 keeps other commands from work on `path`, if there is one.
+
+    Raises files.InUse, on every rank, if another process is at work on it.
+    """
+    import torch.distributed as dist  # a second, like the rest of torch
+
+    from .. import files
+
+    with ExitStack() as held:
+        problem: list[Exception | None] = [None]
+        if path is not None and dist.get_rank() == 0:
+            try:
+                held.enter_context(files.locked(path))
+            except (files.InUse, OSError) as error:
+                problem[0] = error
+        dist.broadcast_object_list(problem, 0)
+        if problem[0] is not None:
+            raise problem[0]
+        yield
+
+
 def _die_with(starter: int) -> None:
     """Asks Linux to kill this process when its parent, the one that started it, ends, however it ends."""
     pr_set_pdeathsig = 1
@@ -109,7 +132,17 @@ def _meeting(ranks: int, link: str | None) -> Iterator[tuple[dict[str, str], Cal
     # This process holds the store, on a port that the kernel chose: no other process can take it in between.
     from torch.distributed import TCPStore  # takes a second to import: not for `--version` and `--help`
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
+    # Whoever reaches the store decides what ranks unpickle. By itself it would listen on every network of this machine.
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        store = TCPStore(
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(minutes=5),
+            master_listen_fd=server.detach(),
+        )
     place = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),

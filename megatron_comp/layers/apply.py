@@ -13,14 +13,15 @@ import torch.distributed as dist
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.tensor_parallel import RowParallelLinear
 
-from ..policy import CompressionPolicy
+from ..policy import PHASES, CompressionPolicy
 from ..version import __version__
 from ..wire.figures import ASSUMED, ASSUMED_PEERS, VARIABLE, Figures, find_figures
-from .overlap import OverlappedLayer, can_overlap, end_overlap, overlap
-from .places import find_places, reductions, restore
+from .compressed_layer import can_overlap, compress_layer, restore_layer
+from .meter import SiteStats, Traffic
+from .places import find_places, reducers, restore
 from .plans import Plans
-from .site import Phase, ReductionSite, SiteStats, Traffic
-from .sync_drop import SyncDropLayer, check_block, drop_sync, dropped_blocks, restore_sync
+from .reducer import Phase, Reducer
+from .sync_drop import check_block, dropped_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,8 @@ def apply_compression(
 ) -> torch.nn.Module:
     """Compresses the tensor-parallel reductions of a built Megatron model as `policy` says; returns the model.
 
-    Weights, state dict and modules stay where they are: row-parallel linears change their class. A model that is
-    compressed already takes the new policy, and its counters start again. Every rank must call it.
+    Weights, state dict and modules stay what they are, with their classes. A model that is compressed already takes the
+    new policy, and its counters start again. Every rank must call it.
 
     Prefill and decode are told apart by the inference context that this very module is called with.
 
@@ -95,13 +96,12 @@ def apply_compression(
 
     phase, plans = Phase(), {group: Plans(policy, its_figures) for group, its_figures in figures.items()}
     for place in places:
-        shared = figures[place.group], plans[place.group]
-        place.attach(ReductionSite(policy, place.layer, place.site, phase, timing, allow_training, *shared))
-    for layer in dropped_blocks(model, policy):
-        drop_sync(layer)
+        how = {"timing": timing, "allow_training": allow_training, "plans": plans[place.group]}
+        place.attach(Reducer(policy, place.layer, place.site, place.group, phase, **how))
+    dropped = dropped_blocks(model, policy)
     for layer in model.modules():
-        if can_overlap(layer):
-            overlap(layer)
+        if layer in dropped or can_overlap(layer):
+            compress_layer(layer)
     model.compression_hook = model.register_forward_pre_hook(_phase_hook(phase), with_kwargs=True)
     logger.info("megatron_comp: %d reductions of %s under policy %s", len(places), type(model).__name__, policy)
     return model
@@ -115,10 +115,7 @@ def remove_compression(model: torch.nn.Module) -> torch.nn.Module:
     """
     _refuse_captured_graphs(model)
     for module in model.modules():
-        if isinstance(module, SyncDropLayer):
-            restore_sync(module)
-        elif isinstance(module, OverlappedLayer):
-            end_overlap(module)
+        restore_layer(module)
         restore(module)
         if hook := module.__dict__.pop("compression_hook", None):
             hook.remove()
@@ -127,7 +124,7 @@ def remove_compression(model: torch.nn.Module) -> torch.nn.Module:
 
 def stats(model: torch.nn.Module) -> ModelStats:
     """Calls and bytes of every site, compressed and kept, from `apply_compression` to this moment."""
-    return ModelStats([deepcopy(reduction.stats) for reduction in reductions(model)])
+    return ModelStats([deepcopy(reducer.meter.stats) for reducer in reducers(model)])
 
 
 def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> str | None:
@@ -174,7 +171,7 @@ def _check_policy(policy: CompressionPolicy, places: list) -> None:
         if absent := [site for site, name in codecs.items() if name != "none" and site not in sites]:
             raise ValueError(f"policy: {where}: the model has no {absent[0]}")
     for place in places:
-        place.check(ReductionSite(policy, place.layer, place.site).codec_names())
+        place.check({policy.codec_name(place.layer, place.site, phase) for phase in PHASES} - {"none"})
 
 
 def _sites_of_other_stages(config) -> set[str]:

@@ -14,7 +14,7 @@ from megatron.core.models.common.language_module.language_module import Language
 
 from ..policy import CompressionPolicy
 from .apply import apply_compression, stats
-from .places import find_places, reductions
+from .places import find_places, reducers
 
 _BUILDING = "_megatron_comp_building"
 
@@ -63,7 +63,7 @@ class Hook:
             return
         apply_compression(model, self.policy)
         self.models.append(model)
-        compressed = sum(bool(reduction.codec_names()) for reduction in reductions(model))
+        compressed = sum(bool(reducer.codecs) for reducer in reducers(model))
         self._say(f"{type(model).__name__}: {compressed} of {len(places)} sums compressed, policy {self.policy}")
 
     def report(self) -> str | None:

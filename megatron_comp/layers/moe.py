@@ -5,7 +5,7 @@ back. The dispatchers here are the stock ones with that sum compressed. Shared e
 any other, unless they overlap with the dispatcher, which then calls for their sum.
 """
 
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import torch
 from megatron.core.transformer.moe import shared_experts
@@ -15,35 +15,30 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDisp
 
 from ..wire.codec import CodecPair, parse_codec
 from .mappings import copy_to_tensor_model_parallel_region
-from .site import ReductionSite
+from .reducer import Reducer
 
 
 class _CompressedDispatcher:
-    """What both dispatchers share. `summing`: the group whose ranks hold partial sums of the same tokens.
+    """What both dispatchers share. The reducer's group: the ranks that hold partial sums of the same tokens.
 
     tokens_stay: without sequence and expert parallelism every rank holds all tokens. The stock dispatchers nevertheless
     gather them from all ranks, compute on every copy, and scatter the sums; these leave the tokens where they are and
     all-reduce once.
     """
 
-    def prepare(self, layer: BaseMoELayer, summing: torch.distributed.ProcessGroup, tokens_stay: bool) -> None:
-        self.layer, self.summing, self.tokens_stay = layer, summing, tokens_stay
-        self.reduction: ReductionSite | None = None
+    def prepare(self, layer: BaseMoELayer, reducer: Reducer, tokens_stay: bool) -> None:
+        self.layer, self.reducer, self.tokens_stay = layer, reducer, tokens_stay
 
     def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.tokens_stay:
             # As they are; in a backward, the ranks' parts of their gradients are summed, as gathering them would do.
-            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, self.summing)
-            probs = copy_to_tensor_model_parallel_region(probs, self.summing)
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, self.reducer.group)
+            probs = copy_to_tensor_model_parallel_region(probs, self.reducer.group)
         return super().token_dispatch(hidden_states, probs)
 
     def add_up(self, partial: torch.Tensor, dtype: torch.dtype, splits: list[int] | None = None) -> torch.Tensor:
         """The sum over ranks: of all rows, or of this rank's. `dtype` is what the stock dispatcher sums in."""
-        wide, training = partial.to(dtype), self.layer.training
-        if self.tokens_stay:
-            total = self.reduction.reduce(wide, self.summing, training)
-        else:
-            total = self.reduction.reduce_scatter(wide, self.summing, training, splits)
+        total = self.reducer(partial.to(dtype), not self.tokens_stay, self.layer.training, splits)
         return total.to(partial.dtype)
 
 
@@ -83,6 +78,20 @@ class CompressedAlltoAllDispatcher(_CompressedDispatcher, MoEAlltoAllTokenDispat
         return total + shared.get_output()
 
 
+def sum_shared_experts(shared: SharedExpertMLP, reducer: Reducer) -> None:
+    """Sums through `reducer` what shared experts give that overlap with the dispatcher: their linears leave it to them.
+
+    `restore_shared_experts` undoes it.
+    """
+    shared.reducer, shared.post_forward_comm = reducer, MethodType(_sum_as_last_step, shared)
+
+
+def restore_shared_experts(shared: SharedExpertMLP) -> None:
+    """The stock sum again; does nothing where it never left."""
+    for name in ("reducer", "post_forward_comm"):
+        shared.__dict__.pop(name, None)
+
+
 def _as_last_step(method):
     """Marks the shared experts' sum as done where Megatron (0.19) keeps a record of their steps."""
     if not hasattr(shared_experts, "overlap_state_check"):
@@ -91,16 +100,13 @@ def _as_last_step(method):
     return shared_experts.overlap_state_check(states.FC2_FORWARD_DONE, states.POST_FORWARD_COMM_DONE)(method)
 
 
-class CompressedSharedExpertMLP(SharedExpertMLP):
-    """Shared experts that overlap with the dispatcher: their linears leave the sum to this method."""
-
-    @_as_last_step
-    def post_forward_comm(self) -> None:
-        """On the shared experts' stream, `[sequence, batch, hidden]` partial sums to `cached_output`."""
-        reduce = self.reduction.reduce_scatter if self.config.sequence_parallel else self.reduction.reduce
-        with torch.cuda.stream(self.stream):
-            self.cached_output = reduce(self.cached_fc2_output, shared_group(self), self.training)
-        self.cached_fc2_output = None
+@_as_last_step
+def _sum_as_last_step(shared: SharedExpertMLP) -> None:
+    """On the shared experts' stream, `[sequence, batch, hidden]` partial sums to `cached_output`."""
+    with torch.cuda.stream(shared.stream):
+        partial, scatter = shared.cached_fc2_output, shared.config.sequence_parallel
+        shared.cached_output = shared.reducer(partial, scatter, shared.training)
+    shared.cached_fc2_output = None
 
 
 def shared_group(shared: SharedExpertMLP) -> torch.distributed.ProcessGroup:
@@ -138,13 +144,13 @@ def check_experts(layer: BaseMoELayer, codecs: set[str]) -> None:
         )
 
 
-def sum_experts(layer: BaseMoELayer, reduction: ReductionSite) -> None:
-    """Gives the layer a dispatcher that sums through `reduction`; `restore_experts` undoes it.
+def sum_experts(layer: BaseMoELayer, reducer: Reducer) -> None:
+    """Gives the layer a dispatcher that sums through `reducer`; `restore_experts` undoes it.
 
     One that keeps every sum makes the stock dispatcher's own calls, and counts them; a dispatcher that nothing here can
     stand in for then stays as it is, uncounted.
     """
-    stock, stay = stock_dispatcher(layer), bool(reduction.codec_names()) and _tokens_stay(layer)
+    stock, stay = stock_dispatcher(layer), bool(reducer.codecs) and _tokens_stay(layer)
     if _out_of_reach(layer, stay):
         return
     # To a dispatcher that believes itself alone (a group of None counts as one rank) all tokens are at home.
@@ -156,8 +162,7 @@ def sum_experts(layer: BaseMoELayer, reduction: ReductionSite) -> None:
     )
     if stock.shared_experts is not None:
         dispatcher.set_shared_experts(stock.shared_experts)
-    dispatcher.prepare(layer, summing_group(layer), stay)
-    dispatcher.reduction = reduction
+    dispatcher.prepare(layer, reducer, stay)
     layer.stock_dispatcher, layer.token_dispatcher = stock, dispatcher
 
 

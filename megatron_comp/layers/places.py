@@ -1,6 +1,6 @@
 """Where a Megatron model sums partial results: one `Place` for each sum, whatever class does it.
 
-A place can say what it cannot do (`check`) and take a reduction (`attach`); `restore` gives back the stock one.
+A place can say what it cannot do (`check`) and take a reducer (`attach`); `restore` gives back the stock sum.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,8 @@ from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from . import moe, transformer_engine
-from .row_parallel import CompressedRowParallelLinear, check_one_codec, check_reducible
-from .site import ReductionSite
+from . import moe, row_parallel, transformer_engine
+from .reducer import Reducer
 
 Group = torch.distributed.ProcessGroup
 
@@ -37,8 +36,8 @@ class Place:
         """Raises ValueError if this sum cannot be compressed, or not in these codecs."""
         raise NotImplementedError
 
-    def attach(self, reduction: ReductionSite) -> None:
-        """Sum through `reduction` from now on, also where it keeps the stock collective, so that this is counted."""
+    def attach(self, reducer: Reducer) -> None:
+        """Sum through `reducer` from now on, also where it keeps the stock collective, so that this is counted."""
         raise NotImplementedError
 
 
@@ -50,18 +49,10 @@ class LinearPlace(Place):
         return self.module.tp_group
 
     def check(self, codecs: set[str]) -> None:
-        if type(self.module) not in (RowParallelLinear, CompressedRowParallelLinear):
-            raise ValueError(
-                f"{type(self.module).__name__} is a row-parallel linear of a kind that this version cannot compress"
-            )
-        check_reducible(self.module, codecs)
+        row_parallel.check_reducible(self.module, codecs)
 
-    def attach(self, reduction: ReductionSite) -> None:
-        linear = self.module
-        if type(linear) is RowParallelLinear:
-            linear.__class__ = CompressedRowParallelLinear
-            linear.was_stock = True
-        linear.attach(reduction)
+    def attach(self, reducer: Reducer) -> None:
+        row_parallel.attach(self.module, reducer)
 
 
 class TELinearPlace(Place):
@@ -73,12 +64,12 @@ class TELinearPlace(Place):
 
     def check(self, codecs: set[str]) -> None:
         if codecs:
-            check_one_codec(codecs, self.module.config.sequence_parallel)
+            row_parallel.check_one_codec(codecs, self.module.config.sequence_parallel)
             transformer_engine.check_te_linear(self.module)
 
-    def attach(self, reduction: ReductionSite) -> None:
-        if reduction.codec_names() or reduction.policy.drops(reduction.layer):
-            transformer_engine.attach(self.module, reduction)
+    def attach(self, reducer: Reducer) -> None:
+        if reducer.codecs or reducer.plans.policy.drops(reducer.layer):
+            transformer_engine.attach(self.module, reducer)
 
 
 class ExpertsPlace(Place):
@@ -92,9 +83,9 @@ class ExpertsPlace(Place):
         if codecs and moe.summing_group(self.module):
             moe.check_experts(self.module, codecs)
 
-    def attach(self, reduction: ReductionSite) -> None:
+    def attach(self, reducer: Reducer) -> None:
         if moe.summing_group(self.module):
-            moe.sum_experts(self.module, reduction)
+            moe.sum_experts(self.module, reducer)
 
 
 class OverlappedSharedExpertsPlace(Place):
@@ -107,15 +98,15 @@ class OverlappedSharedExpertsPlace(Place):
     def check(self, codecs: set[str]) -> None:
         if codecs and not self._is_known:
             raise ValueError(f"{type(self.module).__name__} are shared experts of a kind that cannot be compressed")
-        check_one_codec(codecs, self.module.config.sequence_parallel)
+        row_parallel.check_one_codec(codecs, self.module.config.sequence_parallel)
 
-    def attach(self, reduction: ReductionSite) -> None:
+    def attach(self, reducer: Reducer) -> None:
         if self._is_known:
-            self.module.__class__, self.module.reduction = moe.CompressedSharedExpertMLP, reduction
+            moe.sum_shared_experts(self.module, reducer)
 
     @property
     def _is_known(self) -> bool:
-        return type(self.module) in (SharedExpertMLP, moe.CompressedSharedExpertMLP)
+        return type(self.module) is SharedExpertMLP
 
 
 def find_places(model: torch.nn.Module) -> Iterator[Place]:
@@ -137,26 +128,21 @@ def find_places(model: torch.nn.Module) -> Iterator[Place]:
 
 def restore(module: torch.nn.Module) -> None:
     """The stock sum again, if this module has another one; also of compressed linears in a model's spec."""
-    if isinstance(module, CompressedRowParallelLinear) and module.reduction is not None:
-        module.detach()
-        if module.__dict__.pop("was_stock", False):
-            del module.reduction
-            module.__class__ = RowParallelLinear
-    elif transformer_engine.reduces(module):
-        transformer_engine.detach(module)
-    elif isinstance(module, BaseMoELayer):
+    if isinstance(module, BaseMoELayer):
         moe.restore_experts(module)
-    elif isinstance(module, moe.CompressedSharedExpertMLP):
-        del module.reduction
-        module.__class__ = SharedExpertMLP
+    elif isinstance(module, SharedExpertMLP):
+        moe.restore_shared_experts(module)
+    elif "reducer" in module.__dict__:
+        kind = transformer_engine if transformer_engine.reduces(module) else row_parallel
+        kind.detach(module)
 
 
-def reductions(model: torch.nn.Module) -> Iterator[ReductionSite]:
+def reducers(model: torch.nn.Module) -> Iterator[Reducer]:
     """Those in charge of a model's sums now, in model order."""
     for module in model.modules():
         holder = module.token_dispatcher if isinstance(module, BaseMoELayer) else module
-        if isinstance(reduction := getattr(holder, "reduction", None), ReductionSite):
-            yield reduction
+        if isinstance(reducer := getattr(holder, "reducer", None), Reducer):
+            yield reducer
 
 
 def _site(name: str) -> str:

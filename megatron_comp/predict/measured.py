@@ -1,8 +1,8 @@
 """The cost model beside rows of `megatron-comp bench ttft`."""
 
-import json
 from pathlib import Path
 
+from ..files import read_json
 from ..policy import CompressionPolicy
 from ..wire.figures import Figures
 from .figures import on_wire
@@ -26,7 +26,7 @@ def rows(file: str, job: Job, compute: float, known: Figures) -> list[dict]:
     Raises ValueError for a file that `bench ttft --json` did not write, or without a row of so many ranks and tokens.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = read_json(file, "--measured")
         found = [{key: row[key] for key in NEEDED} | {"algorithm": row.get("algorithm")} for row in content["rows"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--measured {file}: not what `bench ttft --json` writes: {error!r}") from None

@@ -1,8 +1,9 @@
 """Shapes of models: rows of data, or read from a Hugging Face config.json."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..files import read_json, shown
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,7 @@ def load(text: str) -> Model:
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"--model {text}: neither a folder with config.json, nor such a file, nor {', '.join(MODELS)}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--model {path}: not JSON: {error}") from None
-    return from_config(config, str(path))
+    return from_config(read_json(path, "--model"), str(path))
 
 
 def from_config(config: dict, where: str) -> Model:
@@ -79,7 +76,7 @@ def from_config(config: dict, where: str) -> Model:
     def number(key: str, default: int | None = None) -> int:
         value = config.get(key) if config.get(key) is not None else default
         if type(value) is not int or value < 1:
-            raise ValueError(f"--model {where}: {key}: {value!r} is not a number above 0")
+            raise ValueError(f"--model {where}: {key}: {shown(value)} is not a number above 0")
         return value
 
     if not isinstance(config, dict):

@@ -2,13 +2,14 @@
 
 import json
 import math
-import os
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from .. import files
+from ..files import shown
 from ..inference.weight_overrides import WeightOverrides
 from ..layers.apply import apply_compression, remove_compression, stats
 from ..policy import CompressionPolicy
@@ -34,13 +35,16 @@ class Measured:
 
     def _read(self) -> dict | str:
         try:
-            content = json.loads(Path(self.path).read_text())
+            content = files.read_json(self.path, "--state")
             settings, points = content["settings"], content["points"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            for name, point in points.items():
+                if not all(isinstance(value, (int, float)) for value in point.values()):
+                    raise ValueError(f"point {shown(name)} does not consist of numbers")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             return f"--state {self.path} is not a state of this command: {error!r}"
         ours = json.loads(json.dumps(self.settings))
         if settings != ours:
-            return f"--state {self.path} is of {settings}, not of {ours}: name another file, or remove it"
+            return f"--state {self.path} is of {shown(settings)}, not of {ours}: name another file, or remove it"
         return points
 
     def keep(self, name: str, point: dict) -> dict:
@@ -49,9 +53,7 @@ class Measured:
         dist.broadcast_object_list(everybodys, 0)
         self.points[name] = everybodys[0]
         if self.path and dist.get_rank() == 0:
-            partial = Path(f"{self.path}.partial")
-            partial.write_text(json.dumps({"settings": self.settings, "points": self.points}) + "\n")
-            os.replace(partial, self.path)
+            files.write_json(self.path, {"settings": self.settings, "points": self.points})
         return self.points[name]
 
 

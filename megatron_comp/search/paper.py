@@ -13,17 +13,16 @@ summed by the stock collective. The paper gives no formula; these are what the n
                          make a third of the 16-bit tensor: one in six; all others are zero
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from ..layers.apply import remove_compression
-from ..layers.places import find_places
-from ..layers.site import ReductionSite
+from ..layers.places import Place, find_places
+from ..layers.reducer import Reducer
 from ..policy import CompressionPolicy
 from .bound import Bound
 from .candidates import uniform
@@ -36,16 +35,22 @@ SCALES = ("e5m0", "e8m0")  # the paper's published bits fit the first, its timin
 TOPK_RATIO = 3
 
 
-@dataclass(slots=True)
-class RoundedSite(ReductionSite):
+class RoundedSum(Reducer):
     """The stock sum of partial sums that `rounding` has rounded."""
 
-    rounding: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+    def __init__(
+        self, policy: CompressionPolicy, place: Place, rounding: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        super().__init__(policy, place.layer, place.site, place.group)
+        self.rounding = rounding
 
-    def reduce(self, partial_sum: torch.Tensor, group: dist.ProcessGroup, training: bool) -> torch.Tensor:
+    def __call__(self, partial_sum: torch.Tensor, *_args, **_kwargs) -> torch.Tensor:
         total = self.rounding(partial_sum.float()).to(partial_sum.dtype).contiguous()
-        dist.all_reduce(total, group=group)
+        dist.all_reduce(total, group=self.group)
         return total
+
+    def part_rows(self, shape: Sequence[int], like: torch.Tensor) -> list[int]:
+        return [torch.Size(shape[:-1]).numel()]  # scales are those of a whole message
 
 
 def int4_by_channel(x: torch.Tensor) -> torch.Tensor:
@@ -71,7 +76,7 @@ def rounded(model: torch.nn.Module, rounding: Callable[[torch.Tensor], torch.Ten
         codec="mxfp4", min_bytes=0
     )  # one that compresses, so that every place can be attached to
     for place in find_places(model):
-        place.attach(RoundedSite(policy, place.layer, place.site, rounding=rounding))
+        place.attach(RoundedSum(policy, place, rounding))
     yield
     remove_compression(model)
 

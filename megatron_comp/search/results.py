@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from .. import files
 from ..launcher import output
 from ..policy import CompressionPolicy
 from ..spd.blocks import dropped_blocks
@@ -60,7 +61,7 @@ def report(args: argparse.Namespace, found: Found, points: list[dict], settings:
     order = sorted(rows, key=lambda row: (row[cost], row["kl"]))
     where = f"{Path(args.text).name}, {args.tokens // args.context} windows of {args.context} tokens"
     title = f"{Path(args.model).name}, TP={args.tp}, {args.algorithm}: {where}"
-    Path(args.out).write_text(policy_text(found.policy, _header(args, found, settings)))
+    files.write_text(args.out, policy_text(found.policy, _header(args, found, settings)))
     output.show(f"search: {title}", DROP_COLUMNS if found.seconds else COLUMNS, order)
     output.write_csv(args.csv, order)
     if args.figure:

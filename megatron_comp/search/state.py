@@ -4,10 +4,14 @@ Rank 0 reads and writes the file; what it knows is what all ranks know, so that 
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch.distributed as dist
+
+from .. import files
+from ..files import shown
+
+MEASURED = ("bits_per_value", "kl", "nll", "base_nll", "top1_agreement")
 
 
 class State:
@@ -35,13 +39,14 @@ class State:
         if self.path is None or not Path(self.path).exists():
             return None
         try:
-            content = json.loads(Path(self.path).read_text())
+            content = files.read_json(self.path, "--state")
             settings, seen = content["settings"], {key: content[key] for key in self.seen}
+            _check(settings, seen)
         except (OSError, ValueError, TypeError, KeyError) as error:
             return f"--state {self.path} is not the state of a search: {error!r}"
         ours = json.loads(json.dumps(self.settings))
         if other := [key for key in {**ours, **settings} if ours.get(key) != settings.get(key)]:
-            what = "; ".join(f"{key} {settings.get(key)!r}, not {ours.get(key)!r}" for key in other)
+            what = "; ".join(f"{key} {shown(settings.get(key))}, not {shown(ours.get(key))}" for key in other[:8])
             return f"--state {self.path} is of another search: it has {what}. Name another file, or remove it"
         return seen
 
@@ -49,6 +54,21 @@ class State:
         """An interruption leaves the file as it was or as it will be, never half of it."""
         if self.path is None or dist.get_rank() != 0:
             return
-        partial = Path(f"{self.path}.partial")
-        partial.write_text(json.dumps({"settings": self.settings, **self.seen}) + "\n")
-        os.replace(partial, self.path)
+        files.write_json(self.path, {"settings": self.settings, **self.seen})
+
+
+def _check(settings: object, seen: dict) -> None:
+    """Raises ValueError if something in a file of a search is not of the type that a search writes."""
+    sensitivity, points = seen["sensitivity"], seen["points"]
+    if not isinstance(settings, dict) or not isinstance(points, dict):
+        raise ValueError("settings and points are no mappings")
+    if sensitivity is not None and not (
+        isinstance(sensitivity, dict)
+        and isinstance(sensitivity.get("windows"), int)
+        and isinstance(sensitivity.get("rows"), list)
+        and all(isinstance(row, dict) for row in sensitivity["rows"])
+    ):
+        raise ValueError("sensitivity is not a number of windows and rows")
+    for name, point in points.items():
+        if not isinstance(point, dict) or not all(isinstance(point.get(key), (int, float)) for key in MEASURED):
+            raise ValueError(f"point {shown(name)} lacks a number of {', '.join(MEASURED)}")

@@ -11,11 +11,11 @@ Slices are consecutive rows; `rows` is a tuple that says how many each has.
 """
 
 import os
-import warnings
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 
+from ..notices import notice
 from . import native, reference
 
 # The environment variable that overrides the choice, for measurements and for finding faults.
@@ -69,4 +69,4 @@ def _warn_of_slow_codecs(device_type: str) -> None:
         why = "Triton 3.6 or newer cannot be imported; install it"
     else:
         why = f"there are no fast ones for {device_type}"
-    warnings.warn(f"codecs run in plain torch, 7 to 24 times slower: {why}", stacklevel=2)
+    notice(f"codecs run in plain torch, 7 to 24 times slower: {why}")

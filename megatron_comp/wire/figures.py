@@ -17,6 +17,7 @@ The file is YAML:
 """
 
 import bisect
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -106,6 +107,12 @@ class Figures:
         return torch.device(self.measured.get("device", "cuda"))
 
     @property
+    def largest_bytes(self) -> float:
+        """Of the stock all-reduce that was measured, what each rank received; infinite where no sizes are known."""
+        points = self.links["all_reduce"].points
+        return points[-1][0] if points else math.inf
+
+    @property
     def chunk_bytes(self) -> int | None:
         """Of a message, in each chunk at least; None: all in one chunk."""
         predicted = exchange.PREDICTED_CHUNK_BYTES if self.codecs else None
@@ -186,10 +193,12 @@ def default_path(ranks: int, hosts: int, backend: str, device: str) -> Path:
     """Where `calibrate` leaves its file, and others look for it.
 
     In `calibration/` of the folder that MEGATRON_COMP_CACHE names (default: `~/.cache/megatron_comp`), under what tells
-    groups apart: also the network interface, where GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names one, or the link
-    that MEGATRON_COMP_LINK names, as `launch/slow_network.sh` does.
+    groups apart: also the link that MEGATRON_COMP_LINK names, as `launch/slow_network.sh` does, or between machines the
+    network interface that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names. Ranks of one machine reach one another by
+    loopback or by GPUs' own links, whichever interface is named.
     """
-    interface = os.environ.get("MEGATRON_COMP_LINK") or os.environ.get(f"{backend.upper()}_SOCKET_IFNAME", "")
+    interface = os.environ.get(f"{backend.upper()}_SOCKET_IFNAME", "") if hosts > 1 else ""
+    interface = os.environ.get("MEGATRON_COMP_LINK") or interface
     parts = [backend, device, f"{ranks}ranks", f"{hosts}hosts", interface]
     name = "_".join("".join(c if c.isalnum() else "-" for c in part) for part in parts if part)
     return cache_folder() / "calibration" / f"{name}.yaml"

@@ -134,7 +134,8 @@ class SmallFloatScale:
 
     @cached_property
     def table(self) -> Values:
-        return self.float.table
+        """The value of each of the 256 codes; scales have no sign, so all above the largest value are NaN."""
+        return tuple(self.float.magnitude(code) for code in range(256))
 
 
 @dataclass(frozen=True)

@@ -116,29 +116,72 @@ def test_small_messages_that_a_shaper_lets_through_do_not_close_the_gate_for_lar
     assert not pays((32, 576), 2, MXFP4, 2, "auto", made)
 
 
-def test_the_size_that_pays_is_where_the_gate_turns():
+def decided(rows, figures, hidden=256):
+    return pays((rows, hidden), 4, MXFP4, 3, "auto", figures)
+
+
+def test_compressed_sizes_begin_where_the_gate_turns():
     figures = known()
-    rows = fit.pays_from(MXFP4, 4, 3, figures, hidden=256) // (256 * 4)
-    assert rows > 1
-    assert pays((rows, 256), 4, MXFP4, 3, "auto", figures) and not pays((rows - 1, 256), 4, MXFP4, 3, "auto", figures)
+    ((first, last),) = fit.compressed_sizes(MXFP4, 4, figures, hidden=256)
+    rows = first // (256 * 4)
+    assert rows > 1 and last is None
+    assert decided(rows, figures) and not decided(rows - 1, figures)
+
+
+def test_compressed_sizes_may_have_a_gap():
+    """Small gathers that beat a slow all-reduce of small messages, a fast one between, the wire's rate after it."""
+    slow_first = Link(1e7, 1e-4, ((4096.0, 9e-3), (90000.0, 5e-4), (1e6, 9e-2)))
+    figures = replace(known(), links=known().links | {"all_reduce": slow_first})
+    ranges = fit.compressed_sizes(MXFP4, 4, figures, hidden=256)
+    assert len(ranges) == 2 and ranges[0][0] == 256 * 4 and ranges[1][1] is None
+    for first, last in ranges:
+        assert decided(first // 1024, figures) and (first == 1024 or not decided(first // 1024 - 1, figures))
+        assert last is None or (decided(last // 1024, figures) and not decided(last // 1024 + 1, figures))
 
 
 def test_sizes_that_pay_grow_with_the_link():
-    sizes = [fit.pays_from(MXFP4, 4, 3, known(rate), hidden=256) for rate in (1e6, 1e7, 1e8)]
-    assert sizes == sorted(sizes) and None not in sizes
-    assert fit.pays_from(MXFP4, 4, 3, known(1e12)) is None
-    assert fit.pays_from(MXFP4, 4, 3, known(1e7, encode_fixed_s=0.0, margin=0.0), hidden=256) < sizes[1]
+    sizes = [fit.compressed_sizes(MXFP4, 4, known(rate), hidden=256)[0][0] for rate in (1e6, 1e7, 1e8)]
+    assert sizes == sorted(sizes)
+    assert fit.compressed_sizes(MXFP4, 4, known(1e12)) == []
+    free = known(1e7, encode_fixed_s=0.0, margin=0.0)
+    assert fit.compressed_sizes(MXFP4, 4, free, hidden=256)[0][0] < sizes[1]
+
+
+def test_nothing_is_gained_past_a_measured_loss():
+    """By the line through its points the codec would win just beyond the largest size; the gate stays closed there."""
+    rows, fixed = 1024, 0.2
+    largest = float(ring_bytes(4 * 256 * rows, 3))
+    measured = Link(1e7, 1e-4, tuple((size, 1e-4 + size / 1e7) for size in (largest / 2, largest)))
+    line = known(1e7, encode_fixed_s=fixed)
+    figures = replace(line, links=line.links | {"all_reduce": measured})
+    assert not decided(rows, line) and decided(4 * rows, line)
+    assert not decided(rows, figures) and not decided(4 * rows, figures)
+    assert fit.compressed_sizes(MXFP4, 4, figures, hidden=256) == []
+    gains = known(1e7)
+    gains = replace(gains, links=gains.links | {"all_reduce": measured})
+    assert decided(rows, gains) and decided(1000 * rows, gains)
 
 
 def test_stock_goes_by_ring_bytes():
     assert stock_seconds(3000, 3, known()) == pytest.approx(1e-4 + ring_bytes(3000, 3) / 1e7)
 
 
+def advice(*rows):
+    names = ("codec", "compressed_sizes", "best_speedup", "best_bytes")
+    return _advice([dict(zip(names, row)) for row in rows], 0.1)
+
+
 def test_advice():
-    rows = [{"codec": "mxfp4", "pays_from_bytes": None, "speedup": 0.5}]
-    assert _advice(rows, 8, 0.1).startswith("Leave compression off")
-    rows += [{"codec": f"c{x}", "pays_from_bytes": 4096 * x, "speedup": float(x)} for x in (2, 3)]
-    assert _advice(rows, 8, 0.1).startswith("Compress: c3 was 3.00 times") and "12,288 bytes" in _advice(rows, 8, 0.1)
+    slow, gated = ("mxfp4", [(4096, None)], 0.9, 8), ("int8", [], 1.2, 8)
+    assert advice(slow) == (
+        "Leave compression off here: no codec was faster than the stock all-reduce at any measured size."
+    )
+    assert advice(slow, gated).startswith("Leave compression off here: no codec is predicted to beat")
+    good = [(f"c{x}", [(1024, 2048), (4096 * x, None)], float(x), 65536 * x) for x in (2, 3)]
+    assert advice(slow, gated, *good) == (
+        "Compress: c3 was 3.00 times as fast as the stock all-reduce at 196,608 bytes. `min_bytes: auto` compresses "
+        "messages of 1,024 to 2,048, 12,288 and more bytes in this codec, and leaves the others uncompressed."
+    )
 
 
 def test_codecs_of_policies(tmp_path):

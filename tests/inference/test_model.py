@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_comp.inference import hf
 from megatron_comp.inference.generate import generate, logits
-from megatron_comp.inference.model import build_model, check_tensor_parallel, destroy_parallel, init_parallel
+from megatron_comp.inference.model import build_model, destroy_parallel, init_parallel
+from megatron_comp.inference.shards import check_tensor_parallel
 
 # TP -> the shapes it fits
 SIZES = {

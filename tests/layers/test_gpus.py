@@ -7,7 +7,7 @@ import torch
 
 import megatron_comp as mc
 from megatron_comp.layers import apply
-from megatron_comp.layers.site import ReductionSite
+from megatron_comp.layers.reducer import Reducer
 from megatron_comp.policy import CompressionPolicy
 from megatron_comp.wire import exchange
 from megatron_comp.wire.figures import ASSUMED, ASSUMED_PEERS
@@ -58,15 +58,14 @@ def test_reductions_in_a_capture_are_told_apart(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: pytest.fail("a synchronization in a capture"))
-    site = ReductionSite(CompressionPolicy(codec="none"), 0, "mlp", timing=True)
+    reducer = Reducer(CompressionPolicy(codec="none"), 0, "mlp", Alone(), timing=True)
 
-    class OnGPU:  # what counting asks of a tensor
-        is_cuda = True
-
-    choice = apply.Plans(site.policy, ASSUMED).all_reduce("none", torch.zeros(2, 4), Alone())
-    assert site._run(choice, OnGPU(), lambda: "sum") == "sum"
-    assert (site.stats.kept.calls, site.stats.captured, site.stats.kept.seconds) == (1, 1, 0)
-    assert mc.ModelStats([site.stats, site.stats]).captured == 2
+    choice = reducer.choose((2, 4), torch.zeros(2, 4))
+    with reducer.meter.clock(reducer.meter.record(choice, on_gpu=True)):
+        pass
+    stats = reducer.meter.stats
+    assert (stats.kept.calls, stats.captured, stats.kept.seconds) == (1, 1, 0)
+    assert mc.ModelStats([stats, stats]).captured == 2
 
 
 class Alone:

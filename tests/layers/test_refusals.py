@@ -26,6 +26,9 @@ class TEFusedMLP(torch.nn.Module):
 class OwnRowParallelLinear(RowParallelLinear):
     """Somebody else's subclass, whose forward nobody here knows."""
 
+    def forward(self, input_):
+        return super().forward(input_)
+
 
 class OwnSharedExperts(SharedExpertMLP):
     """Somebody else's subclass."""
@@ -102,7 +105,7 @@ def refusals(llama):
         ("versions", ["rank 0: version 9.9.9", f"rank 1: version {mc.__version__}"]),
         ("no layers", ["Linear has no row-parallel linear", "nothing to compress"]),
         ("bias", ["RowParallelLinear(in_features", "skip_bias_add=True"]),
-        ("own class", ["OwnRowParallelLinear", "cannot compress"]),
+        ("own class", ["OwnRowParallelLinear", "cannot be compressed"]),
         ("elsewhere", ["head is a row-parallel linear outside"]),
         ("fused", ["use_te_op_fuser=True", "set it to False"]),
     ],

@@ -168,8 +168,16 @@ def test_groups_that_differ_have_files_that_differ(here):
     groups = [(2, 1, "gloo", "cpu"), (3, 1, "gloo", "cpu"), (3, 2, "gloo", "cpu"), (3, 1, "nccl", "cuda")]
     paths = [default_path(*group) for group in groups]
     here.setenv("GLOO_SOCKET_IFNAME", "eth/0")
-    paths.append(default_path(*groups[0]))
+    paths.append(default_path(*groups[2]))
     here.setenv("MEGATRON_COMP_LINK", "100mbit")
     paths.append(default_path(*groups[0]))
     assert len(set(paths)) == len(paths) and len({path.parent for path in paths}) == 1
     assert module.SCHEMA == 1
+
+
+def test_one_machine_has_one_file_whichever_interface_is_named(here):
+    """`calibrate` names loopback for ranks that it starts, torchrun names nothing."""
+    group = (2, 1, "gloo", "cpu")
+    path = default_path(*group)
+    here.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert default_path(*group) == path

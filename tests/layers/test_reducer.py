@@ -1,4 +1,4 @@
-"""`ReductionSite`: what it counts, to the byte, what it keeps and why, and when it refuses to train."""
+"""`Reducer`: what it counts, to the byte, what it keeps and why, and when it refuses to train."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from ranks import run_ranks
 
 from megatron_comp.inference import cpu
 from megatron_comp.layers.apply import ModelStats
-from megatron_comp.layers.site import Phase, ReductionSite, SiteStats, Traffic
+from megatron_comp.layers.meter import SiteStats, Traffic
+from megatron_comp.layers.reducer import Phase, Reducer
 from megatron_comp.policy import CompressionPolicy
 from megatron_comp.wire.codec import Codec
 
@@ -54,15 +55,15 @@ def counted(rank, world_size):
     for name, (words, rows, method, phase) in CASES.items():
         torch.manual_seed(rank)
         policy = CompressionPolicy(**{"min_bytes": 0} | words)
-        site = ReductionSite(policy, 5, "mlp", Phase(phase), timing=name in ("gather_sum", "policy"))
+        reducer = Reducer(policy, 5, "mlp", group, Phase(phase), timing=name in ("gather_sum", "policy"))
         x = torch.randn(rows, HIDDEN)
         total = x.clone()
         dist.all_reduce(total)
         if method == "reduce_scatter":
             total = total.chunk(world_size)[rank]
         for _ in range(2):
-            result = getattr(site, method)(x.clone(), group, False)
-        made[name] = site.stats, result, total
+            result = reducer(x.clone(), scatter=method == "reduce_scatter")
+        made[name] = reducer.meter.stats, result, total
     return made
 
 
@@ -125,10 +126,10 @@ def one_rank(rank, world_size):
     Codec.encode = refuse
     made = []
     for method in ("reduce", "reduce_scatter"):
-        site = ReductionSite(CompressionPolicy(codec="mxfp4", min_bytes=0), 0, "attention")
+        reducer = Reducer(CompressionPolicy(codec="mxfp4", min_bytes=0), 0, "attention", dist.group.WORLD)
         x = torch.randn(3, HIDDEN)
-        result = getattr(site, method)(x, dist.group.WORLD, False)
-        made.append((result.data_ptr() == x.data_ptr(), site.stats))
+        result = reducer(x, scatter=method == "reduce_scatter")
+        made.append((result.data_ptr() == x.data_ptr(), reducer.meter.stats))
     return made
 
 
@@ -145,13 +146,14 @@ def train(rank, world_size):
 
     def outcome(method="reduce", training=True, requires_grad=True, grad=True, allow=False, codec="mxfp4"):
         policy = CompressionPolicy(codec=codec, min_bytes=0)
-        site = ReductionSite(policy, 7, "mlp", allow_training=allow)
+        reducer = Reducer(policy, 7, "mlp", dist.group.WORLD, allow_training=allow)
         x = torch.randn(6, HIDDEN, requires_grad=requires_grad) * 1
         with torch.set_grad_enabled(grad):
             try:
-                return getattr(site, method)(x, dist.group.WORLD, training).requires_grad, site.stats.compressed.calls
+                total = reducer(x, method == "reduce_scatter", training)
+                return total.requires_grad, reducer.meter.stats.compressed.calls
             except RuntimeError as error:
-                return str(error), site.stats.compressed.calls
+                return str(error), reducer.meter.stats.compressed.calls
 
     return [
         {

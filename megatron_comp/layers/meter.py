@@ -1,0 +1,97 @@
+"""What the sums of one place sent: calls, bytes and, where that is asked for, seconds."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+from .plans import Choice
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What some reductions sent. Bytes and seconds are those of this rank."""
+
+    calls: int = 0
+    values: int = 0
+    message_bytes: int = 0
+    """Of the summed tensors, each counted once, as they travel."""
+    received_bytes: int = 0
+    """From the other ranks: counted for compressed reductions, that of a ring for stock ones."""
+    seconds: float = 0.0
+    """Zero unless timing was asked for."""
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(*(getattr(self, name) + getattr(other, name) for name in Traffic.__slots__))
+
+
+@dataclass(slots=True)
+class SiteStats:
+    """Reductions of one site of one layer: compressed ones, and uncompressed ones with the reasons."""
+
+    layer: int | None
+    site: str
+    compressed: Traffic = field(default_factory=Traffic)
+    kept: Traffic = field(default_factory=Traffic)
+    kept_because: Counter = field(default_factory=Counter)
+    algorithms: Counter = field(default_factory=Counter)
+    """Of the compressed reductions: `gather_sum`, `two_step`, or `reduce_scatter`."""
+    captured: int = 0
+    """Reductions, of those above, that were recorded into a CUDA graph. Its replays run no Python and are not counted:
+    where this is not 0, calls and bytes are those of warm-ups and captures alone."""
+
+
+class Meter:
+    """Counts the sums of one place in `stats`.
+
+    timing: also takes seconds, for which every sum waits for the device.
+    """
+
+    def __init__(self, layer: int | None, site: str, timing: bool = False) -> None:
+        self.stats, self.timing = SiteStats(layer, site), timing
+
+    def record(self, choice: Choice, on_gpu: bool) -> Traffic:
+        """Counts one sum that does what `choice` says; returns where its seconds belong."""
+        stats = self.stats
+        if choice.plan is None:
+            traffic = stats.kept
+            stats.kept_because[choice.reason] += 1
+        else:
+            traffic = stats.compressed
+            stats.algorithms[choice.plan.algorithm] += 1
+        traffic.calls += 1
+        traffic.values += choice.values
+        traffic.message_bytes += choice.message_bytes
+        traffic.received_bytes += choice.received_bytes
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            stats.captured += 1
+        return traffic
+
+    def clock(self, traffic: Traffic) -> AbstractContextManager:
+        """Adds the seconds spent inside to `traffic`, if timing was asked for."""
+        return _seconds(traffic) if self.timing and not _is_capturing() else _NO_CLOCK
+
+
+_NO_CLOCK = nullcontext()
+
+
+@contextmanager
+def _seconds(traffic: Traffic) -> Iterator[None]:
+    wait_for_device()
+    start = time.perf_counter()
+    yield
+    wait_for_device()
+    traffic.seconds += time.perf_counter() - start
+
+
+def _is_capturing() -> bool:
+    """Waiting for the device is an error while a CUDA graph is captured, and would time nothing."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
