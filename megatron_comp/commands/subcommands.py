@@ -61,4 +61,13 @@ def _fill(parser: argparse.ArgumentParser, module: ModuleType, epilog: str | Non
 
 
 def _load(module: str) -> ModuleType:
-    return import_module(f".{module}", __package__)
+    """Ends the process with one line if a package of the extra `cli` is missing."""
+    try:
+        return import_module(f".{module}", __package__)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "megatron_comp"):
+            raise
+        raise SystemExit(
+            f"megatron-comp: the Python package {missing} is missing: pip install 'megatron-comp[cli]'"
+        ) from None
