@@ -54,6 +54,34 @@ def decode_slices(slots: torch.Tensor, fmt: Format, rows: Sequence[int], out: to
     _decode(slots, fmt, tuple(rows), out, 1, False)
 
 
+def warm_up(
+    first: Format, second: Format, dtype: torch.dtype, hidden: int, ranks: int, algorithm: str, device: torch.device
+) -> None:
+    """Launches each kernel of a sum once, on small tensors, so that Triton compiles it here and not in the first sum.
+
+    first, second: formats of the two phases; all algorithms but `two_step` have only the first.
+    """
+    for rows in (1, 2):  # of a slice: a message of one row is aligned as no other is
+        counts = (rows,) * ranks
+        x = torch.zeros(rows * ranks, hidden, dtype=dtype, device=device)
+        messages = _messages(first, ranks, rows, hidden, device)
+        if algorithm == "gather_sum":
+            encode(x[:rows], first, messages[0])
+        else:
+            encode_slices(x, first, counts, messages.view(-1))
+        if algorithm == "two_step":
+            slots = _messages(second, ranks, rows, hidden, device)
+            decode_sum_encode(messages, (rows, hidden), first, second, slots[0])
+            decode_slices(slots, second, counts, x)
+        else:
+            decode_sum(messages, first, x[:rows])
+
+
+def _messages(fmt: Format, ranks: int, rows: int, hidden: int, device: torch.device) -> torch.Tensor:
+    nbytes = message.layout(fmt, rows, hidden).nbytes
+    return torch.zeros(ranks, nbytes, dtype=torch.uint8, device=device)
+
+
 def _decode(messages: torch.Tensor, fmt: Format, rows: tuple[int, ...], out: torch.Tensor, ranks: int, clamp: bool):
     how = _how_to_decode(fmt, rows, out.shape[1])
     with _on_device_of(out):
