@@ -112,8 +112,8 @@ def _on_device_of(x: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if elsewhere else nullcontext()
 
 
-# What launches take besides tensors follows from format and shape. One look-up finds all of it, because a look-up takes
-# longer than what it finds: two microseconds, most of them for the hash of a format.
+# What launches take besides tensors follows from format and shape. One look-up finds all of it, because each of them
+# takes two microseconds: it hashes a format.
 
 
 @lru_cache(maxsize=KNOWN_LAUNCHES)
