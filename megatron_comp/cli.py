@@ -8,6 +8,7 @@ import warnings
 from contextlib import contextmanager
 from textwrap import shorten
 
+from .commands import preflight
 from .commands.subcommands import Subcommands
 from .launcher import output, ranks
 from .notices import Notice
@@ -47,11 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         module = SUBCOMMANDS.chosen(args)
         own_ranks = hasattr(args, "link")  # a bench that starts its ranks once a link
+        if own_ranks or hasattr(args, "tp"):
+            preflight.check_environment(args)
         if ranks.joined() or not (hasattr(args, "tp") or own_ranks):  # one of the ranks, or a subcommand of one process
             with _own_warnings():
                 module.run(args)
             return 0
         module.check(args)
+        preflight.check_model(args)
         if own_ranks:
             return module.start(args, argv)
         return ranks.start(args.tp, [sys.executable, "-m", "megatron_comp.cli", *argv])
