@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from textwrap import shorten
 from types import ModuleType
 
+from .commands import preflight
 from .commands.subcommands import Subcommands
 from .launcher import output, ranks
 from .notices import Notice
@@ -55,11 +56,14 @@ def carry_out(command: ModuleType, args: argparse.Namespace, program: str, argv:
     """
     try:
         own_ranks = hasattr(args, "link")  # a bench that starts its ranks once per link
+        if own_ranks or hasattr(args, "tp"):
+            preflight.check_environment(args)
         if ranks.joined() or not (hasattr(args, "tp") or own_ranks):  # one of the ranks, or a command of one process
             with _own_warnings():
                 command.run(args)
             return 0
         command.check(args)
+        preflight.check_model(args)
         if hasattr(command, "start"):
             return command.start(args, argv)
         return ranks.start(args.tp, [sys.executable, "-m", program, *argv])

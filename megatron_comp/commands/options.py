@@ -1,7 +1,6 @@
 """What subcommands share: options and their checks, policies, and the model on its ranks."""
 
 import argparse
-import importlib.util
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -193,10 +192,6 @@ def check_written(args: argparse.Namespace, *names: str) -> None:
     if figure := getattr(args, "figure", None):
         if Path(figure).suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"--figure {figure}: allowed are names that end in .png, .svg or .pdf")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError(
-                "--figure needs matplotlib: pip install matplotlib, or this package with its extra 'bench'"
-            )
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:

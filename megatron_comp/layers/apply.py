@@ -22,7 +22,7 @@ from ..wire.cost import ALGORITHMS, step_codecs
 from ..wire.figures import ASSUMED, ASSUMED_PEERS, VARIABLE, Figures, find_figures
 from .compressed_layer import can_overlap, compress_layer, restore_layer
 from .meter import SiteStats, Traffic
-from .places import find_places, reducers, restore
+from .places import Place, find_places, reducers, restore
 from .plans import Plans
 from .reducer import Phase, Reducer
 from .sync_drop import check_block, dropped_blocks
@@ -176,7 +176,12 @@ def _check_policy(policy: CompressionPolicy, places: list) -> None:
         if absent := [site for site, name in codecs.items() if name != "none" and site not in sites]:
             raise ValueError(f"policy: {where}: the model has no {absent[0]}")
     for place in places:
-        place.check({policy.codec_name(place.layer, place.site, phase) for phase in PHASES} - {"none"})
+        place.check(_codec_names(policy, place))
+
+
+def _codec_names(policy: CompressionPolicy, place: Place) -> set[str]:
+    """Of the codecs that a place compresses in, in one phase or another."""
+    return {policy.codec_name(place.layer, place.site, phase) for phase in PHASES} - {"none"}
 
 
 def _sites_of_other_stages(config) -> set[str]:
@@ -193,7 +198,7 @@ def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPo
     parameter = next(model.parameters())
     sums = set()
     for place in places if parameter.is_cuda else []:
-        config, names = place.module.config, ReductionSite(policy, place.layer, place.site).codec_names()
+        config, names = place.module.config, _codec_names(policy, place)
         scatters, chosen = config.sequence_parallel, policy.algorithm
         algorithms = ("reduce_scatter",) if scatters else ALGORITHMS[1:] if chosen == "auto" else (chosen,)
         sums |= set(itertools.product(names, algorithms, [config.hidden_size], [place.group.size()]))
