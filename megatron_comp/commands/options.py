@@ -189,9 +189,8 @@ def check_written(args: argparse.Namespace, *names: str) -> None:
     for name in ("json", "csv", "figure", *names):
         output.check_file(f"--{name.replace('_', '-')}", getattr(args, name, None))
     output.check_resumed("--state", getattr(args, "state", None))
-    if figure := getattr(args, "figure", None):
-        if Path(figure).suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"--figure {figure}: allowed are names that end in .png, .svg or .pdf")
+    if (figure := getattr(args, "figure", None)) and Path(figure).suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--figure {figure}: allowed are names that end in .png, .svg or .pdf")
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:
