@@ -12,10 +12,10 @@ from .slices import row_and_tile, section_offsets, slice_rows
 
 def decode_sum_encode(
     messages: torch.Tensor,
+    out: torch.Tensor,
     first_rows: tuple,
     hidden: int,
     fmt: KernelFormat,
-    out: torch.Tensor,
     out_fmt: KernelFormat,
     programs: int,
     flat: bool,

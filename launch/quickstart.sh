@@ -27,7 +27,7 @@ export CUDA_VISIBLE_DEVICES="" # ranks over gloo on the CPU, also where there ar
 RESULTS=$MEGATRON_COMP_CACHE/quickstart
 
 generate() { # CODEC FILE
-    run megatron-comp generate --model "$MODEL" --tp "$TP" --prompt "$PROMPT" --max-new-tokens "$MAX_NEW_TOKENS" \
+    run megatron-comp generate --model "$MODEL" --tp "$TP" --prompt "$PROMPT" --new-tokens "$MAX_NEW_TOKENS" \
         --codec "$1" --json "$RESULTS/$2"
 }
 
@@ -72,5 +72,5 @@ next megatron-comp plan --model llama-2-70b --tp 8 --gpu L4 --link pcie4x16
 if [[ $EUID == 0 ]] && type ip tc >/dev/null 2>&1 && unshare --net true 2>/dev/null; then # what links of a given rate need
     next megatron-comp bench ttft --model "$MODEL" --tp "$TP" --codec "$CODEC" --link 100mbit --runs 3
 else
-    next megatron-comp generate --model "$MODEL" --tp "$TP" --prompt "Water boils at" --codec "$CODEC"
+    next megatron-comp generate --model "$MODEL" --tp "$TP" --prompt "The three branches of the government are" --codec "$CODEC"
 fi

@@ -7,7 +7,9 @@ import sys
 import warnings
 from contextlib import contextmanager
 from textwrap import shorten
+from types import ModuleType
 
+from .commands import preflight
 from .commands.subcommands import Subcommands
 from .launcher import output, ranks
 from .notices import Notice
@@ -44,17 +46,27 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     output.replace_what_cannot_be_written()
     args = _parser().parse_args(argv)
+    return carry_out(SUBCOMMANDS.chosen(args), args, "megatron_comp.cli", argv)
+
+
+def carry_out(command: ModuleType, args: argparse.Namespace, program: str, argv: list[str]) -> int:
+    """Runs a command in this process, or `python -m program argv` on the ranks that it wants; returns as `main` does.
+
+    command: has `check(args)` and `run(args)`; one that starts its ranks in a way of its own also `start(args, argv)`.
+    """
     try:
-        module = SUBCOMMANDS.chosen(args)
         own_ranks = hasattr(args, "link")  # a bench that starts its ranks once per link
-        if ranks.joined() or not (hasattr(args, "tp") or own_ranks):  # one of the ranks, or a subcommand of one process
+        if own_ranks or hasattr(args, "tp"):
+            preflight.check_environment(args)
+        if ranks.joined() or not (hasattr(args, "tp") or own_ranks):  # one of the ranks, or a command of one process
             with _own_warnings():
-                module.run(args)
+                command.run(args)
             return 0
-        module.check(args)
-        if hasattr(module, "start"):
-            return module.start(args, argv)
-        return ranks.start(args.tp, [sys.executable, "-m", "megatron_comp.cli", *argv])
+        command.check(args)
+        preflight.check_model(args)
+        if hasattr(command, "start"):
+            return command.start(args, argv)
+        return ranks.start(args.tp, [sys.executable, "-m", program, *argv])
     except KeyboardInterrupt:
         return 130
     except Exception as error:

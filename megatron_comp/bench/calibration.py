@@ -14,7 +14,6 @@ from ..wire.codec import Codec
 from ..wire.collectives import all_reduce
 
 ALGORITHMS = ("gather_sum", "two_step")
-DTYPES = ("float32", "bfloat16", "float16")
 
 # Tensors below this are over in microseconds and noisy: they are timed so many times a round.
 SMALL_BYTES = 256 * 1024
@@ -63,7 +62,7 @@ def measure(setting: Scope, device: torch.device) -> Timings:
     steps = [step for step in calls for _ in range(SMALL_SAMPLES if setting.nbytes(step[1]) < SMALL_BYTES else 1)]
     for call in calls.values():
         call()  # compiles, connects, fills caches
-    bar = tqdm(total=setting.rounds * len(steps), desc="calibrate", unit="call", disable=not output.is_first_rank())
+    bar = tqdm(total=setting.rounds * len(steps), desc="calibrate", unit="call", disable=output.bar_disabled())
     with bar:
         for _ in range(setting.rounds):
             for what in steps:

@@ -36,7 +36,8 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
         "--link",
         action="append",
         metavar="RATE",
-        help=f"of the ranks' links, as in 100mbit, 2.5gbit or {network.UNSHAPED}; give it again for more; needs root",
+        help=f"The rate of each rank's link, such as 100mbit, 2.5gbit or {network.UNSHAPED}; needs root. Repeat it for "
+        "more.",
     )
 
 

@@ -41,8 +41,9 @@ def measure(setting, shape: tuple[int, int], ranks: int, group, device: torch.de
     entries = list(_entries(setting, x, ranks, group, _figures(ranks, device)))
     errors = [_error(entry, ranks, group, x) if member else 0.0 for entry in entries]  # also what warms up
     seconds = []
-    quiet = not output.is_first_rank()
-    for _ in tqdm(range(setting.repeats), desc=f"{ranks} ranks, {list(shape)}", unit="round", disable=quiet):
+    for _ in tqdm(
+        range(setting.repeats), desc=f"{ranks} ranks, {list(shape)}", unit="round", disable=output.bar_disabled()
+    ):
         seconds.append([_seconds(entry, device) if member else _wait() for entry in entries])
     samples = zip(*links.slowest(seconds, device))
     return _rows(entries, list(samples), errors, x, ranks)

@@ -1,4 +1,4 @@
-"""`megatron-comp calibrate`: what this group's link and codecs cost, kept in a file that later runs go by."""
+"""`megatron-comp calibrate`: a file of what this group's link and codecs cost."""
 
 import argparse
 import datetime
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..bench import fit
-from ..bench.calibration import ALGORITHMS, CHUNKS, DTYPES, Scope, Timings, measure
+from ..bench.calibration import ALGORITHMS, CHUNKS, Scope, Timings, measure
 from ..launcher import output
 from ..policy import CompressionPolicy
 from ..wire.codec import Codec
@@ -36,7 +36,15 @@ CODEC_COLUMNS = {
     "speedup": ("speed-up", ".2f"),
 }
 
+DESCRIPTION = """\
+Measure what sums and codecs take on this group of ranks, and keep it in a file. Later runs of such a group go by it
+where a policy says `min_bytes: auto` or `algorithm: auto`.
+"""
+RENAMED = {"--ranks": "--tp", "--rounds": "--runs"}
 EPILOG = f"""\
+Example:
+  megatron-comp calibrate --tp 2 --codec mxfp4
+
 Each round times, in turn and from a common start, stock all-reduce and reduce-scatter, all-gather and all-to-all of
 bytes, and every codec's encode and decode, at tensors of [tokens, hidden] for each --tokens; and whole compressed sums,
 which the predictions are held against. A sample is the time of the slowest rank. Between the medians of collectives
@@ -56,55 +64,49 @@ the algorithm that was measured faster.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
     add = parser.add_argument
-    add("--ranks", dest="tp", type=int, required=True, metavar="N", help="ranks of the group")
+    options.add_tp(parser, what="Number of ranks in the group.")
+    again = "Repeat it for more"
     add(
         "--codec",
         action="append",
         default=[],
         metavar="C",
-        help=f"a codec; give it again for more (default, without --policy: {' '.join(CODECS)})",
+        help=f"A codec to measure. {again} (default, without --policy: {' '.join(CODECS)}).",
     )
     add(
         "--policy",
         action="append",
         default=[],
         metavar="FILE",
-        help="YAML policy whose codecs to measure, all of them; give it again for more",
+        help=f"A YAML policy, all codecs of which are measured. {again}.",
     )
     add(
         "--tokens",
         type=int,
         action="append",
         metavar="K",
-        help="rows of a tensor; give it again for more, at least two (default: 1 8 64 512)",
+        help=f"Rows of a tensor. {again}, at least two (default: 1 8 64 512).",
     )
-    add("--hidden", type=int, default=4096, metavar="H", help="values a row (default 4096)")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on a GPU, else float32")
-    add("--rounds", type=int, default=9, metavar="K", help="how often everything is timed (default 9)")
-    add("--out", metavar="FILE", help="write the figures there (default: where later runs of such a group look)")
+    add("--hidden", type=int, default=4096, metavar="H", help="Values per row (default 4096).")
+    options.add_dtype(parser, "Of the tensors; auto (the default) is bf16 on a GPU and fp32 on a CPU.")
+    options.add_runs(parser, 9)
+    add("--out", metavar="FILE", help="The file to write (default: where later runs of such a group look for it).")
     options.add_run_arguments(parser)
 
 
 def check(args: argparse.Namespace) -> Scope:
     if args.tp < 2:
-        raise ValueError(f"--ranks {args.tp}: a link needs at least two")
-    for option in ("hidden", "rounds"):
-        if getattr(args, option) < 1:
-            raise ValueError(f"--{option} {getattr(args, option)}: at least one is needed")
+        raise ValueError(f"--tp {args.tp}: a link needs at least two")
+    options.at_least_one(args, "hidden", "runs")
     tokens = sorted(set(args.tokens or (1, 8, 64, 512)))
     if len(tokens) < 2 or tokens[0] < 1:
         raise ValueError(f"--tokens {' '.join(map(str, tokens))}: two different sizes above 0 are needed at least")
     options.check_timeout(args)
-    output.check_file("--json", args.json)
-    output.check_file("--out", args.out)
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    options.check_written(args, "out")
     named = [*args.codec, *(str(codec) for file in args.policy for codec in CompressionPolicy.from_file(file).codecs())]
     codecs = {name: Codec.parse(name) for name in named or CODECS}
-    return Scope(codecs, [(count, args.hidden) for count in tokens], dtype, args.rounds)
+    return Scope(codecs, [(count, args.hidden) for count in tokens], options.dtype_name(args), args.runs)
 
 
 def run(args: argparse.Namespace) -> None:

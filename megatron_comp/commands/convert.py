@@ -1,4 +1,4 @@
-"""`megatron-comp convert`: a Hugging Face checkpoint as Megatron's distributed checkpoint."""
+"""`megatron-comp convert`: a distributed checkpoint of Megatron from one of Hugging Face."""
 
 import argparse
 import math
@@ -42,21 +42,30 @@ COMPANIONS = (
 MEGATRON_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
+DESCRIPTION = "Write a Hugging Face checkpoint as a distributed checkpoint of Megatron-Core."
+EPILOG = """\
+Example:
+  megatron-comp convert --model llama --out llama-megatron
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="folder of a Hugging Face Llama or Mixtral checkpoint"
-    )
+    options.add_model(parser, "Folder of a Hugging Face Llama or Mixtral checkpoint.")
     parser.add_argument(
         "--out",
         required=True,
         metavar="DIR",
-        help="new folder, on storage that all ranks share: release/ and latest_checkpointed_iteration.txt as Megatron "
-        "loads them, config.json and the tokenizer's files as --model of the other subcommands wants them",
+        help="A new folder, on storage that all ranks share. It gets the weights as Megatron loads them, config.json "
+        "and the tokenizer's files, so that --model of the other subcommands takes it too.",
     )
     parser.add_argument(
-        "--tp", type=int, default=1, metavar="N", help="ranks that share the work and its memory; any number reads it"
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Number of ranks that share the work and its memory (default 1). Any number reads the result.",
     )
-    parser.add_argument("--dtype", choices=options.DTYPES, default="auto", help="auto: as the checkpoint's config says")
+    options.add_dtype(parser, "Of the written weights; auto (the default) is what the checkpoint's config.json says.")
     options.add_run_arguments(parser)
 
 
@@ -112,7 +121,7 @@ def _convert(model_dir: str, out: Path, dtype_name: str) -> dict:
 
     began = time.perf_counter()
     config = hf.read_config(model_dir)
-    dtype = getattr(torch, dtype_name) if dtype_name != "auto" else config.dtype or torch.float32
+    dtype = getattr(torch, options.DTYPES[dtype_name]) if dtype_name != "auto" else config.dtype or torch.float32
     check_space(out, parameter_count(config) * dtype.itemsize)
     partial, first = partial_of(out), output.is_first_rank()
     if first:

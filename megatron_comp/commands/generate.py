@@ -1,4 +1,4 @@
-"""`megatron-comp generate`: greedy text, and what it took."""
+"""`megatron-comp generate`: text, and what it took."""
 
 import argparse
 
@@ -22,21 +22,34 @@ COLUMNS = {
 }
 
 
+DESCRIPTION = "Continue a prompt greedily; show time to first token, decode rate and bytes received."
+RENAMED = {"--max-new-tokens": "--new-tokens"}
+EPILOG = """\
+Example:
+  megatron-comp generate --model llama --tp 2 --prompt "The capital of France is" --codec mxfp4
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="The text to continue.")
     parser.add_argument(
-        "--chat", action="store_true", help="the prompt is what a user says: put it into the tokenizer's chat template"
+        "--chat",
+        action="store_true",
+        help="The prompt is what a user says: put it into the tokenizer's chat template.",
     )
-    parser.add_argument("--codec", metavar="C", help="a codec or preset for every reduction; none (the default): stock")
-    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="K", help="at most so many (default 32)")
+    parser.add_argument(
+        "--codec", metavar="C", help="A codec or preset for every sum. With none (the default) sums are uncompressed."
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=32, metavar="K", help="Generate at most this many tokens (default 32)."
+    )
 
 
 def check(args: argparse.Namespace) -> list[options.Setting]:
     if bool(args.codec) + len(args.policy) > 1:
         raise ValueError("give one --codec or --policy, not both")
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: at least one is needed")
+    options.at_least_one(args, "new_tokens")
     check_prompt(args.prompt)
     options.check_files(args)
     return options.settings(args, [args.codec] if args.codec else []) or [options.NONE]
@@ -49,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
             overrides.use(overrides.blocks_for(setting.policy))
         ids = encode(tokenizer, args.prompt, args.chat)
         stops = stop_tokens(args.model, model.hf_config, tokenizer)
-        row = generate_row(model, tokenizer, setting, ids, args.max_new_tokens, stops)
+        row = generate_row(model, tokenizer, setting, ids, args.new_tokens, stops)
     if output.is_first_rank():
         output.say(row["text"] + "\n")
         output.show_one("generate", COLUMNS, row)

@@ -11,6 +11,7 @@ writes and reads.
 """
 
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -35,7 +36,8 @@ from tqdm import tqdm
 
 from .metadata import read_metadata
 
-COMMON = "common.pt"  # what training keeps besides tensors
+# What training keeps besides tensors: a file or, from Megatron 0.19 on, an entry of this name among the tensors.
+COMMON, COMMON_ENTRY = "common.pt", "common_state/"
 
 # Names of one norm: alone, as experts and Megatron's own layers have it, or fused into the linear that follows it.
 NORMS = (
@@ -111,8 +113,7 @@ def load(model: GPTModel, folder) -> None:
     described = read_metadata(folder).state_dict_metadata
     names = described.keys()
     with _reading(folder):
-        # Megatron reads this file, too, and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD would let it run what the file names.
-        torch.load(Path(folder, COMMON), map_location="cpu", weights_only=True)
+        _check_common(Path(folder), described)
         metadata = dist_checkpointing.load_content_metadata(str(folder))
     prefix = _prefix(names, folder)
     sharded = model.sharded_state_dict(prefix=prefix, metadata=metadata)
@@ -128,6 +129,24 @@ def load(model: GPTModel, folder) -> None:
     _check(folder, "tensors have no place in this model", {name for name in unread if name.startswith(parts)})
     state = {name.removeprefix(prefix): value for name, value in loaded["model"].items()}
     model.load_state_dict(state, strict=False)  # extra state may be absent; all else was checked
+
+
+class _LooksAtBytes(dcp.DefaultLoadPlanner):
+    def load_bytes(self, read_item, value) -> None:
+        torch.load(value, map_location="cpu", weights_only=True)
+
+
+def _check_common(folder: Path, described) -> None:
+    """Raises UnpicklingError, or torch's error around it, if what stands beside the tensors names code to be run.
+
+    Megatron reads it for every checkpoint, and torch then runs what it names: an entry always, and the file if
+    TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set.
+    """
+    if (common := folder / COMMON).exists():
+        torch.load(common, map_location="cpu", weights_only=True)
+    if entries := {name: BytesIO() for name in described if name.startswith(COMMON_ENTRY)}:
+        planner = _LooksAtBytes(flatten_state_dict=False)
+        dcp.load(entries, storage_reader=dcp.FileSystemReader(folder), planner=planner, no_dist=True)
 
 
 def _prefix(names, folder) -> str:

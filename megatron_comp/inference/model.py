@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from . import checkpoint, cpu, hf, model_files, shards
+from . import checkpoint, cpu, environment, hf, model_files, shards
 from .attention import CausalAttention
 
 RNG_SEED = 1  # Megatron wants its generators seeded, though inference draws no numbers
@@ -39,7 +39,7 @@ def init_parallel(tensor_parallel: int, timeout_seconds: float = 600, expert_par
     Raises ValueError if the world is not of `tensor_parallel` ranks or has more ranks on a machine than it has GPUs.
     """
     cpu.prepare()
-    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    world_size = dist.get_world_size() if dist.is_initialized() else environment.world_size() or 1
     ranks = tensor_parallel * expert_parallel
     if world_size != ranks:
         asked = f"tensor_parallel is {tensor_parallel}"

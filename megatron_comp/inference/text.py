@@ -37,8 +37,11 @@ def encode(tokenizer, prompt: str, chat: bool = False) -> list[int]:
     check_prompt(prompt)
     if not chat:
         ids = tokenizer.encode(prompt)
-        begun = tokenizer.bos_token and prompt.startswith(tokenizer.bos_token)
-        return ids[1:] if begun and ids[:2] == [tokenizer.bos_token_id] * 2 else ids
+        if tokenizer.bos_token and prompt.startswith(tokenizer.bos_token):
+            written = tokenizer.encode(prompt, add_special_tokens=False)
+            added = ids[0] == tokenizer.bos_token_id and ids[1 : len(written) + 1] == written
+            return ids[1:] if added else ids
+        return ids
     if not tokenizer.chat_template:
         raise ValueError(f"--chat: the tokenizer in {tokenizer.name_or_path} has no chat template")
     import jinja2
@@ -66,12 +69,18 @@ def stop_tokens(model_dir, config, tokenizer) -> set[int]:
 
     Raises ValueError for a generation_config.json that is damaged or names what is no token.
     """
-    path, ends = Path(model_dir) / "generation_config.json", None
-    if path.exists() or path.is_symlink():
-        ends = read_json(path).get("eos_token_id")
-        if not TOKENS.holds(ends):
-            raise ValueError(f"{path}: eos_token_id is {json.dumps(ends)[:80]}; allowed: {TOKENS.allowed}")
-    for each in (ends, config.eos_token_id, tokenizer.eos_token_id):
+    for each in (named_stops(model_dir), config.eos_token_id, tokenizer.eos_token_id):
         if each is not None and each != []:
             return set(each) if isinstance(each, list) else {each}
     return set()
+
+
+def named_stops(model_dir) -> int | list[int] | None:
+    """Those of generation_config.json, as it has them. Raises what `stop_tokens` raises."""
+    path = Path(model_dir) / "generation_config.json"
+    if not (path.exists() or path.is_symlink()):
+        return None
+    ends = read_json(path).get("eos_token_id")
+    if not TOKENS.holds(ends):
+        raise ValueError(f"{path}: eos_token_id is {json.dumps(ends)[:80]}; allowed: {TOKENS.allowed}")
+    return ends

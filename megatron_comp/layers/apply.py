@@ -1,5 +1,6 @@
 """Turning compression on and off in a built Megatron model, and reading what it did."""
 
+import itertools
 import logging
 import os
 import socket
@@ -16,10 +17,13 @@ from megatron.core.tensor_parallel import RowParallelLinear
 
 from ..policy import PHASES, CompressionPolicy
 from ..version import __version__
+from ..wire.backends import warm_up
+from ..wire.codec import parse_codec
+from ..wire.cost import ALGORITHMS, step_codecs
 from ..wire.figures import ASSUMED, ASSUMED_PEERS, VARIABLE, Figures, find_figures
 from .compressed_layer import can_overlap, compress_layer, restore_layer
 from .meter import SiteStats, Traffic
-from .places import find_places, reducers, restore
+from .places import Place, find_places, reducers, restore
 from .plans import Plans
 from .reducer import Phase, Reducer
 from .sync_drop import check_block, dropped_blocks
@@ -117,6 +121,7 @@ def apply_compression(
     places = list(find_places(model))
     hosts = _compare_ranks(places, policy, _problem(model, places, policy))
     figures = _agree_on_figures(hosts, policy)
+    _compile_kernels(model, places, policy)
     remove_compression(model)
 
     phase, plans = Phase(), {group: Plans(policy, its_figures) for group, its_figures in figures.items()}
@@ -198,7 +203,12 @@ def _check_policy(policy: CompressionPolicy, places: list) -> None:
         if absent := [site for site, name in codecs.items() if name != "none" and site not in sites]:
             raise ValueError(f"policy: {where}: the model has no {absent[0]}")
     for place in places:
-        place.check({policy.codec_name(place.layer, place.site, phase) for phase in PHASES} - {"none"})
+        place.check(_codec_names(policy, place))
+
+
+def _codec_names(policy: CompressionPolicy, place: Place) -> set[str]:
+    """Of the codecs that a place compresses in, in one phase or another."""
+    return {policy.codec_name(place.layer, place.site, phase) for phase in PHASES} - {"none"}
 
 
 def _sites_of_other_stages(config) -> set[str]:
@@ -208,6 +218,21 @@ def _sites_of_other_stages(config) -> set[str]:
     experts = {"experts"} if config.num_moe_experts else set()
     shared = {"shared_experts"} if config.moe_shared_expert_intermediate_size else set()
     return {"attention", "mlp"} | experts | shared
+
+
+def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> None:
+    """Kernels of a GPU are compiled here, not in the first request; raises RuntimeError if that cannot be done."""
+    parameter = next(model.parameters())
+    sums = set()
+    for place in places if parameter.is_cuda else []:
+        config, names = place.module.config, _codec_names(policy, place)
+        scatters, chosen = config.sequence_parallel, policy.algorithm
+        algorithms = ("reduce_scatter",) if scatters else ALGORITHMS[1:] if chosen == "auto" else (chosen,)
+        sums |= set(itertools.product(names, algorithms, [config.hidden_size], [place.group.size()]))
+    for name, algorithm, hidden, ranks in sorted(sums):
+        if ranks > 1 and not (">" in name and algorithm == "gather_sum"):
+            first, second = step_codecs(parse_codec(name))
+            warm_up(first.format, second.format, parameter.dtype, hidden, ranks, algorithm, parameter.device)
 
 
 def _compare_ranks(places: list, policy: CompressionPolicy, problem: str | None) -> dict:

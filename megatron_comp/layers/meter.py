@@ -74,10 +74,10 @@ class Meter:
 
     def clock(self, traffic: Traffic) -> AbstractContextManager:
         """Adds the seconds spent inside to `traffic`, if timing was asked for."""
-        return _seconds(traffic) if self.timing and not _is_capturing() else _NO_CLOCK
+        return _seconds(traffic) if self.timing and not _is_capturing() else UNTIMED
 
 
-_NO_CLOCK = nullcontext()
+UNTIMED = nullcontext()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ..wire.collectives import PendingAllReduce, run
 from ..wire.figures import ASSUMED
 from .compiled import register
 from .mappings import sum_by_plan
-from .meter import Meter
+from .meter import UNTIMED, Meter
 from .plans import Choice, Plans
 
 Group = torch.distributed.ProcessGroup
@@ -85,8 +85,8 @@ class Reducer:
             raise RuntimeError(
                 f"layer {self.layer}: {self.site}'s sum is dropped; only its layer's forward can do that"
             )
-        meter = self.meter
-        with meter.clock(meter.record(choice, partial.is_cuda)):
+        traffic = self.meter.record(choice, partial.is_cuda)
+        with self.meter.clock(traffic) if self.meter.timing else UNTIMED:
             if plan is None:
                 return _stock_sum(partial, self.group, scatter, splits)
             if partial.requires_grad:

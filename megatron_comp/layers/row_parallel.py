@@ -74,6 +74,8 @@ def _summed_product(linear: RowParallelLinear, input: torch.Tensor, weight: torc
     reducer = linear.reducer
     if reducer is not None and input.shape[0] > 1 and len(rows := part_rows(linear, input)) > 1:
         return send_parts(linear, reducer, rows, input, weight, **how).wait()
+    if torch.compiler.is_compiling():
+        how["tp_group"] = linear.tp_group  # Megatron would look for it, and warn, which a compiler cannot follow
     # Asked of the class each time: ModelOpt changes that of linears which are compressed already.
     partial = type(linear)._forward_impl(linear, input, weight, **how)
     return partial if reducer is None else reducer(partial, linear.sequence_parallel, linear.training)

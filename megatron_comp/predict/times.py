@@ -5,8 +5,8 @@
               value, half of the square since attention is causal; the head of the vocabulary for one token a prompt
     sums      `megatron_comp.wire.cost`, for each layer and site as the policy decides; a dropped one takes nothing
 
-The two follow each other, as in Megatron's stock layers, but on a CPU, where layers overlap (`layers/overlap.py`): of a
-sum in n parts the wire takes 1/n then, as long as the MLPs' compute is not shorter than what it hides.
+The two follow each other, as in Megatron's stock layers. On a CPU layers overlap them (`compressed_layer.py`): of a sum
+in n parts the wire then takes 1/n, as long as the MLPs' compute is not shorter than what it hides.
 """
 
 from dataclasses import dataclass

@@ -4,6 +4,10 @@ import argparse
 import hashlib
 from pathlib import Path
 
+import torch
+
+from ..version import __version__
+
 
 def origin(args: argparse.Namespace) -> dict[str, object]:
     """What everything measured or made of this model and this text depends on."""
@@ -13,6 +17,12 @@ def origin(args: argparse.Namespace) -> dict[str, object]:
         "tokens": args.tokens,
         "context": args.context,
     }
+
+
+def settings(args: argparse.Namespace, dtype: torch.dtype, **more: object) -> dict[str, object]:
+    """What measurements on ranks depend on: also their number, the dtype, and this package's version."""
+    measured = {"tp": args.tp, "dtype": str(dtype).removeprefix("torch."), "megatron_comp": __version__}
+    return {**origin(args), **measured, **more}
 
 
 def digest(path: str | Path) -> str:

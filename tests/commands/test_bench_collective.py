@@ -42,7 +42,7 @@ def test_rows_and_files_of_ranks_that_a_launcher_started(tmp_path):
     """Sums over the first two of three ranks, and over all."""
     files = {"json": tmp_path / "rows.json", "csv": tmp_path / "rows.csv", "figure": tmp_path / "rows.svg"}
     pair = "int8:32:fp16>int4:32:fp16"
-    arguments = ["--ranks", 2, "--ranks", 3, "--shape", "6x64", "--repeats", 2, "--codec", "mxfp4", "--codec", pair]
+    arguments = ["--tp", 2, "--tp", 3, "--shape", "6x64", "--runs", 2, "--codec", "mxfp4", "--codec", pair]
     arguments += [f"--{option}={file}" for option, file in files.items()]
     assert run_ranks(joined, 3, *arguments, init=False) == [0] * 3
 
@@ -202,8 +202,8 @@ def test_one_link_after_another(monkeypatch, tmp_path):
     [
         (["--codec", "mxfp5"], r"codec 'mxfp5' is neither a preset"),
         (["--shape", "4096"], r"--shape 4096: expected ROWSxHIDDEN"),
-        (["--ranks", "1"], r"--ranks 1: allowed are 2 and more"),
-        (["--repeats", "0"], r"--repeats 0: at least one"),
+        (["--tp", "1"], r"--tp 1: allowed are 2 and more"),
+        (["--runs", "0"], r"--runs 0: at least one"),
         (["--timeout", "0"], r"--timeout 0.0: allowed are seconds above 0"),
         (["--link", "fast"], r"--link 'fast' is no rate of a link: allowed are"),
         (["--codec", "mxfp4>mxfp8", "--algorithm", "gather_sum"], r"--codec mxfp4>mxfp8: gather_sum has one phase"),
@@ -222,7 +222,7 @@ def test_bad_input(monkeypatch, error_line, arguments, message):
     "arguments, message",
     [
         (["--link", "100mbit"], r"--link starts ranks of its own"),
-        (["--ranks", "3"], r"--ranks 3: allowed are 2 to 2, which were started"),
+        (["--tp", "3"], r"--tp 3: allowed are 2 to 2, which were started"),
     ],
 )
 def test_what_ranks_that_stand_cannot_do(monkeypatch, capsys, arguments, message):

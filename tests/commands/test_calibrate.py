@@ -190,7 +190,7 @@ def test_codecs_of_policies(tmp_path):
     def codecs(*arguments):
         parser = argparse.ArgumentParser()
         calibrate.add_arguments(parser)
-        return [*calibrate.check(parser.parse_args(["--ranks", "2", *arguments])).codecs]
+        return [*calibrate.check(parser.parse_args(["--tp", "2", *arguments])).codecs]
 
     (tmp_path / "a.yaml").write_text("codec: mxfp4\nlayers: {1: {attention: drop, mlp: 'int8:32:fp16>int4:32:fp16'}}\n")
     (tmp_path / "b.yaml").write_text("codec: none\nphases: {prefill: mxfp8}\n")
@@ -204,13 +204,13 @@ def test_codecs_of_policies(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--ranks", "1"], "--ranks 1: a link needs at least two"),
-        (["--ranks", "2", "--rounds", "0"], "--rounds 0"),
-        (["--ranks", "2", "--tokens", "8", "--tokens", "8"], "--tokens 8: two different sizes"),
-        (["--ranks", "2", "--codec", "mxfp4>mxfp8"], "mxfp4>mxfp8"),
-        (["--ranks", "2", "--codec", "mxfp5"], "codec 'mxfp5'"),
-        (["--ranks", "2", "--policy", "nowhere.yaml"], "nowhere.yaml"),
-        (["--ranks", "2", "--out", "nowhere/figures.yaml"], "--out nowhere/figures.yaml"),
+        (["--tp", "1"], "--tp 1: a link needs at least two"),
+        (["--tp", "2", "--runs", "0"], "--runs 0"),
+        (["--tp", "2", "--tokens", "8", "--tokens", "8"], "--tokens 8: two different sizes"),
+        (["--tp", "2", "--codec", "mxfp4>mxfp8"], "mxfp4>mxfp8"),
+        (["--tp", "2", "--codec", "mxfp5"], "codec 'mxfp5'"),
+        (["--tp", "2", "--policy", "nowhere.yaml"], "nowhere.yaml"),
+        (["--tp", "2", "--out", "nowhere/figures.yaml"], "--out nowhere/figures.yaml"),
     ],
 )
 def test_seen_before_any_rank_starts(capsys, monkeypatch, arguments, message):

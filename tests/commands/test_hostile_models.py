@@ -11,6 +11,7 @@ from characters import character_llama
 from models import message_of
 from ranks import run_ranks
 
+from megatron_comp.inference import checkpoint
 from megatron_comp.inference.hf import read_config
 from megatron_comp.inference.model import build_model, init_parallel
 
@@ -75,12 +76,19 @@ def test_pickles_alone(command, hostile, marker):
     assert done.stderr.count("megatron-comp: error") == 1 and not marker.exists()
 
 
-def test_a_whole_checkpoint_with_a_hostile_common_file(command, llama, tmp_path, marker):
-    """Megatron reads `common.pt` for every checkpoint; torch may be told by the environment to run what it names."""
+def save_hostile(rank, world_size, source, folder, marker):
+    init_parallel(1)
+    checkpoint.save(build_model(source), folder, checkpoint_version=3.0, args=Touches(marker))
+
+
+def test_what_stands_beside_the_tensors_of_a_whole_checkpoint(command, llama, tmp_path, marker):
+    """Megatron reads it for every checkpoint: 0.16 from a file, which the environment may let torch run, and 0.19 from
+    among the tensors, where torch runs it in any case."""
     folder = tmp_path / "megatron"
     assert command("convert", "--model", llama, "--out", folder).returncode == 0
     assert generate(command, folder).returncode == 0
-    torch.save({"args": Touches(marker)}, folder / "release" / "common.pt")
+    shutil.rmtree(folder / "release")
+    run_ranks(save_hostile, 1, llama, folder / "release", marker)
     for environment in ({}, TRUSTING):
         done = generate(command, folder, **environment)
         assert done.returncode == 2 and "release: cannot be read" in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""`megatron-comp plan`: its arithmetic by hand, its errors on published figures, its advice and its messages."""
+"""`megatron-comp plan`: its arithmetic by hand, its advice and its messages."""
 
 import argparse
 import json
@@ -9,7 +9,6 @@ import pytest
 from megatron_comp import cli
 from megatron_comp.commands import plan
 from megatron_comp.policy import CompressionPolicy
-from megatron_comp.predict import published
 from megatron_comp.predict.figures import figures_of
 from megatron_comp.predict.hardware import Gpu, Interconnect, Shares, figures_for, wire_of
 from megatron_comp.predict.models import MODELS, Model, from_config, load
@@ -120,20 +119,6 @@ def test_links_by_name_and_by_rate(link, gb_s):
     assert wire_of(link).gb_s == pytest.approx(gb_s)
 
 
-def test_published_rows_are_met_as_well_as_the_readme_says():
-    rows = published.rows()
-    paper = [row for row in rows if row["source"] == "2411.09510"]
-    assert max(abs(row["error_pct"]) for row in paper if row["use"] == "fitted") < 8
-    held_out = [abs(row["error_pct"]) for row in paper if row["use"] == "held out" and "7b" not in row["case"]]
-    assert len(held_out) == 9 and max(held_out) < 15
-    large = [row for row in rows if abs(row["error_pct"]) > 100 * published.LARGE]
-    assert all(row["reason"] or row["use"] == "fitted" for row in large)
-    quickreduce = [row for row in rows if row["case"].startswith("2xMI300X") and row["use"] == "held out"]
-    assert len(quickreduce) == 4 and max(abs(row["error_pct"]) for row in quickreduce) < 8
-    (through_host,) = [row for row in rows if row["source"] == "2412.04964" and row["use"] == "fitted"]
-    assert abs(through_host["error_pct"]) < 3  # 7 if a quarter of PCIe were reached where a fifth is
-
-
 def run(capsys, *arguments):
     assert cli.main(["plan", *map(str, arguments)]) == 0
     return capsys.readouterr().out
@@ -141,8 +126,9 @@ def run(capsys, *arguments):
 
 def test_slow_links_should_compress_and_fast_ones_not(capsys, tmp_path):
     out = run(capsys, "--model", "llama-2-70b", "--tp", 8, "--gpu", "l4", "--link", "pcie4x16")
-    assert "Compress with mxfp4 by two_step" in out
-    out = run(capsys, "--model", "llama-2-7b", "--tp", 2, "--tokens", 64, "--gpu", "H100", "--link", "nvlink4")
+    # mxfp4 takes 496 ms, this 508: within 5 %, the codec that rounds less is recommended.
+    assert "Compress with int4:32:fp16:hadamard by two_step" in out
+    out = run(capsys, "--model", "llama-2-7b", "--tp", 2, "--prompt-tokens", 64, "--gpu", "H100", "--link", "nvlink4")
     assert "Leave compression off" in out
     policy, rows = tmp_path / "policy.yaml", tmp_path / "rows.json"
     policy.write_text("codec: int8:32:fp16\nlayers: {3-9: {attention: drop}}\n")
@@ -153,9 +139,10 @@ def test_slow_links_should_compress_and_fast_ones_not(capsys, tmp_path):
     assert (made[2]["dropped"], made[2]["compressed"]) == (7, 57)
 
 
-def test_check_prints_every_row(capsys):
-    out = run(capsys, "--check")
-    assert out.count("llama-2-70b") == 12 and "Held out: " in out
+def test_what_has_moved_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "--check"])
+    assert ended.value.code == 2 and capsys.readouterr().err.endswith("python -m research.published\n")
 
 
 def test_measured_rows(capsys, tmp_path):
@@ -169,7 +156,7 @@ def test_measured_rows(capsys, tmp_path):
     rows = [row | {"policy": "none", "ttft_ms": 50 + stock}, row | {"policy": "none", "ttft_ms": 1.0, "tp": 4}]
     rows.append(row | {"policy": "none", "ttft_ms": 50 + stock * 1e6 / 11.25e3, "link": "100kbit"})
     (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
-    words = ("--model", model, "--tp", 2, "--tokens", 16, "--dtype", "float32", "--compute-ms", 50)
+    words = ("--model", model, "--tp", 2, "--prompt-tokens", 16, "--dtype", "float32", "--compute-ms", 50)
     files = ("--calibration", tmp_path / "figures.yaml", "--measured", tmp_path / "rows.json")
     run(capsys, *words, *files, "--json", tmp_path / "out.json")
     made = json.loads((tmp_path / "out.json").read_text())["rows"]
@@ -192,7 +179,7 @@ def test_measured_rows_of_a_policy_with_drops_and_mixed_codecs(capsys, tmp_path)
     row = {"algorithm": "gather_sum", "tp": 2, "link": "100kbit", "prompt_tokens": 16, "speedup_vs_none": 1.0}
     rows = [row | {"policy": str(policy), "ttft_ms": 2 * predicted, "dropped": 2}]
     (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
-    words = ["--model", model, "--tp", 2, "--tokens", 16, "--dtype", "float32", "--compute-ms", 50]
+    words = ["--model", model, "--tp", 2, "--prompt-tokens", 16, "--dtype", "float32", "--compute-ms", 50]
     words += ["--calibration", tmp_path / "figures.yaml", "--json", tmp_path / "out.json"]
     run(capsys, *words, "--measured", tmp_path / "rows.json")
     (made,) = json.loads((tmp_path / "out.json").read_text())["rows"]
@@ -220,7 +207,19 @@ def test_what_dropping_would_add(capsys, tmp_path):
         in out
     )
     out = run(
-        capsys, "--model", "llama-2-7b", "--tp", 2, "--gpu", "H100", "--link", "nvlink4", "--tokens", 64, "--drop", 25
+        capsys,
+        "--model",
+        "llama-2-7b",
+        "--tp",
+        2,
+        "--gpu",
+        "H100",
+        "--link",
+        "nvlink4",
+        "--prompt-tokens",
+        64,
+        "--drop",
+        25,
     )
     assert "Leave compression off" in out and "Dropping 8 of attention's sums alone" in out
 
@@ -238,8 +237,6 @@ WHOLE = ["--model", "llama-2-7b", "--tp", "2"]
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "--model is needed, or --check"),
-        (["--model", "llama-2-7b"], "--tp is needed"),
         (["--model", "llama-9", "--tp", "2", "--gpu", "L4", "--link", "1gbit"], "--model llama-9: neither a folder"),
         (WHOLE, "give --gpu, one of L4"),
         ([*WHOLE, "--gpu", "L4"], "give --link, a name (pcie3x16"),

@@ -166,3 +166,14 @@ def test_commands(command, source, text, tmp_path, arguments):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("megatron-comp: error")]
     assert re.search(r"logits are not finite: it began in layer 1, mlp \(", line), line
     assert not policy.exists() and not rows.exists(), json.loads(rows.read_text())
+
+
+@pytest.mark.parametrize("step", ["distill", "group"])
+def test_steps_that_write_weights(command, source, text, tmp_path, step):
+    folder = damaged(source, tmp_path / "model", {"model.layers.0.mlp.down_proj.weight": one_nan})
+    out = tmp_path / "weights.safetensors"
+    arguments = ("--model", folder, "--tp", 2, "--text", text, "--tokens", 64, "--context", 32, "--blocks", "1")
+    done = command("drop", step, *arguments, "--out", out)
+    assert done.returncode == 2, done.stderr
+    assert "block 1: its error is not finite, in float32: weights of it or of a block before it" in done.stderr
+    assert not out.exists()

@@ -10,7 +10,7 @@ PROMPT = "The three branches of the government of the United States are"
 @pytest.fixture(scope="session")
 def generate():
     """generate(file): the arguments of a short generation that goes into that JSON file."""
-    return lambda file: ("generate", "--prompt", PROMPT, "--codec", "mxfp4", "--max-new-tokens", "12", "--json", file)
+    return lambda file: ("generate", "--prompt", PROMPT, "--codec", "mxfp4", "--new-tokens", "12", "--json", file)
 
 
 @pytest.fixture(scope="session")

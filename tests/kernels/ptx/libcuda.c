@@ -13,7 +13,7 @@ void set_launch_handler(launch_handler new_handler) { handler = new_handler; }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **params, void **extra) {
     const unsigned grid[3] = {config->gridDimX, config->gridDimY, config->gridDimZ};
-    return handler(function, grid, config->sharedMemBytes, params);
+    return handler ? handler(function, grid, config->sharedMemBytes, params) : CUDA_SUCCESS;
 }
 
 /* A kernel is known by its module's number. */

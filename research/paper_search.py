@@ -1,4 +1,6 @@
-"""`search --paper`: the uniform search of arXiv 2411.09510, one codec for every sum, and the baselines of its tables.
+"""The uniform search of arXiv 2411.09510, one codec for every sum, and the baselines of its tables.
+
+    python -m research.paper_search --model DIR --tp N --text FILE --out policy.yaml
 
 The paper tries value types, block sizes and scales, keeps what raises perplexity by less than 3 % on a part of
 WikiText, and takes the one of highest compression. It sums by all-gather and leaves a rank's own share exact; here that
@@ -13,21 +15,26 @@ summed by the stock collective. The paper gives no formula; these are what the n
                          make a third of the 16-bit tensor: one in six; all others are zero
 """
 
+import argparse
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from ..layers.apply import remove_compression
-from ..layers.places import Place, find_places
-from ..layers.reducer import Reducer
-from ..policy import CompressionPolicy
-from .bound import Bound
-from .candidates import uniform
-from .measurements import Calibration
-from .results import Found
+from megatron_comp.cli import carry_out
+from megatron_comp.commands import search
+from megatron_comp.launcher import output
+from megatron_comp.layers.apply import remove_compression
+from megatron_comp.layers.places import Place, find_places
+from megatron_comp.layers.reducer import Reducer
+from megatron_comp.policy import CompressionPolicy
+from megatron_comp.quality.judge import Trial
+from megatron_comp.search.bound import Bound
+from megatron_comp.search.candidates import uniform
+from megatron_comp.search.measurements import Measurements, labels
+from megatron_comp.search.results import Found, report
 
 VALUES = ("fp3_e1m1", "fp4_e2m1", "int4", "fp5_e2m2", "fp5_e3m1")
 BLOCKS = (8, 16, 32)
@@ -68,27 +75,35 @@ def topk(x: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(x).scatter(-1, places, x.gather(-1, places))
 
 
-@contextmanager
-def rounded(model: torch.nn.Module, rounding: Callable[[torch.Tensor], torch.Tensor]):
-    """Inside, every sum of the model is of rounded partial sums."""
-    remove_compression(model)
-    policy = CompressionPolicy(
-        codec="mxfp4", min_bytes=0
-    )  # one that compresses, so that every place can be attached to
-    for place in find_places(model):
-        place.attach(RoundedSum(policy, place, rounding))
-    yield
-    remove_compression(model)
+@dataclass(frozen=True)
+class Rounded(Trial):
+    """Stock sums of partial sums that `rounding` has rounded: `[..., hidden]` to the same shape."""
+
+    rounding: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def apply(self, model: torch.nn.Module) -> None:
+        remove_compression(model)
+        # With a policy that compresses, every place lets itself be attached to.
+        policy = CompressionPolicy(codec="mxfp4", min_bytes=0)
+        for place in find_places(model):
+            place.attach(RoundedSum(policy, place, self.rounding))
 
 
-def search_uniform(calibration: Calibration, bound: Bound, min_bytes: int | str) -> Found:
+def search_uniform(measurements: Measurements, bound: Bound, min_bytes: int | str) -> Found:
     """The codec of fewest bits within the bound, for all places. Raises ValueError if there is none."""
     points = {}
     for codec in (f"{value}:{block}:{scale}" for value in VALUES for block in BLOCKS for scale in SCALES):
-        points[codec] = calibration.point(codec, "format", uniform(codec, "gather_sum"))
-    tokens = calibration.windows.shape[1]
-    calibration.simulated("int4 channel-wise", 4 + 16 / tokens, partial(rounded, rounding=int4_by_channel))
-    calibration.simulated("topk 3x", 16 / TOPK_RATIO, partial(rounded, rounding=topk))
+        points[codec] = measurements.point(codec, "format", uniform(codec, "gather_sum"))
+    judge = measurements.judge
+    for trial, bits in (
+        (Rounded("int4 channel-wise", rounding=int4_by_channel), 4 + 16 / judge.windows.shape[1]),
+        (Rounded("topk 3x", rounding=topk), 16 / TOPK_RATIO),
+    ):
+        judge.point(trial, **(labels(trial, "baseline") | {"algorithm": "all_reduce", "bits_per_value": bits}))
     able = [codec for codec, point in points.items() if bound.of(point) <= bound.limit]
     if not able:
         best = min(points, key=lambda codec: bound.of(points[codec]))
@@ -97,3 +112,30 @@ def search_uniform(calibration: Calibration, bound: Bound, min_bytes: int | str)
         )
     chosen = min(able, key=lambda codec: (points[codec]["bits_per_value"], bound.of(points[codec])))
     return Found(uniform(chosen, "gather_sum", min_bytes), points[chosen], bound)
+
+
+check = search.check_search
+
+
+def run(args: argparse.Namespace) -> None:
+    check(args)
+    with search.measuring(args, search="paper", candidates=[]) as measurements:
+        found = search_uniform(measurements, search.bound_of(args), args.min_bytes)
+    if output.is_first_rank():
+        report(args, found, measurements.judge, "python -m research.paper_search")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or non-zero after one clear line on standard error."""
+    parser = argparse.ArgumentParser(
+        prog="python -m research.paper_search",
+        description="Try one codec for all sums, value x block x scale, as arXiv 2411.09510 did, beside its baselines. "
+        "The bound is a perplexity increase of 3 % unless another one is given.",
+    )
+    search.add_search(parser)
+    argv = sys.argv[1:] if argv is None else argv
+    return carry_out(sys.modules[__name__], parser.parse_args(argv), "research.paper_search", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,6 @@
-"""The cost model beside published measurements: `megatron-comp plan --check`.
+"""The cost model of `megatron-comp plan` beside published measurements.
+
+    python -m research.published [--json FILE]
 
 Three sources. Nothing of ours was measured on their machines, and only what is said here was fitted to their figures.
 
@@ -12,16 +14,21 @@ Three sources. Nothing of ours was measured on their machines, and only what is 
    `plan` makes for everybody, of which the share of PCIe that is reached was fitted to the L40's row.
 """
 
+import argparse
+import statistics
+import sys
 from dataclasses import dataclass
 
-from ..bench.fit import line
-from ..policy import CompressionPolicy
-from ..wire.codec import Codec
-from ..wire.cost import ring_bytes, sum_seconds
-from ..wire.figures import Figures, Link
-from .hardware import GPUS, WIRES, Interconnect, Shares, figures_for
-from .models import MODELS
-from .times import Job, compute_seconds, sums
+from megatron_comp.bench.fit import line
+from megatron_comp.cli import carry_out
+from megatron_comp.launcher import output
+from megatron_comp.policy import CompressionPolicy
+from megatron_comp.predict.hardware import GPUS, WIRES, Interconnect, Shares, figures_for
+from megatron_comp.predict.models import MODELS
+from megatron_comp.predict.times import Job, compute_seconds, sums
+from megatron_comp.wire.codec import Codec
+from megatron_comp.wire.cost import ring_bytes, sum_seconds
+from megatron_comp.wire.figures import Figures, Link
 
 EAGER = Shares(compute=0.52, codec=0.18, codec_call_us=193, layer_us=1000)
 L4_PCIE = Interconnect(4.6, 5, "between L4s, of PCIe 4.0's 32", reached=1.0)
@@ -200,6 +207,34 @@ LARGE = 0.2
 
 def summary(rows: list[dict]) -> str:
     """The errors of what was not fitted, in one line."""
-    held_out = sorted(abs(row["error_pct"]) for row in rows if row["use"] == "held out")
-    median, within = held_out[len(held_out) // 2], sum(error <= 100 * LARGE for error in held_out)
+    held_out = [abs(row["error_pct"]) for row in rows if row["use"] == "held out"]
+    median, within = statistics.median(held_out), sum(error <= 100 * LARGE for error in held_out)
     return f"Held out: {len(held_out)} figures, median error {median:.0f} %, {within} within {LARGE:.0%}."
+
+
+def check(args: argparse.Namespace) -> None:
+    output.check_file("--json", args.json)
+
+
+def run(args: argparse.Namespace) -> None:
+    check(args)
+    made = rows()
+    reasons = list(dict.fromkeys(row["reason"] for row in made if row["reason"]))
+    shown = [row | {"note": reasons.index(row["reason"]) + 1 if row["reason"] else ""} for row in made]
+    output.show("The cost model beside published measurements", COLUMNS, shown)
+    for number, reason in enumerate(reasons, 1):
+        print(f"{number}: {reason}")
+    print(summary(made))
+    output.write_json(args.json, vars(args), made)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or non-zero after one clear line on standard error."""
+    parser = argparse.ArgumentParser(prog="python -m research.published", description="Errors of `plan`'s cost model.")
+    parser.add_argument("--json", metavar="FILE", help="Write versions and rows there as one JSON object.")
+    argv = sys.argv[1:] if argv is None else argv
+    return carry_out(sys.modules[__name__], parser.parse_args(argv), "research.published", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
