@@ -85,6 +85,22 @@ class CompressionPolicy:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
+    def of(cls, given: "CompressionPolicy | str | Path") -> "CompressionPolicy":
+        """A policy itself, the one of a file, or the one that uses a codec for every sum.
+
+        Text is a path if it ends in `.yaml` or `.yml`, else a codec's name.
+
+        Raises ValueError for what is neither, OSError if the file cannot be read, TypeError for anything else.
+        """
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, Path) or (isinstance(given, str) and given.endswith((".yaml", ".yml"))):
+            return cls.from_file(given)
+        if isinstance(given, str):
+            return cls(codec=given)
+        raise TypeError(f"a policy is a CompressionPolicy, a policy file or a codec's name, not {type(given).__name__}")
+
+    @classmethod
     def from_dict(cls, content: object) -> "CompressionPolicy":
         keys = [each.name for each in fields(cls)]
         if not isinstance(content, Mapping):

@@ -347,3 +347,18 @@ def test_policies_need_no_megatron_and_no_processes():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_stands_for_a_policy(tmp_path):
+    file = tmp_path / "policy.yaml"
+    file.write_text("codec: mxfp4\nmin_bytes: 0\n")
+    policy = CompressionPolicy(codec="mxfp4", min_bytes=0)
+    assert CompressionPolicy.of(policy) is policy
+    assert CompressionPolicy.of(str(file)) == CompressionPolicy.of(file) == policy
+    assert CompressionPolicy.of("int8:32:fp16") == CompressionPolicy(codec="int8:32:fp16")
+    with pytest.raises(ValueError, match="codec: 'policy' is neither"):
+        CompressionPolicy.of("policy")
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+        CompressionPolicy.of("absent.yaml")
+    with pytest.raises(TypeError, match="not dict"):
+        CompressionPolicy.of({"codec": "mxfp4"})

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -28,13 +29,28 @@ from .reducer import Phase, Reducer
 from .sync_drop import check_block, dropped_blocks
 
 logger = logging.getLogger(__name__)
+_said: set[str] = set()
 
 
 @dataclass(slots=True)
 class ModelStats:
-    """What every compressed site of a model did since `apply_compression`, on this rank."""
+    """What every compressed site of a model did since `apply_compression`, on this rank. `print` shows it in a line."""
 
     sites: list[SiteStats]
+    link: str = ""
+    """What predictions went by: the calibration file, or what is assumed of the link. Empty where nothing predicts."""
+
+    def __str__(self) -> str:
+        said = f"{self.compressed.calls:,} sums compressed"
+        if self.compressed.calls:
+            said += f" ({_counts(self.algorithms)})"
+        said += f", {self.kept.calls:,} uncompressed"
+        if self.kept.calls:
+            said += f" ({_counts(self.kept_because)})"
+        said += f", {self.bits_per_value:.2f} bits per value, {self.received_bytes:,} bytes received"
+        if self.captured:
+            said += ", not counting replays of CUDA graphs"
+        return said + (f"; {self.link}" if self.link else "")
 
     @property
     def compressed(self) -> Traffic:
@@ -68,10 +84,20 @@ class ModelStats:
         return 8 * total.message_bytes / total.values if total.values else 0.0
 
 
+def _counts(counter: Counter) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counter.most_common())
+
+
 def apply_compression(
-    model: torch.nn.Module, policy: CompressionPolicy, *, timing: bool = False, allow_training: bool = False
+    model: torch.nn.Module,
+    policy: CompressionPolicy | str | Path,
+    *,
+    timing: bool = False,
+    allow_training: bool = False,
 ) -> torch.nn.Module:
     """Compresses the tensor-parallel reductions of a built Megatron model as `policy` says; returns the model.
+
+    policy: a `CompressionPolicy`, the path of a policy file, or a codec for every sum.
 
     Weights, state dict and modules stay what they are, with their classes. A model that is compressed already takes the
     new policy, and its counters start again. Every rank must call it.
@@ -91,8 +117,7 @@ def apply_compression(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"apply_compression takes one module, not {type(model).__name__}; call it for each model chunk")
-    if not isinstance(policy, CompressionPolicy):
-        raise TypeError(f"apply_compression takes a CompressionPolicy, such as CompressionPolicy(codec={policy!r})")
+    policy = CompressionPolicy.of(policy)
     places = list(find_places(model))
     hosts = _compare_ranks(places, policy, _problem(model, places, policy))
     figures = _agree_on_figures(hosts, policy)
@@ -129,7 +154,9 @@ def remove_compression(model: torch.nn.Module) -> torch.nn.Module:
 
 def stats(model: torch.nn.Module) -> ModelStats:
     """Calls and bytes of every site, compressed and kept, from `apply_compression` to this moment."""
-    return ModelStats([deepcopy(reducer.meter.stats) for reducer in reducers(model)])
+    found = list(reducers(model))
+    links = dict.fromkeys(each.plans.figures.source for each in found if each.plans.policy.predicts)
+    return ModelStats([deepcopy(each.meter.stats) for each in found], "; ".join(links))
 
 
 def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> str | None:
@@ -269,22 +296,26 @@ def _reach_one_another(ranks: int) -> bool:
 def _say_figures(figures: Figures, policy: CompressionPolicy, ranks: int) -> None:
     if not figures.measured:
         level = logging.INFO if os.environ.get(VARIABLE) == "assumed" else logging.WARNING
-        logger.log(
+        _say_once(
             level,
-            "megatron_comp: nothing was measured of the link between these %d ranks; %s. "
+            f"nothing was measured of the link between these {ranks} ranks; {figures.source}. "
             "`megatron-comp calibrate` measures it",
-            ranks,
-            figures.source,
         )
         return
-    logger.info("megatron_comp: sums over %d ranks are predicted from figures %s", ranks, figures.source)
+    _say_once(logging.INFO, f"sums over {ranks} ranks are predicted from {figures.source}")
     if unknown := [str(codec) for codec in policy.codecs() if not figures.knows(codec)]:
-        logger.warning(
-            "megatron_comp: %s has no time of %s, taken to be as slow as the slowest there; "
+        _say_once(
+            logging.WARNING,
+            f"{figures.source} has no time of {', '.join(unknown)}, taken to be as slow as the slowest there; "
             "`megatron-comp calibrate` measures codecs of --policy or --codec",
-            figures.source,
-            ", ".join(unknown),
         )
+
+
+def _say_once(level: int, text: str) -> None:
+    """Once per process, however many models and policies it holds for."""
+    if text not in _said:
+        _said.add(text)
+        logger.log(level, "megatron_comp: %s", text)
 
 
 def _phase_hook(phase: Phase):

@@ -21,11 +21,13 @@ class Traffic:
     """Of the summed tensors, each counted once, as they travel."""
     received_bytes: int = 0
     """From the other ranks: counted for compressed reductions, that of a ring for stock ones."""
-    seconds: float = 0.0
-    """Zero unless timing was asked for."""
+    seconds: float | None = None
+    """None unless timing was asked for."""
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(*(getattr(self, name) + getattr(other, name) for name in Traffic.__slots__))
+        counts = (getattr(self, name) + getattr(other, name) for name in Traffic.__slots__[:-1])
+        timed = [each.seconds for each in (self, other) if each.seconds is not None]
+        return Traffic(*counts, sum(timed) if timed else None)
 
 
 @dataclass(slots=True)
@@ -84,7 +86,7 @@ def _seconds(traffic: Traffic) -> Iterator[None]:
     start = time.perf_counter()
     yield
     wait_for_device()
-    traffic.seconds += time.perf_counter() - start
+    traffic.seconds = (traffic.seconds or 0.0) + time.perf_counter() - start
 
 
 def _is_capturing() -> bool:
