@@ -12,7 +12,7 @@ from ..bench import links, plot, sums
 from ..bench.circumstances import DTYPES, circumstances
 from ..launcher import output
 from ..wire.codec import Codec, CodecPair, parse_codec
-from ..wire.cost import ALGORITHMS
+from ..wire.cost import ALGORITHMS, FLAT
 from . import bench_options, options
 
 CODECS = ("mxfp4", "int4:32:fp16:hadamard", "int8:32:fp16")
@@ -104,7 +104,7 @@ def check(args: argparse.Namespace) -> SumTiming:
         wrong = counts[0] if counts[0] < 2 else counts[-1]
         raise ValueError(f"--ranks {wrong}: allowed are 2 {f'to {world}, which were started' if world else 'and more'}")
     names = [name for name in args.codec or CODECS if name != "none"]  # its row is there anyway
-    algorithms = list(dict.fromkeys(args.algorithm or ALGORITHMS[1:]))
+    algorithms = list(dict.fromkeys(args.algorithm or FLAT))
     codecs = {name: parse_codec(name) for name in names}
     if algorithms == ["gather_sum"] and (pairs := [name for name in names if isinstance(codecs[name], CodecPair)]):
         raise ValueError(f"--codec {pairs[0]}: gather_sum has one phase and takes one codec")
