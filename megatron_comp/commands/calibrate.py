@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import socket
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,8 @@ from ..launcher import output
 from ..policy import CompressionPolicy
 from ..wire.codec import Codec
 from ..wire.cost import sum_seconds
-from ..wire.figures import VARIABLE, default_path
+from ..wire.figures import VARIABLE, Figures, Link, default_path
+from ..wire.topology import Islands, connect
 from . import options
 
 CODECS = ("mxfp4", "nvfp4", "int4:32:fp16", "int4:32:fp16:hadamard", "int5:32:fp16:hadamard", "int8:32:fp16")
@@ -111,9 +113,13 @@ def run(args: argparse.Namespace) -> None:
 
     setting = check(args)
     init_parallel(args.tp, args.timeout)
+    hosts = [""] * args.tp
+    dist.all_gather_object(hosts, socket.gethostname())
+    if (islands := Islands.of_names(hosts)).have_two_levels:
+        setting = replace(setting, topology=connect({None: islands})[None])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     timings = measure(setting, device)
-    figures = fit.figures(setting, timings, _about(args, setting, device))
+    figures = fit.figures(setting, timings, _about(args, setting, device, len(set(hosts))))
     agreed = [figures]
     dist.broadcast_object_list(agreed)  # all ranks go by one and the same
     (figures,) = agreed
@@ -126,12 +132,10 @@ def run(args: argparse.Namespace) -> None:
     destroy_parallel()
 
 
-def _about(args: argparse.Namespace, setting: Scope, device: torch.device) -> dict[str, object]:
-    hosts = [""] * args.tp
-    dist.all_gather_object(hosts, socket.gethostname())
+def _about(args: argparse.Namespace, setting: Scope, device: torch.device, hosts: int) -> dict[str, object]:
     return {
         "ranks": args.tp,
-        "hosts": len(set(hosts)),
+        "hosts": hosts,
         "backend": dist.get_backend(),
         "device": device.type,
         "device_name": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -149,7 +153,7 @@ def _show(setting, timings, figures, args) -> None:
             "largest_ms": link.points[-1][1] * 1e3,
             "mbit_per_s": link.bytes_per_s * 8e-6,
         }
-        for name, link in figures.links.items()
+        for name, link in _named_links(figures).items()
     ]
     codecs = [_codec_row(name, codec, setting, timings, figures) for name, codec in setting.codecs.items()]
     about = figures.measured
@@ -163,9 +167,15 @@ def _show(setting, timings, figures, args) -> None:
     print(_advice(codecs, largest, figures.margin))
 
 
+def _named_links(figures: Figures) -> dict[str, Link]:
+    levels = {"inside": figures.inside, "across": figures.across}
+    named = {f"{name}, {level}": link for level, links in levels.items() for name, link in links.items()}
+    return {**figures.links, **named}
+
+
 def _codec_row(name, codec, setting, timings, figures) -> dict:
     shape, ranks, cost = setting.shapes[-1], figures.ranks, figures.cost(codec)
-    times = {way: timings.median("sum", shape, name, way) for way in ("gather_sum", "two_step")}
+    times = {way: timings.median("sum", shape, name, way) for way in setting.ways}
     algorithm = min(times, key=times.get)
     stock = timings.median("all_reduce", shape)
     return {
@@ -174,7 +184,7 @@ def _codec_row(name, codec, setting, timings, figures) -> dict:
         "decode_ns_per_value": cost.decode_s_per_value * 1e9,
         "pays_from_bytes": fit.pays_from(codec, setting.itemsize, ranks, figures, setting.shapes[-1][1]),
         "algorithm": algorithm,
-        "predicted_ms": sum_seconds(shape, codec, ranks, algorithm, figures) * 1e3,
+        "predicted_ms": sum_seconds(shape, codec, ranks, algorithm, figures, setting.islands) * 1e3,
         "measured_ms": times[algorithm] * 1e3,
         "stock_ms": stock * 1e3,
         "speedup": stock / times[algorithm],

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import RowParallelLinear
 from ..policy import CompressionPolicy
 from ..version import __version__
 from ..wire.figures import ASSUMED, ASSUMED_PEERS, VARIABLE, Figures, find_figures
+from ..wire.topology import connect
 from .overlap import OverlappedLayer, can_overlap, end_overlap, overlap
 from .places import find_places, reductions, restore
 from .plans import Plans
@@ -90,10 +91,12 @@ def apply_compression(
         raise TypeError(f"apply_compression takes a CompressionPolicy, such as CompressionPolicy(codec={policy!r})")
     places = list(find_places(model))
     hosts = _compare_ranks(places, policy, _problem(model, places, policy))
-    figures = _agree_on_figures(hosts, policy)
+    figures = _agree_on_figures({group: len(set(names)) for group, names in hosts.items()}, policy)
+    topologies = _connect(hosts, policy)
     remove_compression(model)
 
-    phase, plans = Phase(), {group: Plans(policy, its_figures) for group, its_figures in figures.items()}
+    phase = Phase()
+    plans = {group: Plans(policy, known, topologies.get(group)) for group, known in figures.items()}
     for place in places:
         shared = figures[place.group], plans[place.group]
         place.attach(ReductionSite(policy, place.layer, place.site, phase, timing, allow_training, *shared))
@@ -187,7 +190,7 @@ def _sites_of_other_stages(config) -> set[str]:
 
 
 def _compare_ranks(places: list, policy: CompressionPolicy, problem: str | None) -> dict:
-    """By group, how many machines its ranks are on.
+    """By group, the names of its ranks' machines.
 
     Raises on every rank if one of them found a problem, or if they do not all have one policy and version.
     """
@@ -209,7 +212,14 @@ def _compare_ranks(places: list, policy: CompressionPolicy, problem: str | None)
                     "compression differs between tensor-parallel ranks: "
                     + "; ".join(f"rank {r}: version {everyone[r][0]}, policy {everyone[r][2]}" for r in (0, rank))
                 )
-    return {group: len({host for *_, host in everyone}) for group, everyone in heard.items()}
+    return {group: [host for *_, host in everyone] for group, everyone in heard.items()}
+
+
+def _connect(hosts: dict, policy: CompressionPolicy) -> dict:
+    """By group, which of its ranks are near one another; none where no sum asks."""
+    if not policy.has_levels:
+        return {}
+    return connect({group: policy.islands_of(names) for group, names in hosts.items() if group.size() > 1})
 
 
 def _agree_on_figures(hosts: dict, policy: CompressionPolicy) -> dict:

@@ -7,9 +7,10 @@ import torch
 
 from ..policy import CompressionPolicy
 from ..wire import exchange
-from ..wire.cost import choose_algorithm, choose_chunks, choose_parts, ring_bytes
+from ..wire.cost import choose_algorithm, choose_chunks, choose_parts, choose_scatter, ring_bytes
 from ..wire.figures import Figures
 from ..wire.plan import SumPlan, plan_all_reduce, plan_reduce_scatter
+from ..wire.topology import Topology
 
 Group = torch.distributed.ProcessGroup
 
@@ -37,8 +38,9 @@ class Choice:
 class Plans:
     """The choices of one policy, with what was measured of one group. Shared by all sites that sum over that group."""
 
-    def __init__(self, policy: CompressionPolicy, figures: Figures) -> None:
-        self.policy, self.figures = policy, figures
+    def __init__(self, policy: CompressionPolicy, figures: Figures, topology: Topology | None = None) -> None:
+        self.policy, self.figures, self.topology = policy, figures, topology
+        self._islands = topology and topology.islands
         self._known: dict[tuple, Choice] = {}
 
     def all_reduce(self, word: str, partial: torch.Tensor, group: Group) -> Choice:
@@ -62,17 +64,18 @@ class Plans:
 
     def _choose_all_reduce(self, word: str, partial: torch.Tensor, group: Group) -> Choice:
         shape, ranks, figures = partial.shape, group.size(), self.figures
-        decision = self.policy.decide_message(word, shape, partial.element_size(), ranks, figures)
+        decision = self.policy.decide_message(word, shape, partial.element_size(), ranks, figures, False, self._islands)
         if decision.codec is None:
             return _stock(decision.reason, partial, ranks, passes=2)
-        algorithm = choose_algorithm(shape, decision.codec, ranks, decision.algorithm, figures)
+        algorithm = choose_algorithm(shape, decision.codec, ranks, decision.algorithm, figures, self._islands)
         how = shape, decision.codec, ranks, algorithm, figures
         device = partial.device.type
         of_bytes = exchange.chunk_bytes(device) or figures.chunk_bytes
-        parts = choose_parts(*how, partial.device)
+        parts = choose_parts(*how, partial.device, self._islands)
         shared = shape, decision.codec, ranks, group.rank(), algorithm
-        plan = plan_all_reduce(*shared, choose_chunks(*how, of_bytes))
-        in_parts = plan_all_reduce(*shared, parts) if parts > 1 else None
+        raw = {"topology": self.topology, "itemsize": partial.element_size()}
+        plan = plan_all_reduce(*shared, choose_chunks(*how, of_bytes, self._islands), **raw)
+        in_parts = plan_all_reduce(*shared, parts, **raw) if parts > 1 else None
         if in_parts is not None and len(in_parts.chunks) == 1:
             in_parts = None
         return Choice(plan, in_parts, "", plan.values, plan.message_bytes, plan.received_bytes)
@@ -81,11 +84,15 @@ class Plans:
         self, word: str, partial: torch.Tensor, group: Group, splits: tuple[int, ...] | None
     ) -> Choice:
         shape, ranks = partial.shape, group.size()
-        decision = self.policy.decide_message(word, shape, partial.element_size(), ranks, self.figures, scatter=True)
+        size = partial.element_size()
+        decision = self.policy.decide_message(word, shape, size, ranks, self.figures, True, self._islands)
         if decision.codec is None:
             return _stock(decision.reason, partial, ranks, passes=1)
         of_bytes = exchange.chunk_bytes(partial.device.type) or self.figures.chunk_bytes
-        plan = plan_reduce_scatter(shape, decision.codec, ranks, group.rank(), splits, of_bytes)
+        way = choose_scatter(shape, decision.codec, ranks, decision.algorithm, self.figures, self._islands)
+        shared = shape, decision.codec, ranks, group.rank(), splits, of_bytes
+        topology = self.topology if way == "hierarchical_scatter" else None
+        plan = plan_reduce_scatter(*shared, topology, size)
         return Choice(plan, None, "", plan.values, plan.message_bytes, plan.received_bytes)
 
 

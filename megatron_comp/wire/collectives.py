@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from . import exchange
 from .codec import Codec, CodecPair, parse_codec
+from .cost import choose_scatter
 from .hierarchical import Steps, hierarchical_scatter, hierarchical_sum
 from .plan import Chunk, SumPlan, plan_all_reduce, plan_reduce_scatter
 from .spans import span
@@ -149,8 +150,11 @@ def reduce_scatter(
         raise ValueError(f"reduce_scatter has one phase and takes one codec, not {codec}")
     splits = None if splits is None else tuple(splits)
     of_bytes = exchange.chunk_bytes(x.device.type)
-    shared = codec, _ranks(group), dist.get_rank(group)
-    plan = plan_reduce_scatter(x.shape, *shared, splits, of_bytes, algorithm, topology, x.itemsize)
+    ranks = _ranks(group)
+    way = choose_scatter(x.shape, codec, ranks, algorithm, islands=topology and topology.islands)
+    topology = topology if way == "hierarchical_scatter" else None
+    shared = codec, ranks, dist.get_rank(group)
+    plan = plan_reduce_scatter(x.shape, *shared, splits, of_bytes, topology, x.itemsize)
     return run(plan, x, group, async_op)
 
 

@@ -12,7 +12,6 @@ from . import exchange
 from .codec import Codec, CodecPair
 from .cost import (
     choose_algorithm,
-    choose_scatter,
     flat_across,
     most_chunks,
     received_by_level,
@@ -165,19 +164,18 @@ def plan_reduce_scatter(
     rank: int,
     splits: tuple[int, ...] | None = None,
     chunk_bytes: int | None = None,
-    algorithm: str = "auto",
     topology: Topology | None = None,
     itemsize: int = 2,
 ) -> SumPlan:
     """The plan of a reduce-scatter along dim 0 of a tensor of `shape` `[rows, ..., hidden]`.
 
-    splits: rows of each rank's slice; without it they are equal. chunk_bytes, topology, itemsize: as in
-    `plan_all_reduce`. algorithm: only `hierarchical` and `auto` make a difference, where islands are of equal size.
+    splits: rows of each rank's slice; without it they are equal. chunk_bytes, itemsize: as in `plan_all_reduce`.
+    topology: of the hierarchical way, among islands of one size; None: the flat one.
     Raises ValueError if they do not make up dim 0.
     """
     hidden, inner = shape[-1], math.prod(shape[1:-1])
     split_rows = scatter_rows(shape, ranks, splits)
-    algorithm = choose_scatter(shape, codec, ranks, algorithm, islands=topology and topology.islands)
+    algorithm = "reduce_scatter" if topology is None else "hierarchical_scatter"
     if 0 in shape:
         return SumPlan(algorithm, codec, codec, ranks, rank, shape[-1], (), 0, 0, 0, split_rows[rank])
     slices = [count * inner for count in split_rows]
@@ -187,10 +185,10 @@ def plan_reduce_scatter(
     # All slices are cut where the longest one is; shorter ones end early.
     firsts = [end - count for count, end in zip(counts, itertools.accumulate(counts), strict=True)]
     offsets = [end - rows for rows, end in zip(slices, itertools.accumulate(slices), strict=True)]
-    if algorithm == "hierarchical_scatter":
-        received = sum(received_by_level_scatter(shape, codec, topology.islands, rank, itemsize, splits))
+    if topology is None:
+        received = received_bytes_scatter(shape, codec, ranks, rank, splits)
     else:
-        topology, received = None, received_bytes_scatter(shape, codec, ranks, rank, splits)
+        received = sum(received_by_level_scatter(shape, codec, topology.islands, rank, itemsize, splits))
     chunks = []
     for start, count in zip(firsts, counts, strict=True):
         pieces = tuple(max(0, min(count, rows - start)) for rows in slices)

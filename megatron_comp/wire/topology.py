@@ -32,9 +32,8 @@ class Islands:
         """Raises ValueError if a rank is in no island, in two, or if an island is empty."""
         ranks = [rank for island in self.members for rank in island]
         if not ranks or sorted(ranks) != list(range(len(ranks))) or not all(self.members):
-            raise ValueError(
-                f"islands {[*map(list, self.members)]} do not hold each of ranks 0 to {max(ranks, default=0)} once"
-            )
+            given = [*map(list, self.members)]
+            raise ValueError(f"islands {given} do not hold each of ranks 0 to {max(ranks, default=0)} once")
         ordered = tuple(sorted(tuple(sorted(island)) for island in self.members))
         object.__setattr__(self, "members", ordered)
 
@@ -49,6 +48,9 @@ class Islands:
         if size < 1 or ranks % size:
             raise ValueError(f"islands of {size} ranks do not divide {ranks} ranks")
         return cls(tuple(tuple(range(first, first + size)) for first in range(0, ranks, size)))
+
+    def __str__(self) -> str:
+        return str([*map(list, self.members)])
 
     @property
     def ranks(self) -> int:
@@ -123,7 +125,7 @@ def _problem(group: Group | None, islands: Islands) -> str | None:
     if of_job != sorted(of_job):  # torch.distributed puts the ranks of new groups in this order
         return f"a hierarchical sum needs a group whose ranks ascend, not {of_job}"
     if islands.ranks != len(of_job):
-        return f"islands {[*map(list, islands.members)]} are of {islands.ranks} ranks, the group is of {len(of_job)}"
+        return f"islands {islands} are of {islands.ranks} ranks, the group is of {len(of_job)}"
     return None
 
 
