@@ -12,7 +12,7 @@ from ..bench import links, plot, sums
 from ..bench.circumstances import DTYPES, circumstances
 from ..launcher import output
 from ..wire.codec import Codec, CodecPair, parse_codec
-from ..wire.cost import ALGORITHMS, FLAT
+from ..wire.cost import ALGORITHMS
 from . import bench_options, options
 
 CODECS = ("mxfp4", "int4:32:fp16:hadamard", "int8:32:fp16")
@@ -24,6 +24,8 @@ COLUMNS = {
     "ranks": ("ranks", "d"),
     "message_bytes": ("tensor bytes", ",d"),
     "bytes_on_wire": ("bytes on wire", ",d"),
+    "machines": ("machines", "d"),
+    "bytes_across": ("bytes across", ",d"),
     "link": ("link", ""),
     "median_ms": ("median ms", ".2f"),
     "p20_ms": ("p20", ".2f"),
@@ -43,11 +45,13 @@ One row a measurement, in the table and in the files:
   ranks          the first so many of the ranks; the others wait
   message_bytes  of one rank's tensor, uncompressed
   bytes_on_wire  what the busiest rank receives from the others; for all_reduce, that of a ring, 2(N-1)/N of the tensor
-  link           rate of each rank's link in each direction
+  machines       that the ranks are on
+  bytes_across   what the busiest machine's ranks receive from other machines; a ring enters a machine once
+  link           rate of each machine's link in each direction, and after @ the latency of a round trip
   median_ms, p20_ms, p80_ms
                  milliseconds a call, from a barrier to the last rank's end; half of the calls took less than the median
   share_of_wire_limit
-                 the time that bytes_on_wire alone take at the link's rate, over the median; empty where the rate is not
+                 the time that bytes_across alone take at the link's rate, over the median; empty where the rate is not
                  known. Headers of packets take 4 to 5 % of a rate; a first burst of some 256 KB goes for nothing
   speedup_vs_all_reduce
                  the median of none, all_reduce with the same ranks and tensor, over this one
@@ -84,7 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--algorithm",
         action="append",
         choices=ALGORITHMS,
-        help=f"of the codecs; {again} (default: gather_sum two_step; two codecs joined by '>' have the latter only)",
+        help=f"of the codecs; {again} (default: gather_sum two_step, and hierarchical where machines have several "
+        "ranks; two codecs joined by '>' have no gather_sum)",
     )
     add("--shape", action="append", metavar="ROWSxHIDDEN", help=f"of a rank's tensor; {again} (default {SHAPE})")
     add("--dtype", choices=DTYPES, default="bf16", help="of the tensors (default bf16)")
@@ -104,7 +109,7 @@ def check(args: argparse.Namespace) -> SumTiming:
         wrong = counts[0] if counts[0] < 2 else counts[-1]
         raise ValueError(f"--ranks {wrong}: allowed are 2 {f'to {world}, which were started' if world else 'and more'}")
     names = [name for name in args.codec or CODECS if name != "none"]  # its row is there anyway
-    algorithms = list(dict.fromkeys(args.algorithm or FLAT))
+    algorithms = list(dict.fromkeys(args.algorithm or ALGORITHMS[1:]))
     codecs = {name: parse_codec(name) for name in names}
     if algorithms == ["gather_sum"] and (pairs := [name for name in names if isinstance(codecs[name], CodecPair)]):
         raise ValueError(f"--codec {pairs[0]}: gather_sum has one phase and takes one codec")
