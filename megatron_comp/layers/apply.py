@@ -19,8 +19,9 @@ from ..policy import PHASES, CompressionPolicy
 from ..version import __version__
 from ..wire.backends import warm_up
 from ..wire.codec import parse_codec
-from ..wire.cost import ALGORITHMS, step_codecs
+from ..wire.cost import FLAT, step_codecs
 from ..wire.figures import ASSUMED, ASSUMED_PEERS, VARIABLE, Figures, find_figures
+from ..wire.topology import connect
 from .compressed_layer import can_overlap, compress_layer, restore_layer
 from .meter import SiteStats, Traffic
 from .places import Place, find_places, reducers, restore
@@ -120,11 +121,13 @@ def apply_compression(
     policy = CompressionPolicy.of(policy)
     places = list(find_places(model))
     hosts = _compare_ranks(places, policy, _problem(model, places, policy))
-    figures = _agree_on_figures(hosts, policy)
-    _compile_kernels(model, places, policy)
+    figures = _agree_on_figures({group: len(set(names)) for group, names in hosts.items()}, policy)
+    topologies = _connect(hosts, policy)
+    _compile_kernels(model, places, policy, topologies)
     remove_compression(model)
 
-    phase, plans = Phase(), {group: Plans(policy, its_figures) for group, its_figures in figures.items()}
+    phase = Phase()
+    plans = {group: Plans(policy, known, topologies.get(group)) for group, known in figures.items()}
     for place in places:
         how = {"timing": timing, "allow_training": allow_training, "plans": plans[place.group]}
         place.attach(Reducer(policy, place.layer, place.site, place.group, phase, **how))
@@ -220,23 +223,25 @@ def _sites_of_other_stages(config) -> set[str]:
     return {"attention", "mlp"} | experts | shared
 
 
-def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> None:
+def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPolicy, topologies: dict) -> None:
     """Kernels of a GPU are compiled here, not in the first request; raises RuntimeError if that cannot be done."""
     parameter = next(model.parameters())
     sums = set()
     for place in places if parameter.is_cuda else []:
-        config, names = place.module.config, _codec_names(policy, place)
-        scatters, chosen = config.sequence_parallel, policy.algorithm
-        algorithms = ("reduce_scatter",) if scatters else ALGORITHMS[1:] if chosen == "auto" else (chosen,)
-        sums |= set(itertools.product(names, algorithms, [config.hidden_size], [place.group.size()]))
-    for name, algorithm, hidden, ranks in sorted(sums):
-        if ranks > 1 and not (">" in name and algorithm == "gather_sum"):
+        config, ranks = place.module.config, place.group.size()
+        flat = FLAT if policy.algorithm in ("auto", "hierarchical") else (policy.algorithm,)
+        ways = {("reduce_scatter" if config.sequence_parallel else way, parameter.dtype, ranks) for way in flat}
+        if topology := topologies.get(place.group):  # across machines go sums in fp32
+            ways |= {(way, torch.float32, len(topology.islands.members)) for way in FLAT}
+        sums |= set(itertools.product(_codec_names(policy, place), ways, [config.hidden_size]))
+    for name, (way, dtype, ranks), hidden in sorted(sums, key=str):
+        if ranks > 1 and not (">" in name and way == "gather_sum"):
             first, second = step_codecs(parse_codec(name))
-            warm_up(first.format, second.format, parameter.dtype, hidden, ranks, algorithm, parameter.device)
+            warm_up(first.format, second.format, dtype, hidden, ranks, way, parameter.device)
 
 
 def _compare_ranks(places: list, policy: CompressionPolicy, problem: str | None) -> dict:
-    """By group, how many machines its ranks are on.
+    """By group, the names of its ranks' machines.
 
     Raises on every rank if one of them found a problem, or if they do not all have one policy and version.
     """
@@ -258,7 +263,14 @@ def _compare_ranks(places: list, policy: CompressionPolicy, problem: str | None)
                     "compression differs between tensor-parallel ranks: "
                     + "; ".join(f"rank {r}: version {everyone[r][0]}, policy {everyone[r][2]}" for r in (0, rank))
                 )
-    return {group: len({host for *_, host in everyone}) for group, everyone in heard.items()}
+    return {group: [host for *_, host in everyone] for group, everyone in heard.items()}
+
+
+def _connect(hosts: dict, policy: CompressionPolicy) -> dict:
+    """By group, which of its ranks are near one another; none where no sum asks."""
+    if not policy.has_levels:
+        return {}
+    return connect({group: policy.islands_of(names) for group, names in hosts.items() if group.size() > 1})
 
 
 def _agree_on_figures(hosts: dict, policy: CompressionPolicy) -> dict:
