@@ -356,7 +356,7 @@ def test_what_stands_for_a_policy(tmp_path):
     assert CompressionPolicy.of(policy) is policy
     assert CompressionPolicy.of(str(file)) == CompressionPolicy.of(file) == policy
     assert CompressionPolicy.of("int8:32:fp16") == CompressionPolicy(codec="int8:32:fp16")
-    with pytest.raises(ValueError, match="codec: 'policy' is neither"):
+    with pytest.raises(ValueError, match="codec: codec 'policy' is neither"):
         CompressionPolicy.of("policy")
     with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
         CompressionPolicy.of("absent.yaml")

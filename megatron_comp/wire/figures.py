@@ -122,8 +122,9 @@ class Figures:
         points = self.links["all_reduce"].points
         return points[-1][0] if points else math.inf
 
+    @property
     def itemsize(self) -> int:
-        """Bytes a value of the tensors that were measured; 2 where nothing was."""
+        """Bytes per value of the tensors that were measured; 2 where nothing was."""
         return getattr(torch, str(self.measured.get("dtype")), torch.bfloat16).itemsize
 
     @property
