@@ -111,7 +111,7 @@ def pays(
 ) -> bool:
     """Whether a compressed sum is predicted faster than the stock one, by the figures' margin.
 
-    itemsize: bytes a value of the stock sum. scatter: a reduce-scatter instead of an all-reduce. islands: as in
+    itemsize: bytes per value of the stock sum. scatter: a reduce-scatter instead of an all-reduce. islands: as in
     `choose_algorithm`.
     """
     stock = stock_seconds(math.prod(shape) * itemsize, ranks, figures, scatter)
@@ -299,7 +299,7 @@ def received_by_level(
 ) -> tuple[int, int]:
     """(from ranks of its own island, from all others): bytes that `rank` receives in one `all_reduce`, to the byte.
 
-    algorithm: `gather_sum`, `two_step` or `hierarchical`. itemsize: bytes a value of the tensor.
+    algorithm: `gather_sum`, `two_step` or `hierarchical`. itemsize: bytes per value of the tensor.
     """
     ranks, (island, place) = islands.ranks, islands.find(rank)
     mates, machines = len(islands.members[island]), len(islands.members)
