@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from ..launcher import output
 from ..wire import exchange
-from ..wire.codec import CodecPair
+from ..wire.codec import Codec, CodecPair
 from ..wire.collectives import all_reduce
-from ..wire.cost import choose_algorithm, choose_chunks, received_by_level, ring_bytes
+from ..wire.cost import choose_algorithm, choose_chunks, received_by_level, ring_bytes, two_step_bytes
 from ..wire.figures import Figures, find_figures
 from ..wire.topology import Islands, Topology, connect
 from . import links, timing
@@ -72,27 +72,19 @@ def _entries(
     setting, x: torch.Tensor, islands: Islands, topology: Topology | None, group, figures: Figures
 ) -> Iterator[Entry]:
     """topology: None on ranks that do not take part."""
-    ranks, widest = islands.ranks, max(islands.members, key=len)
-
-    def received(codec, algorithm: str) -> tuple[int, int]:
-        """By the busiest rank, and from other machines by the busiest machine. No slice is longer than the first."""
-        of_ranks = [received_by_level(x.shape, codec, algorithm, islands, rank, x.itemsize) for rank in range(ranks)]
-        across = [sum(of_ranks[rank][1] for rank in island) for island in islands.members]
-        return max(map(sum, of_ranks)), max(across)
-
+    ranks = islands.ranks
     summed = x.clone()  # in place, as Megatron does it
 
     def stock() -> torch.Tensor:
         dist.all_reduce(summed, group=group)
         return summed
 
-    # A ring enters and leaves each machine once.
-    ring, several = ring_bytes(x.nbytes, ranks), len(islands.members) > 1
-    yield Entry("none", "all_reduce", ring, ring * several, stock, partial(summed.copy_, x))
+    ring = ring_bytes(x.nbytes, ranks)
+    yield Entry("none", "all_reduce", ring, _entries_of_a_ring(islands) * ring, stock, partial(summed.copy_, x))
     name = "fp16" if x.dtype == torch.float16 else "bf16"
-    tensor = 2 * x.numel()
-    across = len(widest) * (ranks - len(widest)) * tensor
-    yield Entry(name, "gather_sum", (ranks - 1) * tensor, across, partial(_gather_sum_16, x, ranks, group))
+    gathered = (ranks - 1) * 2 * x.numel()
+    across = _entries_of_a_ring(islands) * gathered
+    yield Entry(name, "gather_sum", gathered, across, partial(_gather_sum_16, x, ranks, group))
     for name, codec in setting.codecs.items():
         for algorithm in setting.algorithms:
             if isinstance(codec, CodecPair) and algorithm == "gather_sum":
@@ -103,7 +95,29 @@ def _entries(
             of_bytes = exchange.chunk_bytes(x.device.type)
             chunks = choose_chunks(x.shape, codec, ranks, chosen, figures, of_bytes, islands)
             call = partial(all_reduce, x, codec, group, chosen, chunks=chunks, topology=topology)
-            yield Entry(name, chosen, *received(codec, chosen), call)
+            yield Entry(name, chosen, *_received(x, codec, chosen, islands), call)
+
+
+def _received(x: torch.Tensor, codec: Codec | CodecPair, algorithm: str, islands: Islands) -> tuple[int, int]:
+    """By the busiest rank, and by the busiest machine from others, where all-gathers are rings."""
+    ranks = islands.ranks
+    of_ranks = [received_by_level(x.shape, codec, algorithm, islands, rank, x.itemsize) for rank in range(ranks)]
+    busiest = max(map(sum, of_ranks))
+    entries = _entries_of_a_ring(islands)
+    if algorithm == "gather_sum":
+        return busiest, entries * busiest
+    if algorithm == "two_step":
+        scattered, gathered = two_step_bytes(x.shape, codec, ranks)
+        sent = max(len(island) * (ranks - len(island)) for island in islands.members)
+        return busiest, sent * (scattered // (ranks - 1)) + entries * gathered
+    return busiest, max(sum(of_ranks[rank][1] for rank in island) for island in islands.members)
+
+
+def _entries_of_a_ring(islands: Islands) -> int:
+    """How often a ring of all ranks, in their order, enters the machine that it enters most often."""
+    if len(islands.members) == 1:
+        return 0
+    return max(sum((rank - 1) % islands.ranks not in island for rank in island) for island in islands.members)
 
 
 def _gather_sum_16(x: torch.Tensor, ranks: int, group) -> torch.Tensor:

@@ -51,7 +51,8 @@ One row a measurement, in the table and in the files:
   message_bytes  of one rank's tensor, uncompressed
   bytes_on_wire  what the busiest rank receives from the others; for all_reduce, that of a ring, 2(N-1)/N of the tensor
   machines       that the ranks are on
-  bytes_across   what the busiest machine's ranks receive from other machines; a ring enters a machine once
+  bytes_across   what the busiest machine's ranks receive from other machines, where all-reduces and all-gathers are
+                 rings in rank order, as those of gloo are
   link           rate of each machine's link in each direction, and after @ the latency of a round trip
   median_ms, p20_ms, p80_ms
                  milliseconds a call, from a barrier to the last rank's end; half of the calls took less than the median

@@ -52,7 +52,8 @@ Each round times, in turn and from a common start, stock all-reduce and reduce-s
 bytes, and every codec's encode and decode, at tensors of [tokens, hidden] for each --tokens; and whole compressed sums,
 which the predictions are held against. A sample is the time of the slowest rank. Between the medians of collectives
 times are interpolated, beyond the largest they grow by a line; a codec's line (fixed cost, cost a value) is that of
-least relative error. Fixed costs include what Python takes.
+least relative error. Fixed costs include what Python takes. On several machines of several ranks also the collectives
+inside machines, and across them, are timed, and hierarchical sums.
 
 The file holds these, and the margin that a prediction must gain before `min_bytes: auto` compresses: so much that
 every whole sum that took longer than stock here would have been kept, at least 10 %; and what share of codec or wire,

@@ -305,7 +305,7 @@ def received_by_level(
 ) -> tuple[int, int]:
     """(from ranks of its own island, from all others): bytes that `rank` receives in one `all_reduce`, to the byte.
 
-    algorithm: `gather_sum`, `two_step` or `hierarchical`. itemsize: bytes a value of the tensor.
+    algorithm: `gather_sum`, `two_step` or `hierarchical`. itemsize: bytes per value of the tensor.
     """
     ranks, (island, place) = islands.ranks, islands.find(rank)
     mates, machines = len(islands.members[island]), len(islands.members)

@@ -116,7 +116,7 @@ def plan_all_reduce(
 
     chunks: into how many the rows are cut, as far as there are rows; without it into as many as have `chunk_bytes` of a
     message each, and without that into one.
-    topology: what `hierarchical` goes by, and what `auto` may choose it for. itemsize: bytes a value of the tensor.
+    topology: what `hierarchical` goes by, and what `auto` may choose it for. itemsize: bytes per value of the tensor.
     Raises ValueError for an unknown algorithm, and for two codecs with `gather_sum`.
     """
     algorithm = choose_algorithm(shape, codec, ranks, algorithm, islands=topology and topology.islands)
