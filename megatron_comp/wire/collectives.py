@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from . import exchange
 from .codec import Codec, CodecPair, parse_codec
-from .cost import choose_scatter
+from .cost import choose_scatter, scatter_rows
 from .hierarchical import Steps, hierarchical_scatter, hierarchical_sum
 from .plan import Chunk, SumPlan, plan_all_reduce, plan_reduce_scatter
 from .spans import span
@@ -116,11 +116,15 @@ def all_reduce(
     topology: which ranks are near one another, from `topology.connect`. `hierarchical` goes by it, and without one, or
     where it has one level, is a flat sum; `auto` may choose `hierarchical` with it.
 
+    codec: with `none` it is torch.distributed's own all-reduce, with equal bits as far as that has them.
+
     Raises ValueError for a scalar, an unknown codec or algorithm, or two codecs with `gather_sum`, which has one phase.
     """
-    codec = parse_codec(codec) if isinstance(codec, str) else codec
     if x.dim() == 0:
         raise ValueError("all_reduce needs [..., hidden], not a scalar")
+    if codec == "none":
+        return _uncompressed(x, slice(None), group, async_op)
+    codec = parse_codec(codec) if isinstance(codec, str) else codec
     of_bytes = exchange.chunk_bytes(x.device.type)
     shared = codec, _ranks(group), dist.get_rank(group)
     plan = plan_all_reduce(x.shape, *shared, algorithm, chunks, of_bytes, topology, x.itemsize)
@@ -139,12 +143,15 @@ def reduce_scatter(
     """This rank's slice, along dim 0, of the sum over the group of `x` `[rows, ..., hidden]`.
 
     splits: rows of each rank's slice, the same on all ranks; without it all slices are equal. async_op: as in
-    `all_reduce`. One quantization. With one rank, `x` itself.
+    `all_reduce`. One quantization. With one rank, `x` itself. codec: `none` too, as in `all_reduce`.
 
     algorithm, topology: `hierarchical` is for islands of one size, of several ranks; anything else is one all-to-all.
 
     Raises ValueError if the slices do not make up dim 0, for an unknown algorithm, or for two codecs.
     """
+    if codec == "none":
+        rows, rank = scatter_rows(x.shape, _ranks(group), splits), dist.get_rank(group)
+        return _uncompressed(x, slice(sum(rows[:rank]), sum(rows[: rank + 1])), group, async_op)
     codec = parse_codec(codec) if isinstance(codec, str) else codec
     if isinstance(codec, CodecPair):
         raise ValueError(f"reduce_scatter has one phase and takes one codec, not {codec}")
@@ -156,6 +163,22 @@ def reduce_scatter(
     shared = codec, ranks, dist.get_rank(group)
     plan = plan_reduce_scatter(x.shape, *shared, splits, of_bytes, topology, x.itemsize)
     return run(plan, x, group, async_op)
+
+
+def _uncompressed(
+    x: torch.Tensor, rows: slice, group: dist.ProcessGroup | None, async_op: bool
+) -> torch.Tensor | PendingSum:
+    """These rows of the stock sum."""
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+
+    def steps() -> Steps:
+        work = dist.all_reduce(total, group=group, async_op=async_op)
+        yield
+        exchange.finish(work)
+
+    pending = PendingSum(total[rows])
+    pending.start(steps())
+    return pending if async_op else pending.wait()
 
 
 def run(
