@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--algorithm",
         choices=ALGORITHMS,
         help="of the codecs given by --codec: gather_sum quantizes once and sends N-1 messages to each rank, two_step "
-        "quantizes twice and sends 2(N-1)/N of one; auto (the default) takes what is predicted faster",
+        "quantizes twice and sends 2(N-1)/N of one, hierarchical adds up inside machines first; auto (the default) "
+        "takes what is predicted faster",
     )
     parser.add_argument(
         "--min-bytes",
