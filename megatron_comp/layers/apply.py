@@ -7,12 +7,11 @@ import socket
 from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import BaseInferenceContext
-from megatron.core.tensor_parallel import RowParallelLinear
 
 from ..policy import PHASES, CompressionPolicy
 from ..version import __version__
@@ -22,6 +21,7 @@ from ..wire.cost import ALGORITHMS, step_codecs
 from ..wire.figures import ASSUMED, ASSUMED_PEERS, VARIABLE, Figures, find_figures
 from .compressed_layer import can_overlap, compress_layer, restore_layer
 from .meter import SiteStats, Traffic
+from .not_recognised import find_not_recognised, shortened
 from .places import Place, find_places, reducers, restore
 from .plans import Plans
 from .reducer import Phase, Reducer
@@ -35,6 +35,9 @@ class ModelStats:
     """What every compressed site of a model did since `apply_compression`, on this rank."""
 
     sites: list[SiteStats]
+    not_recognised: list[str] = field(default_factory=list)
+    """Modules of the model, with their classes, that have a sum which no policy reaches: it stays uncompressed, and is
+    not counted here."""
 
     @property
     def compressed(self) -> Traffic:
@@ -74,7 +77,11 @@ def apply_compression(
     """Compresses the tensor-parallel reductions of a built Megatron model as `policy` says; returns the model.
 
     Weights, state dict and modules stay what they are, with their classes. A model that is compressed already takes the
-    new policy, and its counters start again. Every rank must call it.
+    new policy, and its counters start again. Every rank must call it. Sums that no policy reaches are named in one
+    warning and in `stats`.
+
+    Beside a language model, a vision tower stays uncompressed. A call for the tower alone compresses it, with a policy
+    of its own; it must come after one for the whole model, which undoes it.
 
     Prefill and decode are told apart by the inference context that this very module is called with.
 
@@ -98,6 +105,7 @@ def apply_compression(
     figures = _agree_on_figures(hosts, policy)
     _compile_kernels(model, places, policy)
     remove_compression(model)
+    _warn_of_others(model, places)
 
     phase, plans = Phase(), {group: Plans(policy, its_figures) for group, its_figures in figures.items()}
     for place in places:
@@ -129,7 +137,7 @@ def remove_compression(model: torch.nn.Module) -> torch.nn.Module:
 
 def stats(model: torch.nn.Module) -> ModelStats:
     """Calls and bytes of every site, compressed and kept, from `apply_compression` to this moment."""
-    return ModelStats([deepcopy(reducer.meter.stats) for reducer in reducers(model)])
+    return ModelStats([deepcopy(reducer.meter.stats) for reducer in reducers(model)], find_not_recognised(model))
 
 
 def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> str | None:
@@ -138,8 +146,8 @@ def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) ->
         _refuse_captured_graphs(model)
         _check_model(model, places)
         _check_policy(policy, places)
-        for layer in dropped_blocks(model, policy):
-            check_block(layer)
+        for layer, number in dropped_blocks(model, policy).items():
+            check_block(layer, number)
     except ValueError as error:
         return str(error)
     return None
@@ -162,14 +170,10 @@ def _check_model(model: torch.nn.Module, places: list) -> None:
         raise ValueError(
             f"{type(model).__name__} has no row-parallel linear inside a transformer layer: nothing to compress"
         )
-    inside = {id(module) for place in places for module in place.module.modules()}
-    for name, module in model.named_modules():
-        if isinstance(module, RowParallelLinear) and id(module) not in inside and not module.is_expert:
-            raise ValueError(f"{name} is a row-parallel linear outside of transformer layers, which no policy names")
 
 
 def _check_policy(policy: CompressionPolicy, places: list) -> None:
-    policy.check_layers(max(place.module.config.num_layers for place in places))
+    policy.check_layers(max(_number_of_layers(place.module.config) for place in places))
     sites = {place.site for place in places} | _sites_of_other_stages(places[0].module.config)
     said = {f"layers: {key}": of for key, of in policy.layers.items() if isinstance(of, Mapping)}
     for where, codecs in {"sites": policy.sites, **said}.items():
@@ -177,6 +181,11 @@ def _check_policy(policy: CompressionPolicy, places: list) -> None:
             raise ValueError(f"policy: {where}: the model has no {absent[0]}")
     for place in places:
         place.check(_codec_names(policy, place))
+
+
+def _number_of_layers(config) -> int:
+    """Of all pipeline stages, with those that predict further tokens."""
+    return config.num_layers + (getattr(config, "mtp_num_layers", None) or 0)
 
 
 def _codec_names(policy: CompressionPolicy, place: Place) -> set[str]:
@@ -191,6 +200,18 @@ def _sites_of_other_stages(config) -> set[str]:
     experts = {"experts"} if config.num_moe_experts else set()
     shared = {"shared_experts"} if config.moe_shared_expert_intermediate_size else set()
     return {"attention", "mlp"} | experts | shared
+
+
+def _warn_of_others(model: torch.nn.Module, places: list) -> None:
+    """Names the sums that no policy reaches, on one rank of a tensor-parallel group."""
+    if (others := find_not_recognised(model)) and places[0].group.rank() == 0:
+        logger.warning(
+            "megatron_comp: %d sums of %s are not recognised and stay uncompressed: %s. A policy reaches the layers of "
+            "one language model; for a vision tower call apply_compression on the tower, too",
+            len(others),
+            type(model).__name__,
+            shortened(others),
+        )
 
 
 def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> None:
