@@ -7,13 +7,12 @@ import socket
 from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import BaseInferenceContext
-from megatron.core.tensor_parallel import RowParallelLinear
 
 from ..policy import PHASES, CompressionPolicy
 from ..version import __version__
@@ -24,6 +23,7 @@ from ..wire.figures import ASSUMED, ASSUMED_PEERS, VARIABLE, Figures, find_figur
 from ..wire.topology import connect
 from .compressed_layer import can_overlap, compress_layer, restore_layer
 from .meter import SiteStats, Traffic
+from .not_recognised import find_not_recognised, shortened
 from .places import Place, find_places, reducers, restore
 from .plans import Plans
 from .reducer import Phase, Reducer
@@ -40,6 +40,9 @@ class ModelStats:
     sites: list[SiteStats]
     link: str = ""
     """What predictions went by: the calibration file, or what is assumed of the link. Empty where nothing predicts."""
+    not_recognised: list[str] = field(default_factory=list)
+    """Modules of the model, with their classes, that have a sum which no policy reaches: it stays uncompressed, and is
+    not counted here."""
 
     def __str__(self) -> str:
         said = f"{self.compressed.calls:,} sums compressed"
@@ -101,7 +104,11 @@ def apply_compression(
     policy: a `CompressionPolicy`, the path of a policy file, or a codec for every sum.
 
     Weights, state dict and modules stay what they are, with their classes. A model that is compressed already takes the
-    new policy, and its counters start again. Every rank must call it.
+    new policy, and its counters start again. Every rank must call it. Sums that no policy reaches are named in one
+    warning and in `stats`.
+
+    Beside a language model, a vision tower stays uncompressed. A call for the tower alone compresses it, with a policy
+    of its own; it must come after one for the whole model, which undoes it.
 
     Prefill and decode are told apart by the inference context that this very module is called with.
 
@@ -125,6 +132,7 @@ def apply_compression(
     topologies = _connect(hosts, policy)
     _compile_kernels(model, places, policy, topologies)
     remove_compression(model)
+    _warn_of_others(model, places)
 
     phase = Phase()
     plans = {group: Plans(policy, known, topologies.get(group)) for group, known in figures.items()}
@@ -159,7 +167,8 @@ def stats(model: torch.nn.Module) -> ModelStats:
     """Calls and bytes of every site, compressed and kept, from `apply_compression` to this moment."""
     found = list(reducers(model))
     links = dict.fromkeys(each.plans.figures.source for each in found if each.plans.policy.predicts)
-    return ModelStats([deepcopy(each.meter.stats) for each in found], "; ".join(links))
+    sites = [deepcopy(each.meter.stats) for each in found]
+    return ModelStats(sites, "; ".join(links), find_not_recognised(model))
 
 
 def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> str | None:
@@ -168,8 +177,8 @@ def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) ->
         _refuse_captured_graphs(model)
         _check_model(model, places)
         _check_policy(policy, places)
-        for layer in dropped_blocks(model, policy):
-            check_block(layer)
+        for layer, number in dropped_blocks(model, policy).items():
+            check_block(layer, number)
     except ValueError as error:
         return str(error)
     return None
@@ -192,14 +201,10 @@ def _check_model(model: torch.nn.Module, places: list) -> None:
         raise ValueError(
             f"{type(model).__name__} has no row-parallel linear inside a transformer layer: nothing to compress"
         )
-    inside = {id(module) for place in places for module in place.module.modules()}
-    for name, module in model.named_modules():
-        if isinstance(module, RowParallelLinear) and id(module) not in inside and not module.is_expert:
-            raise ValueError(f"{name} is a row-parallel linear outside of transformer layers, which no policy names")
 
 
 def _check_policy(policy: CompressionPolicy, places: list) -> None:
-    policy.check_layers(max(place.module.config.num_layers for place in places))
+    policy.check_layers(max(_number_of_layers(place.module.config) for place in places))
     sites = {place.site for place in places} | _sites_of_other_stages(places[0].module.config)
     said = {f"layers: {key}": of for key, of in policy.layers.items() if isinstance(of, Mapping)}
     for where, codecs in {"sites": policy.sites, **said}.items():
@@ -207,6 +212,11 @@ def _check_policy(policy: CompressionPolicy, places: list) -> None:
             raise ValueError(f"policy: {where}: the model has no {absent[0]}")
     for place in places:
         place.check(_codec_names(policy, place))
+
+
+def _number_of_layers(config) -> int:
+    """Of all pipeline stages, with those that predict further tokens."""
+    return config.num_layers + (getattr(config, "mtp_num_layers", None) or 0)
 
 
 def _codec_names(policy: CompressionPolicy, place: Place) -> set[str]:
@@ -221,6 +231,17 @@ def _sites_of_other_stages(config) -> set[str]:
     experts = {"experts"} if config.num_moe_experts else set()
     shared = {"shared_experts"} if config.moe_shared_expert_intermediate_size else set()
     return {"attention", "mlp"} | experts | shared
+
+
+def _warn_of_others(model: torch.nn.Module, places: list) -> None:
+    """Names the sums that no policy reaches, on one rank of a tensor-parallel group."""
+    if (others := find_not_recognised(model)) and places[0].group.rank() == 0:
+        _say_once(
+            logging.WARNING,
+            f"{len(others)} sums of {type(model).__name__} are not recognised and stay uncompressed: "
+            f"{shortened(others)}. A policy reaches the layers of one language model; for a vision tower call "
+            "apply_compression on the tower, too",
+        )
 
 
 def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPolicy, topologies: dict) -> None:

@@ -12,18 +12,25 @@ import sys
 import threading
 import weakref
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.common.vision_module.vision_module import VisionModule
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 
 from ..policy import CompressionPolicy
 from .apply import ModelStats, apply_compression, stats
-from .places import find_places, reducers
+from .not_recognised import find_not_recognised, find_sums, shortened
+from .places import find_places, numbered_layers, reducers
 
 _BUILDING = "_megatron_comp_building"
 
 
 class Hook:
-    """Applies a policy to every language model built while it is installed, and says what they sent."""
+    """Applies a policy to every language model built while it is installed, and says what they sent.
+
+    What stands beside a language model is named and left: a policy is of one model's layers.
+    """
 
     def __init__(self, policy: CompressionPolicy) -> None:
         self.policy = policy
@@ -31,18 +38,23 @@ class Hook:
         # end of the interpreter. There a group that something of ours kept alive for longer aborts the process.
         self._models: list[tuple[str, weakref.ref[LanguageModule], ModelStats]] = []
         self._only_an_end = False  # a pipeline stage without layers was built
+        self._unknown: str | None = None  # what was said of a model with layers, of whose sums none is recognised
         self._speaks = os.environ.get("RANK", "0") == "0"
         self._process, self._reported = os.getpid(), False
 
     def install(self) -> None:
         """From now on, for all classes that there are and those still to come. Once a process."""
 
+        for base in (LanguageModule, VisionModule, MultimodalProjector):
+            self._watch_all(base)
+
+    def _watch_all(self, base: type) -> None:
         def watched_from_birth(cls, **kwargs) -> None:
-            super(LanguageModule, cls).__init_subclass__(**kwargs)
+            super(base, cls).__init_subclass__(**kwargs)
             self._watch(cls)
 
-        LanguageModule.__init_subclass__ = classmethod(watched_from_birth)
-        for cls in _with_subclasses(LanguageModule):
+        base.__init_subclass__ = classmethod(watched_from_birth)
+        for cls in _with_subclasses(base):
             self._watch(cls)
 
     def _watch(self, cls: type) -> None:
@@ -61,11 +73,25 @@ class Hook:
 
         cls.__init__ = watched
 
-    def _built(self, model: LanguageModule) -> None:
+    def _built(self, model: torch.nn.Module) -> None:
         self._speaks = _speaks_for_its_stage()  # a script may take Megatron's groups down before the report
+        if not isinstance(model, LanguageModule):
+            if sums := find_sums(model):
+                self._say(
+                    f"{type(model).__name__}: {len(sums)} sums are not recognised and stay uncompressed: "
+                    f"{shortened(sums)}"
+                )
+            return
         places = list(find_places(model))
         if not places:
-            self._only_an_end |= model.config.pipeline_model_parallel_size > 1
+            if any(numbered_layers(model)):
+                sums = shortened(find_not_recognised(model)) or "no row-parallel linear at all"
+                self._unknown = (
+                    f"{type(model).__name__} was built, but none of its sums is recognised: nothing was compressed. It "
+                    f"has {sums}"
+                )
+            else:
+                self._only_an_end |= model.config.pipeline_model_parallel_size > 1
             return
         apply_compression(model, self.policy)
         name, found = type(model).__name__, list(reducers(model))
@@ -80,6 +106,8 @@ class Hook:
         if self._reported or os.getpid() != self._process:  # a child that was forked has nothing to say of its own
             return None
         self._reported = True
+        if not self._models and self._unknown:
+            return self._unknown
         if not self._models and not self._only_an_end:
             return "no Megatron language model was built in this process: nothing was compressed"
         for name, reference, counters in self._models:

@@ -52,13 +52,16 @@ class CompressedAlltoAllDispatcher(_CompressedDispatcher, MoEAlltoAllTokenDispat
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.tokens_stay:
             return super().combine_preprocess(hidden_states)
-        # With one rank the stock method only sorts.
-        ranks, self.tp_size = self.tp_size, 1
+        # The stock method sorts, and sums if experts are split over ranks. Rows that are padded to a capacity it sorts
+        # by the number of all ranks, which stays the same.
+        ranks = self.tp_size, self.ep_size
+        self.tp_size, self.ep_size = 1, self.tp_size * self.ep_size
         try:
             partial = super().combine_preprocess(hidden_states)
         finally:
-            self.tp_size = ranks
-        return self.add_up(partial, self.probs.dtype, self.output_splits_tp.tolist())
+            self.tp_size, self.ep_size = ranks
+        splits = self.output_splits_tp  # None where all slices have the capacity
+        return self.add_up(partial, self.probs.dtype, None if splits is None else splits.tolist())
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
         if not self.tokens_stay:
@@ -119,13 +122,21 @@ DISPATCHERS = {
     MoEAlltoAllTokenDispatcher: CompressedAlltoAllDispatcher,
 }
 
+# Attributes of a dispatcher that Megatron's engines change between steps: decoded tokens may be padded to a capacity.
+SWITCHES = {"drop_and_pad", "moe_expert_capacity_factor"}
+
 
 def summing_group(layer: BaseMoELayer) -> torch.distributed.ProcessGroup | None:
     """The group over which the stock dispatcher adds up partial sums; None for one that adds up nothing."""
-    stock = stock_dispatcher(layer)
-    gathers = isinstance(stock, MoEAllGatherTokenDispatcher)
-    group = stock.tp_ep_group if gathers else stock.tp_group
+    dispatcher = inference_dispatcher(layer) or stock_dispatcher(layer)
+    gathers = isinstance(dispatcher, MoEAllGatherTokenDispatcher)
+    group = dispatcher.tp_ep_group if gathers else dispatcher.tp_group
     return group if group is not None and group.size() > 1 else None
+
+
+def inference_dispatcher(layer: BaseMoELayer):
+    """The dispatcher that inference-optimized layers have beside that of training, and take under an engine."""
+    return getattr(layer, "_inference_token_dispatcher", None)
 
 
 def stock_dispatcher(layer: BaseMoELayer):
@@ -135,7 +146,7 @@ def stock_dispatcher(layer: BaseMoELayer):
 def check_experts(layer: BaseMoELayer, codecs: set[str]) -> None:
     """Raises ValueError for a layer whose experts' sums cannot be compressed, or not in these codecs."""
     stay = _tokens_stay(layer)
-    if problem := _out_of_reach(layer, stay):
+    if problem := _out_of_reach(layer):
         raise ValueError(f"{problem}, or say sites: {{experts: none}}")
     if not stay and (pairs := [name for name in codecs if isinstance(parse_codec(name), CodecPair)]):
         raise ValueError(
@@ -151,7 +162,7 @@ def sum_experts(layer: BaseMoELayer, reducer: Reducer) -> None:
     stand in for then stays as it is, uncounted.
     """
     stock, stay = stock_dispatcher(layer), bool(reducer.codecs) and _tokens_stay(layer)
-    if _out_of_reach(layer, stay):
+    if _out_of_reach(layer):
         return
     # To a dispatcher that believes itself alone (a group of None counts as one rank) all tokens are at home.
     groups = SimpleNamespace(
@@ -169,24 +180,24 @@ def sum_experts(layer: BaseMoELayer, reducer: Reducer) -> None:
 def restore_experts(layer: BaseMoELayer) -> None:
     """The stock dispatcher again; does nothing where it never left."""
     if "stock_dispatcher" in layer.__dict__:
-        layer.token_dispatcher = layer.__dict__.pop("stock_dispatcher")
+        ours, layer.token_dispatcher = layer.token_dispatcher, layer.__dict__.pop("stock_dispatcher")
+        for name in SWITCHES & vars(ours).keys():
+            setattr(layer.token_dispatcher, name, getattr(ours, name))
 
 
-def _out_of_reach(layer: BaseMoELayer, stay: bool) -> str | None:
+def _out_of_reach(layer: BaseMoELayer) -> str | None:
     """Why experts' sums cannot be done here, and what would help; None if they can."""
+    if dispatcher := inference_dispatcher(layer):
+        return (
+            f"transformer_impl='inference_optimized' has a token dispatcher of its own, {type(dispatcher).__name__}, "
+            "that cannot be compressed; use another transformer_impl"
+        )
     stock = stock_dispatcher(layer)
     if type(stock) not in DISPATCHERS:
         return (
             f"the token dispatcher {type(stock).__name__} cannot be compressed; set moe_token_dispatcher_type to "
             "allgather or alltoall"
         )
-    if hasattr(layer, "_inference_token_dispatcher"):
-        return (
-            "transformer_impl='inference_optimized' has dispatchers of its own that cannot be compressed; use another "
-            "transformer_impl"
-        )
-    if not stay and isinstance(stock, MoEAlltoAllTokenDispatcher) and stock.drop_and_pad:
-        return "moe_pad_expert_input_to_capacity with sequence or expert parallelism cannot be compressed; unset it"
     return None
 
 

@@ -16,7 +16,6 @@ and a sum that has the same bits on every rank. Nothing that is kept beyond the 
 """
 
 import torch
-from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
@@ -25,7 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from ..policy import DROP, CompressionPolicy
 from . import transformer_engine
 from .compressed_layer import compress_layer
-from .places import find_places
+from .places import find_places, numbered_layers
 from .reducer import Reducer
 from .row_parallel import runs_forward_of
 
@@ -52,23 +51,22 @@ class SyncDropLayer(TransformerLayer):
         super().__init__(*args, **kwargs)
         if self.tp_group.size() > 1:
             policy = CompressionPolicy(layers={self.layer_number - 1: {"attention": DROP}})
-            check_block(self)
+            check_block(self, self.layer_number - 1)
             for place in find_places(self):
                 place.attach(Reducer(policy, place.layer, place.site, place.group))
             compress_layer(self)
 
 
-def dropped_blocks(model: torch.nn.Module, policy: CompressionPolicy) -> list[torch.nn.Module]:
-    """The model's layers, of whatever kind, for which a policy drops attention's sum."""
-    layers = (module for module in model.modules() if isinstance(module, (TransformerLayer, MambaLayer)))
-    return [layer for layer in layers if policy.drops(layer.layer_number - 1)]
+def dropped_blocks(model: torch.nn.Module, policy: CompressionPolicy) -> dict[torch.nn.Module, int]:
+    """The model's layers, of whatever kind, for which a policy drops attention's sum, with their numbers."""
+    return {layer: number for layer, number in numbered_layers(model) if policy.drops(number)}
 
 
-def check_block(layer: torch.nn.Module) -> None:
+def check_block(layer: torch.nn.Module, number: int) -> None:
     """Raises ValueError, with the reason, for a layer that cannot do without attention's sum."""
     problem = _problem(layer)
     if problem:
-        raise ValueError(f"policy: layers: {layer.layer_number - 1}: attention cannot be dropped: {problem}")
+        raise ValueError(f"policy: layers: {number}: attention cannot be dropped: {problem}")
 
 
 def _problem(layer: torch.nn.Module) -> str | None:

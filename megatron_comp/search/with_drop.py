@@ -105,7 +105,7 @@ def blocks_that_can(model) -> list[int]:
     able, reasons = [], []
     for layer in model.decoder.layers:
         try:
-            check_block(layer)
+            check_block(layer, layer.layer_number - 1)
             able.append(layer.layer_number - 1)
         except ValueError as error:
             reasons.append(str(error))
