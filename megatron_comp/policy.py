@@ -60,6 +60,9 @@ class CompressionPolicy:
     layers: Mapping[int | str, str | Mapping[str, str]] = field(default_factory=dict)
     """Codecs of layers `3` or `0-2` (numbered from 0 over the whole model), or of their sites. `{attention: drop}`:
     those layers do without attention's sum, see `layers/sync_drop.py`."""
+    logits: int | None = None
+    """In decode each rank sends so many of its largest logits for each token, not all of them; None: all. For greedy
+    decoding, and for sampling among at most so many tokens: see `layers/logits.py`."""
 
     def __post_init__(self) -> None:
         for each in ("codec", "algorithm", "phases", "sites", "layers"):
@@ -73,6 +76,10 @@ class CompressionPolicy:
             )
         self._check_codecs("phases", self.phases, PHASES)
         self._check_codecs("sites", self.sites, SITES)
+        if self.logits is not None and (type(self.logits) is not int or self.logits < 1):
+            raise ValueError(
+                f"policy: logits: {shown(self.logits)} is not a number >= 1 of candidates that each rank sends"
+            )
         self._codecs_of_layers  # noqa: B018 - parsed now, so that mistakes are raised now
 
     @classmethod

@@ -20,6 +20,7 @@ from ..wire.backends import warm_up
 from ..wire.codec import parse_codec
 from ..wire.cost import ALGORITHMS, step_codecs
 from ..wire.figures import ASSUMED, ASSUMED_PEERS, VARIABLE, Figures, find_figures
+from . import logits
 from .compressed_layer import can_overlap, compress_layer, restore_layer
 from .meter import SiteStats, Traffic
 from .places import Place, find_places, reducers, restore
@@ -103,6 +104,8 @@ def apply_compression(
     for place in places:
         how = {"timing": timing, "allow_training": allow_training, "plans": plans[place.group]}
         place.attach(Reducer(policy, place.layer, place.site, place.group, phase, **how))
+    if policy.logits is not None:
+        _gather_candidates(model, policy.logits, phase, timing)
     dropped = dropped_blocks(model, policy)
     for layer in model.modules():
         if layer in dropped or can_overlap(layer):
@@ -122,14 +125,18 @@ def remove_compression(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         restore_layer(module)
         restore(module)
+        logits.restore(module)
         if hook := module.__dict__.pop("compression_hook", None):
             hook.remove()
     return model
 
 
 def stats(model: torch.nn.Module) -> ModelStats:
-    """Calls and bytes of every site, compressed and kept, from `apply_compression` to this moment."""
-    return ModelStats([deepcopy(reducer.meter.stats) for reducer in reducers(model)])
+    """Calls and bytes of every site, compressed and kept, from `apply_compression` to this moment.
+
+    Where the policy says how logits are gathered they are a site too, `logits`.
+    """
+    return ModelStats([deepcopy(each.meter.stats) for each in (*reducers(model), *logits.gathers(model))])
 
 
 def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> str | None:
@@ -138,6 +145,8 @@ def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) ->
         _refuse_captured_graphs(model)
         _check_model(model, places)
         _check_policy(policy, places)
+        if policy.logits is not None:
+            logits.check_output_layers(model, places[0].module.config)
         for layer in dropped_blocks(model, policy):
             check_block(layer)
     except ValueError as error:
@@ -191,6 +200,17 @@ def _sites_of_other_stages(config) -> set[str]:
     experts = {"experts"} if config.num_moe_experts else set()
     shared = {"shared_experts"} if config.moe_shared_expert_intermediate_size else set()
     return {"attention", "mlp"} | experts | shared
+
+
+def _gather_candidates(model: torch.nn.Module, count: int, phase: Phase, timing: bool) -> None:
+    for layer, vocabulary in logits.output_layers(model):
+        logits.attach(layer, logits.LogitsGather(count, vocabulary, layer.tp_group, phase, timing))
+    logger.warning(
+        "megatron_comp: logits: decoded tokens come from %d candidates of each rank: for greedy decoding, and top-k "
+        "sampling with k <= %d. Log-probabilities and top-p sampling would be wrong",
+        count,
+        count,
+    )
 
 
 def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> None:
