@@ -64,6 +64,9 @@ class CompressionPolicy:
     islands: int | Sequence[Sequence[int]] | None = None
     """What `hierarchical` goes by: ranks of a tensor-parallel group that are near one another, as a list of lists of
     ranks, or as the number of neighbours. None: those of one machine."""
+    logits: int | None = None
+    """In decode each rank sends so many of its largest logits for each token, not all of them; None: all. For greedy
+    decoding, and for sampling among at most so many tokens: see `layers/logits.py`."""
 
     def __post_init__(self) -> None:
         for each in ("codec", "algorithm", "phases", "sites", "layers"):
@@ -78,6 +81,10 @@ class CompressionPolicy:
         self._check_islands()
         self._check_codecs("phases", self.phases, PHASES)
         self._check_codecs("sites", self.sites, SITES)
+        if self.logits is not None and (type(self.logits) is not int or self.logits < 1):
+            raise ValueError(
+                f"policy: logits: {shown(self.logits)} is not a number >= 1 of candidates that each rank sends"
+            )
         self._codecs_of_layers  # noqa: B018 - parsed now, so that mistakes are raised now
 
     @classmethod

@@ -153,7 +153,10 @@ def test_a_pair_has_a_codec_for_each_phase_of_the_sum(algorithm):
 
 
 MISTAKES = {
-    "key": ("codecs: mxfp4", ["'codecs' is unknown", "codec, algorithm, min_bytes, phases, sites, layers, islands"]),
+    "key": (
+        "codecs: mxfp4",
+        ["'codecs' is unknown", "codec, algorithm, min_bytes, phases, sites, layers, islands, logits"],
+    ),
     "key_number": ("3: mxfp4", ["3 is unknown", "codec, algorithm"]),
     "codec": ("codec: mxfp5", ["codec: codec 'mxfp5'", "mxfp4", "element:block:scale", "'none'"]),
     "codec_element": ("codec: int9:32:fp16", ["codec: ", "'int9'", "int8"]),
@@ -183,6 +186,10 @@ MISTAKES = {
     "min_bytes_negative": ("min_bytes: -1", ["min_bytes: -1", ">= 0"]),
     "min_bytes_bool": ("min_bytes: true", ["min_bytes: True", "'auto'"]),
     "min_bytes_float": ("min_bytes: 0.5", ["min_bytes: 0.5", "'auto'"]),
+    "logits_zero": ("logits: 0", ["logits: 0 is not a number >= 1 of candidates"]),
+    "logits_bool": ("logits: true", ["logits: True", ">= 1"]),
+    "logits_word": ("logits: all", ["logits: 'all'", ">= 1"]),
+    "logits_float": ("logits: 4.0", ["logits: 4.0", ">= 1"]),
     "phase": ("phases: {train: none}", ["phases: 'train' is unknown", "prefill, decode"]),
     "phase_codec": ("phases: {decode: mxfp5}", ["phases: decode: ", "'mxfp5'", "'none'"]),
     "phases_text": ("phases: none", ["phases: expected codecs by prefill, decode", "'none'"]),
@@ -309,6 +316,7 @@ def test_digest_differs_for_different_policies(tmp_path):
         "{codec: mxfp4, algorithm: two_step}",
         "{codec: mxfp4, min_bytes: 0}",
         "{codec: mxfp4, min_bytes: 1}",
+        "{codec: mxfp4, logits: 1}",
         "{codec: mxfp4, phases: {decode: none}}",
         "{codec: mxfp4, phases: {prefill: none}}",
         "{codec: mxfp4, sites: {mlp: none}}",

@@ -21,6 +21,7 @@ from ..wire.codec import parse_codec
 from ..wire.cost import FLAT, step_codecs
 from ..wire.figures import ASSUMED, ASSUMED_PEERS, VARIABLE, Figures, find_figures
 from ..wire.topology import connect
+from . import logits
 from .compressed_layer import can_overlap, compress_layer, restore_layer
 from .meter import SiteStats, Traffic
 from .not_recognised import find_not_recognised, shortened
@@ -139,6 +140,8 @@ def apply_compression(
     for place in places:
         how = {"timing": timing, "allow_training": allow_training, "plans": plans[place.group]}
         place.attach(Reducer(policy, place.layer, place.site, place.group, phase, **how))
+    if policy.logits is not None:
+        _gather_candidates(model, policy.logits, phase, timing)
     dropped = dropped_blocks(model, policy)
     for layer in model.modules():
         if layer in dropped or can_overlap(layer):
@@ -158,16 +161,20 @@ def remove_compression(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         restore_layer(module)
         restore(module)
+        logits.restore(module)
         if hook := module.__dict__.pop("compression_hook", None):
             hook.remove()
     return model
 
 
 def stats(model: torch.nn.Module) -> ModelStats:
-    """Calls and bytes of every site, compressed and kept, from `apply_compression` to this moment."""
+    """Calls and bytes of every site, compressed and kept, from `apply_compression` to this moment.
+
+    Where the policy says how logits are gathered they are a site too, `logits`.
+    """
     found = list(reducers(model))
     links = dict.fromkeys(each.plans.figures.source for each in found if each.plans.policy.predicts)
-    sites = [deepcopy(each.meter.stats) for each in found]
+    sites = [deepcopy(each.meter.stats) for each in (*found, *logits.gathers(model))]
     return ModelStats(sites, "; ".join(links), find_not_recognised(model))
 
 
@@ -177,6 +184,8 @@ def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) ->
         _refuse_captured_graphs(model)
         _check_model(model, places)
         _check_policy(policy, places)
+        if policy.logits is not None:
+            logits.check_output_layers(model, places[0].module.config)
         for layer, number in dropped_blocks(model, policy).items():
             check_block(layer, number)
     except ValueError as error:
@@ -242,6 +251,16 @@ def _warn_of_others(model: torch.nn.Module, places: list) -> None:
             f"{shortened(others)}. A policy reaches the layers of one language model; for a vision tower call "
             "apply_compression on the tower, too",
         )
+
+
+def _gather_candidates(model: torch.nn.Module, count: int, phase: Phase, timing: bool) -> None:
+    for layer, vocabulary in logits.output_layers(model):
+        logits.attach(layer, logits.LogitsGather(count, vocabulary, layer.tp_group, phase, timing))
+    _say_once(
+        logging.WARNING,
+        f"logits: decoded tokens come from {count} candidates of each rank: for greedy decoding, and top-k sampling with "
+        f"k <= {count}. Log-probabilities and top-p sampling would be wrong",
+    )
 
 
 def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPolicy, topologies: dict) -> None:
