@@ -259,7 +259,8 @@ def test_bad_input(monkeypatch, error_line, arguments, message):
     ],
 )
 def test_what_ranks_that_stand_cannot_do(monkeypatch, capsys, arguments, message):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", **place}.items():
         monkeypatch.setenv(name, value)
     assert bench(*arguments) == 2
     assert re.search(f"megatron-comp: error on rank 0: {message}", capsys.readouterr().err)
