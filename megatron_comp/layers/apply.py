@@ -258,8 +258,8 @@ def _gather_candidates(model: torch.nn.Module, count: int, phase: Phase, timing:
         logits.attach(layer, logits.LogitsGather(count, vocabulary, layer.tp_group, phase, timing))
     _say_once(
         logging.WARNING,
-        f"logits: decoded tokens come from {count} candidates of each rank: for greedy decoding, and top-k sampling with "
-        f"k <= {count}. Log-probabilities and top-p sampling would be wrong",
+        f"logits: decoded tokens come from {count} candidates of each rank: for greedy decoding, and top-k sampling "
+        f"with k <= {count}. Log-probabilities and top-p sampling would be wrong",
     )
 
 
