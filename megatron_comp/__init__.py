@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .layers.apply import ModelStats, apply_compression, remove_compression, stats
+    from .layers.apply import apply_compression, remove_compression, stats
+    from .layers.meter import ModelStats
     from .layers.row_parallel import CompressedRowParallelLinear
     from .policy import CompressionPolicy
     from .wire.codec import Codec, CodecPair
@@ -20,7 +21,7 @@ _HOMES = {
     "CompressedRowParallelLinear": "layers.row_parallel",
     "CompressionPolicy": "policy",
     "Islands": "wire.topology",
-    "ModelStats": "layers.apply",
+    "ModelStats": "layers.meter",
     "all_reduce": "wire.collectives",
     "apply_compression": "layers.apply",
     "connect": "wire.topology",

@@ -2,28 +2,21 @@
 
 import itertools
 import logging
-import os
-import socket
-from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core.inference.contexts import BaseInferenceContext
 
 from ..policy import PHASES, CompressionPolicy
-from ..version import __version__
 from ..wire.backends import warm_up
 from ..wire.codec import parse_codec
 from ..wire.cost import FLAT, step_codecs
-from ..wire.figures import ASSUMED, ASSUMED_PEERS, VARIABLE, Figures, find_figures
-from ..wire.topology import connect
 from . import logits
+from .agreement import agree_on_figures, compare_ranks, connect_islands, say_once
 from .compressed_layer import can_overlap, compress_layer, restore_layer
-from .meter import SiteStats, Traffic
+from .meter import ModelStats
 from .not_recognised import find_not_recognised, shortened
 from .places import Place, find_places, reducers, restore
 from .plans import Plans
@@ -31,66 +24,6 @@ from .reducer import Phase, Reducer
 from .sync_drop import check_block, dropped_blocks
 
 logger = logging.getLogger(__name__)
-_said: set[str] = set()
-
-
-@dataclass(slots=True)
-class ModelStats:
-    """What every compressed site of a model did since `apply_compression`, on this rank. `print` shows it in a line."""
-
-    sites: list[SiteStats]
-    link: str = ""
-    """What predictions went by: the calibration file, or what is assumed of the link. Empty where nothing predicts."""
-    not_recognised: list[str] = field(default_factory=list)
-    """Modules of the model, with their classes, that have a sum which no policy reaches: it stays uncompressed, and is
-    not counted here."""
-
-    def __str__(self) -> str:
-        said = f"{self.compressed.calls:,} sums compressed"
-        if self.compressed.calls:
-            said += f" ({_counts(self.algorithms)})"
-        said += f", {self.kept.calls:,} uncompressed"
-        if self.kept.calls:
-            said += f" ({_counts(self.kept_because)})"
-        said += f", {self.bits_per_value:.2f} bits per value, {self.received_bytes:,} bytes received"
-        if self.captured:
-            said += ", not counting replays of CUDA graphs"
-        return said + (f"; {self.link}" if self.link else "")
-
-    @property
-    def compressed(self) -> Traffic:
-        return sum((site.compressed for site in self.sites), Traffic())
-
-    @property
-    def kept(self) -> Traffic:
-        return sum((site.kept for site in self.sites), Traffic())
-
-    @property
-    def kept_because(self) -> Counter:
-        return sum((site.kept_because for site in self.sites), Counter())
-
-    @property
-    def algorithms(self) -> Counter:
-        return sum((site.algorithms for site in self.sites), Counter())
-
-    @property
-    def captured(self) -> int:
-        """Calls that were recorded into CUDA graphs. Where it is not 0, replays are missing from all figures here."""
-        return sum(site.captured for site in self.sites)
-
-    @property
-    def received_bytes(self) -> int:
-        return self.compressed.received_bytes + self.kept.received_bytes
-
-    @property
-    def bits_per_value(self) -> float:
-        """Bits that a value of a summed tensor took on the way, over compressed and kept messages."""
-        total = self.compressed + self.kept
-        return 8 * total.message_bytes / total.values if total.values else 0.0
-
-
-def _counts(counter: Counter) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counter.most_common())
 
 
 def apply_compression(
@@ -128,9 +61,9 @@ def apply_compression(
         raise TypeError(f"apply_compression takes one module, not {type(model).__name__}; call it for each model chunk")
     policy = CompressionPolicy.of(policy)
     places = list(find_places(model))
-    hosts = _compare_ranks(places, policy, _problem(model, places, policy))
-    figures = _agree_on_figures({group: len(set(names)) for group, names in hosts.items()}, policy)
-    topologies = _connect(hosts, policy)
+    hosts = compare_ranks(places, policy, _problem(model, places, policy))
+    figures = agree_on_figures({group: len(set(names)) for group, names in hosts.items()}, policy)
+    topologies = connect_islands(hosts, policy)
     _compile_kernels(model, places, policy, topologies)
     remove_compression(model)
     _warn_of_others(model, places)
@@ -245,7 +178,7 @@ def _sites_of_other_stages(config) -> set[str]:
 def _warn_of_others(model: torch.nn.Module, places: list) -> None:
     """Names the sums that no policy reaches, on one rank of a tensor-parallel group."""
     if (others := find_not_recognised(model)) and places[0].group.rank() == 0:
-        _say_once(
+        say_once(
             logging.WARNING,
             f"{len(others)} sums of {type(model).__name__} are not recognised and stay uncompressed: "
             f"{shortened(others)}. A policy reaches the layers of one language model; for a vision tower call "
@@ -256,7 +189,7 @@ def _warn_of_others(model: torch.nn.Module, places: list) -> None:
 def _gather_candidates(model: torch.nn.Module, count: int, phase: Phase, timing: bool) -> None:
     for layer, vocabulary in logits.output_layers(model):
         logits.attach(layer, logits.LogitsGather(count, vocabulary, layer.tp_group, phase, timing))
-    _say_once(
+    say_once(
         logging.WARNING,
         f"logits: decoded tokens come from {count} candidates of each rank: for greedy decoding, and top-k sampling "
         f"with k <= {count}. Log-probabilities and top-p sampling would be wrong",
@@ -278,96 +211,6 @@ def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPo
         if ranks > 1 and not (">" in name and way == "gather_sum"):
             first, second = step_codecs(parse_codec(name))
             warm_up(first.format, second.format, dtype, hidden, ranks, way, parameter.device)
-
-
-def _compare_ranks(places: list, policy: CompressionPolicy, problem: str | None) -> dict:
-    """By group, the names of its ranks' machines.
-
-    Raises on every rank if one of them found a problem, or if they do not all have one policy and version.
-    """
-    said, heard = (__version__, policy.digest(), str(policy), problem, socket.gethostname()), {}
-    # Every gather comes before any error, or other groups would wait for the ranks that left.
-    for group in dict.fromkeys(place.group for place in places):
-        everyone = [said] * group.size()
-        if group.size() > 1:
-            dist.all_gather_object(everyone, said, group=group)
-        heard[group] = everyone
-    if problem:
-        raise ValueError(problem)
-    for everyone in heard.values():
-        for rank, (*what, its_problem, _) in enumerate(everyone):
-            if its_problem:
-                raise ValueError(f"rank {rank}: {its_problem}")
-            if what[:2] != list(everyone[0][:2]):
-                raise ValueError(
-                    "compression differs between tensor-parallel ranks: "
-                    + "; ".join(f"rank {r}: version {everyone[r][0]}, policy {everyone[r][2]}" for r in (0, rank))
-                )
-    return {group: [host for *_, host in everyone] for group, everyone in heard.items()}
-
-
-def _connect(hosts: dict, policy: CompressionPolicy) -> dict:
-    """By group, which of its ranks are near one another; none where no sum asks."""
-    if not policy.has_levels:
-        return {}
-    return connect({group: policy.islands_of(names) for group, names in hosts.items() if group.size() > 1})
-
-
-def _agree_on_figures(hosts: dict, policy: CompressionPolicy) -> dict:
-    """By group, rank 0's figures; what it failed with is raised on every rank of the group."""
-    agreed = {}
-    for group, machines in hosts.items():
-        found: list[Figures | str] = [ASSUMED]
-        if group.size() > 1 and policy.predicts:
-            if group.rank() == 0:
-                device = "cuda" if torch.cuda.is_available() else "cpu"
-                try:
-                    found[0] = find_figures(group.size(), machines, dist.get_backend(group), device)
-                    if found[0] is ASSUMED and device == "cuda" and machines == 1 and _reach_one_another(group.size()):
-                        found[0] = ASSUMED_PEERS
-                except (ValueError, OSError) as error:
-                    found[0] = str(error)
-            dist.broadcast_object_list(found, dist.get_global_rank(group, 0), group=group)
-        agreed[group] = found[0]
-    # After the last broadcast, or other groups would wait for the ranks that left.
-    for group, figures in agreed.items():
-        if isinstance(figures, str):
-            raise ValueError(figures)
-        if group.size() > 1 and policy.predicts and group.rank() == 0:
-            _say_figures(figures, policy, group.size())
-    return agreed
-
-
-def _reach_one_another(ranks: int) -> bool:
-    """Whether so many GPUs are seen here that have access to one another's memory."""
-    if torch.cuda.device_count() < ranks:
-        return False
-    return all(torch.cuda.can_device_access_peer(0, other) for other in range(1, ranks))
-
-
-def _say_figures(figures: Figures, policy: CompressionPolicy, ranks: int) -> None:
-    if not figures.measured:
-        level = logging.INFO if os.environ.get(VARIABLE) == "assumed" else logging.WARNING
-        _say_once(
-            level,
-            f"nothing was measured of the link between these {ranks} ranks; {figures.source}. "
-            "`megatron-comp calibrate` measures it",
-        )
-        return
-    _say_once(logging.INFO, f"sums over {ranks} ranks are predicted from {figures.source}")
-    if unknown := [str(codec) for codec in policy.codecs() if not figures.knows(codec)]:
-        _say_once(
-            logging.WARNING,
-            f"{figures.source} has no time of {', '.join(unknown)}, taken to be as slow as the slowest there; "
-            "`megatron-comp calibrate` measures codecs of --policy or --codec",
-        )
-
-
-def _say_once(level: int, text: str) -> None:
-    """Once per process, however many models and policies it holds for."""
-    if text not in _said:
-        _said.add(text)
-        logger.log(level, "megatron_comp: %s", text)
 
 
 def _phase_hook(phase: Phase):

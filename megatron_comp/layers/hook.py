@@ -19,7 +19,8 @@ from megatron.core.models.common.vision_module.vision_module import VisionModule
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 
 from ..policy import CompressionPolicy
-from .apply import ModelStats, apply_compression, stats
+from .apply import apply_compression, stats
+from .meter import ModelStats
 from .not_recognised import find_not_recognised, find_sums, shortened
 from .places import find_places, numbered_layers, reducers
 

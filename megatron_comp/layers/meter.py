@@ -46,6 +46,65 @@ class SiteStats:
     where this is not 0, calls and bytes are those of warm-ups and captures alone."""
 
 
+@dataclass(slots=True)
+class ModelStats:
+    """What every compressed site of a model did since `apply_compression`, on this rank. `print` shows it in a line."""
+
+    sites: list[SiteStats]
+    link: str = ""
+    """What predictions went by: the calibration file, or what is assumed of the link. Empty where nothing predicts."""
+    not_recognised: list[str] = field(default_factory=list)
+    """Modules of the model, with their classes, that have a sum which no policy reaches: it stays uncompressed, and is
+    not counted here."""
+
+    def __str__(self) -> str:
+        said = f"{self.compressed.calls:,} sums compressed"
+        if self.compressed.calls:
+            said += f" ({_counts(self.algorithms)})"
+        said += f", {self.kept.calls:,} uncompressed"
+        if self.kept.calls:
+            said += f" ({_counts(self.kept_because)})"
+        said += f", {self.bits_per_value:.2f} bits per value, {self.received_bytes:,} bytes received"
+        if self.captured:
+            said += ", not counting replays of CUDA graphs"
+        return said + (f"; {self.link}" if self.link else "")
+
+    @property
+    def compressed(self) -> Traffic:
+        return sum((site.compressed for site in self.sites), Traffic())
+
+    @property
+    def kept(self) -> Traffic:
+        return sum((site.kept for site in self.sites), Traffic())
+
+    @property
+    def kept_because(self) -> Counter:
+        return sum((site.kept_because for site in self.sites), Counter())
+
+    @property
+    def algorithms(self) -> Counter:
+        return sum((site.algorithms for site in self.sites), Counter())
+
+    @property
+    def captured(self) -> int:
+        """Calls that were recorded into CUDA graphs. Where it is not 0, replays are missing from all figures here."""
+        return sum(site.captured for site in self.sites)
+
+    @property
+    def received_bytes(self) -> int:
+        return self.compressed.received_bytes + self.kept.received_bytes
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits that a value of a summed tensor took on the way, over compressed and kept messages."""
+        total = self.compressed + self.kept
+        return 8 * total.message_bytes / total.values if total.values else 0.0
+
+
+def _counts(counter: Counter) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counter.most_common())
+
+
 class Meter:
     """Counts the sums of one place in `stats`.
 

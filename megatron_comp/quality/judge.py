@@ -11,8 +11,8 @@ from tqdm import tqdm
 from ..inference.generate import logits
 from ..inference.weight_overrides import WeightOverrides
 from ..launcher import output
-from ..layers.apply import ModelStats, apply_compression, remove_compression, stats
-from ..layers.meter import wait_for_device
+from ..layers.apply import apply_compression, remove_compression, stats
+from ..layers.meter import ModelStats, wait_for_device
 from ..policy import CompressionPolicy
 from .journal import Journal
 from .metrics import Prediction, Quality, increase_pct, perplexity

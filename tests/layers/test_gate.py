@@ -10,7 +10,7 @@ from ranks import run_ranks
 import megatron_comp as mc
 from megatron_comp.inference.generate import generate
 from megatron_comp.inference.model import build_model, init_parallel
-from megatron_comp.layers.apply import _say_figures
+from megatron_comp.layers.agreement import say_figures
 from megatron_comp.wire.codec import Codec
 from megatron_comp.wire.figures import LINKS, VARIABLE, CodecCost, Figures, Link
 
@@ -129,9 +129,9 @@ def test_every_rank_says_what_rank_0_could_not_read(gated, name, told):
 
 def test_codecs_that_were_not_measured_are_named_in_one_line(caplog):
     words = policy(codec="mxfp4", sites={"mlp": "nvfp4"}, layers={1: "int8:32:fp16>mxfp4"})
-    _say_figures(figures(1e5), words, RANKS)
+    say_figures(figures(1e5), words, RANKS)
     (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert "has no time of " + ", ".join(sorted(map(str, map(Codec.parse, ("nvfp4", "int8:32:fp16"))))) + "," in warning
     caplog.clear()
-    _say_figures(figures(1e5), policy(codec="mxfp4"), RANKS)
+    say_figures(figures(1e5), policy(codec="mxfp4"), RANKS)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]

@@ -44,7 +44,7 @@ class Records(logging.Handler):
 
 @contextlib.contextmanager
 def warnings_of_apply():
-    handler, logger = Records(), logging.getLogger("megatron_comp.layers.apply")
+    handler, logger = Records(), logging.getLogger("megatron_comp.layers.agreement")
     logger.addHandler(handler)
     yield handler.said
     logger.removeHandler(handler)
@@ -168,7 +168,7 @@ def test_a_vision_tower_takes_a_policy_of_its_own(seen):
 def test_the_hook_says_what_it_left(seen):
     said, problem = seen[0]["hook"]
     assert problem is None
-    assert "GPTModel: 6 of 6 sums compressed" in said
+    assert "GPTModel: 6 of 6 sums have a codec" in said
     assert "CLIPViTModel: 4 sums are not recognised and stay uncompressed: decoder.layers.*.self_attention" in said
     assert "MultimodalProjector: 1 sums are not recognised and stay uncompressed: encoder.linear_fc2" in said
 

@@ -6,8 +6,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from megatron_comp.inference import cpu
-from megatron_comp.layers.apply import ModelStats
-from megatron_comp.layers.meter import SiteStats, Traffic
+from megatron_comp.layers.meter import ModelStats, SiteStats, Traffic
 from megatron_comp.layers.reducer import Phase, Reducer
 from megatron_comp.policy import CompressionPolicy
 from megatron_comp.wire.codec import Codec
@@ -115,8 +114,8 @@ def test_seconds_are_taken_when_asked_for(ranks):
     for made in ranks:
         assert made["gather_sum"][0].compressed.seconds > 0
         assert made["policy"][0].kept.seconds > 0
-        assert made["two_step"][0].compressed.seconds == 0
-        assert made["min_bytes"][0].kept.seconds == 0
+        assert made["two_step"][0].compressed.seconds is None
+        assert made["min_bytes"][0].kept.seconds is None
 
 
 def one_rank(rank, world_size):

@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 import megatron_comp as mc
 from megatron_comp.inference.model import build_model, init_parallel
-from megatron_comp.layers import apply
+from megatron_comp.layers import agreement
 
 RANKS = 3
 KEPT_EXPERTS = {"experts": "none", "shared_experts": "none"}
@@ -62,7 +62,7 @@ def refused(rank, world_size, folder):
         attempt(f"layers {site}", {"layers": {1: {site: "mxfp8"}}})
     attempt("policies", {"codec": "mxfp4" if rank < 2 else "mxfp6", "layers": {3: "none", "0-1": "mxfp8"}})
     attempt("one policy is wrong", {"layers": {4: "none"}} if rank == 1 else {})
-    with patch.object(apply, "__version__", "9.9.9" if rank == 0 else apply.__version__):
+    with patch.object(agreement, "__version__", "9.9.9" if rank == 0 else agreement.__version__):
         attempt("versions", {})
     attempt("no layers", {}, torch.nn.Linear(3, 3))
     attempt("layers", {"layers": {"2-4": "none"}})
