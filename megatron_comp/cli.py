@@ -1,6 +1,7 @@
 """The command `megatron-comp`."""
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -9,9 +10,8 @@ from contextlib import contextmanager
 from textwrap import shorten
 from types import ModuleType
 
-from .commands import preflight
 from .commands.subcommands import Subcommands
-from .launcher import output, ranks
+from .launcher import ranks
 from .notices import Notice
 from .version import __version__
 
@@ -44,7 +44,7 @@ Without WORLD_SIZE in the environment the ranks are started on this machine; und
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; 0, or non-zero after one clear line on standard error."""
     argv = sys.argv[1:] if argv is None else argv
-    output.replace_what_cannot_be_written()
+    _replace_what_cannot_be_written()
     args = _parser().parse_args(argv)
     return carry_out(SUBCOMMANDS.chosen(args), args, "megatron_comp.cli", argv)
 
@@ -54,6 +54,8 @@ def carry_out(command: ModuleType, args: argparse.Namespace, program: str, argv:
 
     command: has `check(args)` and `run(args)`; one that starts its ranks in a way of its own also `start(args, argv)`.
     """
+    from .commands import preflight  # not for `--version` and `--help`, which are to answer at once
+
     try:
         own_ranks = hasattr(args, "link")  # a bench that starts its ranks once per link
         if own_ranks or hasattr(args, "tp"):
@@ -88,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _replace_what_cannot_be_written() -> None:
+    """Lets standard output write `?` for characters that its encoding lacks, instead of failing after the work."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 @contextmanager
 def _own_warnings():
     """Shows those of this package, each once, on the rank that speaks for all.
@@ -97,7 +105,7 @@ def _own_warnings():
     for library in ("megatron", "transformers", "torchao"):
         logging.getLogger(library).setLevel(logging.ERROR)
     logger = logging.getLogger("megatron_comp")
-    handler = _Once() if output.is_first_rank() else logging.NullHandler()
+    handler = _Once() if os.environ.get("RANK", "0") == "0" else logging.NullHandler()
     logger.addHandler(handler)
     try:
         with warnings.catch_warnings():

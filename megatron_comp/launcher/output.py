@@ -3,7 +3,6 @@
 import csv
 import errno
 import importlib.util
-import io
 import math
 import os
 import platform
@@ -96,12 +95,6 @@ def say(text: str) -> None:
     """Prints a line."""
     with _reader_may_leave():
         print(text, flush=True)
-
-
-def replace_what_cannot_be_written() -> None:
-    """Lets standard output write `?` for characters that its encoding lacks, instead of failing after the work."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
 
 
 @contextmanager

@@ -7,6 +7,9 @@ import torch.distributed as dist
 
 from ..files import read_json, shown, write_json
 
+# Numbers of every point, see `judge.py`.
+MEASURED = ("bits_per_value", "kl", "nll", "base_nll", "top1_agreement")
+
 
 class Journal:
     """Named parts of a JSON file, each a dictionary: `journal["points"]`. JSON keeps each float to the last bit.
@@ -50,9 +53,7 @@ class Journal:
         try:
             content = read_json(self.path, "--state")
             settings = dict(content.pop("settings"))
-            for part, entries in content.items():
-                if not isinstance(entries, dict) or not all(isinstance(each, dict) for each in entries.values()):
-                    raise ValueError(f"{shown(part)} does not hold entries by name")
+            _check(content)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             return f"--state {self.path} is not a state of this command: {error!r}"
         if other := [key for key in {**self.settings, **settings} if self.settings.get(key) != settings.get(key)]:
@@ -60,6 +61,24 @@ class Journal:
             what = "; ".join(f"{key} {theirs}, not {ours}" for key, theirs, ours in pairs)
             return f"--state {self.path} is of another run: it has {what}. Name another file, or remove it"
         return content
+
+
+def _check(parts: dict) -> None:
+    """Raises ValueError for what no command writes: a file may have been edited, or be of another program."""
+    for part, entries in parts.items():
+        if not isinstance(entries, dict):
+            raise ValueError(f"{shown(part)} does not hold entries by name")
+    for name, point in parts.get("points", {}).items():
+        if not isinstance(point, dict) or not all(isinstance(point.get(key), (int, float)) for key in MEASURED):
+            raise ValueError(f"point {shown(name)} lacks a number of {', '.join(MEASURED)}")
+    if seen := parts.get("sensitivity"):
+        rows = seen.get("rows")
+        if not isinstance(seen.get("windows"), int) or not isinstance(rows, list) or not all(map(_is_row, rows)):
+            raise ValueError("sensitivity is not a number of windows and rows")
+
+
+def _is_row(row: object) -> bool:
+    return isinstance(row, dict)
 
 
 def _of_first_rank(known: object) -> object:

@@ -114,37 +114,49 @@ def test_what_another_command_works_on_is_refused_at_once(capsys, monkeypatch, l
     assert f"{held}: process " in errors and "is at work on it" in errors and errors.count("\n") == 1
 
 
+POINT = {"bits_per_value": 4.5, "kl": 0.1, "nll": 3.0, "base_nll": 2.9, "top1_agreement": 0.9}
 STATES = {
     "a list": "[1]",
-    "settings are a list": {"settings": [1], "sensitivity": None, "points": {}},
-    "points are a list": {"settings": {}, "sensitivity": None, "points": [1]},
-    "a point is a number": {"settings": {}, "sensitivity": None, "points": {"a": 1}},
-    "a point lacks its numbers": {"settings": {}, "sensitivity": None, "points": {"a": {"kl": "low"}}},
-    "sensitivity is a word": {"settings": {}, "sensitivity": "low", "points": {}},
-    "sensitivity has no rows": {"settings": {}, "sensitivity": {"windows": 1, "rows": [1]}, "points": {}},
+    "settings are a list": {"settings": [1], "points": {}},
+    "points are a list": {"settings": {"model": "m"}, "points": [1]},
+    "a point is a number": {"settings": {"model": "m"}, "points": {"a": 1}},
+    "a point lacks its numbers": {"settings": {"model": "m"}, "points": {"a": POINT | {"kl": "low"}}},
+    "sensitivity is a word": {"settings": {"model": "m"}, "sensitivity": "low"},
+    "sensitivity has no rows": {"settings": {"model": "m"}, "sensitivity": {"windows": 1, "rows": [1]}},
+    "another model": {"settings": {"model": "n"}},
     "deep": "[" * 100_000,
     "not UTF-8": b"\xff\xfe\xff",
 }
 
 
-@pytest.mark.parametrize("content", STATES.values(), ids=STATES)
-def test_a_state_that_is_none(tmp_path, monkeypatch, content):
-    from megatron_comp.quality import judge
-    from megatron_comp.search import state
+@pytest.fixture
+def journal(tmp_path, monkeypatch):
+    """What a command makes of a state with this content."""
+    from megatron_comp.quality import journal
 
-    for module in (judge, state):
-        monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
-        monkeypatch.setattr(module.dist, "broadcast_object_list", lambda *_: None)
-    path = tmp_path / "state.json"
-    path.write_bytes(
-        content
-        if isinstance(content, bytes)
-        else (content if isinstance(content, str) else json.dumps(content)).encode()
-    )
-    for read in (state.State, judge.Measured):
-        with pytest.raises(ValueError, match=r"--state .*state.json is (not|of)") as error:
-            read(str(path), {"model": "m"})
-        assert len(str(error.value)) < 500
+    monkeypatch.setattr(journal.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(journal.dist, "broadcast_object_list", lambda *_: None)
+
+    def read(content):
+        path = tmp_path / "state.json"
+        text = content if isinstance(content, (str, bytes)) else json.dumps(content)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return journal.Journal(str(path), {"model": "m"})
+
+    return read
+
+
+@pytest.mark.parametrize("content", STATES.values(), ids=STATES)
+def test_a_state_that_is_none(journal, content):
+    with pytest.raises(ValueError, match=r"--state .*state.json is (not|of)") as error:
+        journal(content)
+    assert len(str(error.value)) < 500
+
+
+def test_a_state_that_is_one(journal):
+    parts = {"points": {"a": POINT}, "sensitivity": {"windows": 1, "rows": [{"layer": 0}]}}
+    found = journal({"settings": {"model": "m"}, **parts})
+    assert found.continued and {part: found[part] for part in parts} == parts
 
 
 @pytest.mark.parametrize(
