@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .policy import CompressionPolicy
     from .wire.codec import Codec, CodecPair
     from .wire.collectives import all_reduce, reduce_scatter
+    from .wire.topology import Islands, connect
 
 # Read on first use: Megatron takes seconds to import, and codecs and policies do not need it.
 _HOMES = {
@@ -18,9 +19,11 @@ _HOMES = {
     "CodecPair": "wire.codec",
     "CompressedRowParallelLinear": "layers.row_parallel",
     "CompressionPolicy": "policy",
+    "Islands": "wire.topology",
     "ModelStats": "layers.apply",
     "all_reduce": "wire.collectives",
     "apply_compression": "layers.apply",
+    "connect": "wire.topology",
     "reduce_scatter": "wire.collectives",
     "remove_compression": "layers.apply",
     "stats": "layers.apply",
@@ -31,10 +34,12 @@ __all__ = [
     "CodecPair",
     "CompressedRowParallelLinear",
     "CompressionPolicy",
+    "Islands",
     "ModelStats",
     "__version__",
     "all_reduce",
     "apply_compression",
+    "connect",
     "reduce_scatter",
     "remove_compression",
     "stats",

@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
     hook = Hook(policy)
     hook.install()
+    hook.report_before_the_process_ends()
     sys.argv = [target, *script_arguments]
     try:
         if args.module:

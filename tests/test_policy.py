@@ -153,7 +153,10 @@ def test_a_pair_has_a_codec_for_each_phase_of_the_sum(algorithm):
 
 
 MISTAKES = {
-    "key": ("codecs: mxfp4", ["'codecs' is unknown", "codec, algorithm, min_bytes, phases, sites, layers"]),
+    "key": (
+        "codecs: mxfp4",
+        ["'codecs' is unknown", "codec, algorithm, min_bytes, phases, sites, layers, islands, logits"],
+    ),
     "key_number": ("3: mxfp4", ["3 is unknown", "codec, algorithm"]),
     "codec": ("codec: mxfp5", ["codec: codec 'mxfp5'", "mxfp4", "element:block:scale", "'none'"]),
     "codec_element": ("codec: int9:32:fp16", ["codec: ", "'int9'", "int8"]),
@@ -183,6 +186,10 @@ MISTAKES = {
     "min_bytes_negative": ("min_bytes: -1", ["min_bytes: -1", ">= 0"]),
     "min_bytes_bool": ("min_bytes: true", ["min_bytes: True", "'auto'"]),
     "min_bytes_float": ("min_bytes: 0.5", ["min_bytes: 0.5", "'auto'"]),
+    "logits_zero": ("logits: 0", ["logits: 0 is not a number >= 1 of candidates"]),
+    "logits_bool": ("logits: true", ["logits: True", ">= 1"]),
+    "logits_word": ("logits: all", ["logits: 'all'", ">= 1"]),
+    "logits_float": ("logits: 4.0", ["logits: 4.0", ">= 1"]),
     "phase": ("phases: {train: none}", ["phases: 'train' is unknown", "prefill, decode"]),
     "phase_codec": ("phases: {decode: mxfp5}", ["phases: decode: ", "'mxfp5'", "'none'"]),
     "phases_text": ("phases: none", ["phases: expected codecs by prefill, decode", "'none'"]),
@@ -309,6 +316,7 @@ def test_digest_differs_for_different_policies(tmp_path):
         "{codec: mxfp4, algorithm: two_step}",
         "{codec: mxfp4, min_bytes: 0}",
         "{codec: mxfp4, min_bytes: 1}",
+        "{codec: mxfp4, logits: 1}",
         "{codec: mxfp4, phases: {decode: none}}",
         "{codec: mxfp4, phases: {prefill: none}}",
         "{codec: mxfp4, sites: {mlp: none}}",
@@ -347,3 +355,70 @@ def test_policies_need_no_megatron_and_no_processes():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_stands_for_a_policy(tmp_path):
+    file = tmp_path / "policy.yaml"
+    file.write_text("codec: mxfp4\nmin_bytes: 0\n")
+    policy = CompressionPolicy(codec="mxfp4", min_bytes=0)
+    assert CompressionPolicy.of(policy) is policy
+    assert CompressionPolicy.of(str(file)) == CompressionPolicy.of(file) == policy
+    assert CompressionPolicy.of("int8:32:fp16") == CompressionPolicy(codec="int8:32:fp16")
+    with pytest.raises(ValueError, match="codec: codec 'policy' is neither"):
+        CompressionPolicy.of("policy")
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+        CompressionPolicy.of("absent.yaml")
+    with pytest.raises(TypeError, match="not dict"):
+        CompressionPolicy.of({"codec": "mxfp4"})
+
+
+# Islands.
+
+
+def test_islands_are_machines_or_what_the_policy_names():
+    hosts = ["one", "two", "one", "two"]
+    assert CompressionPolicy("mxfp4").islands_of(hosts).members == ((0, 2), (1, 3))
+    assert CompressionPolicy("mxfp4", islands=2).islands_of(hosts).members == ((0, 1), (2, 3))
+    assert CompressionPolicy("mxfp4", islands=[[3, 0, 1], [2]]).islands_of(hosts).members == ((0, 1, 3), (2,))
+
+
+@pytest.mark.parametrize(
+    "islands, told",
+    [
+        (3, "policy: islands: islands of 3 ranks do not divide 4 ranks"),
+        ([[0, 1], [2]], r"policy: islands: \[\[0, 1\], \[2\]\] are of 3 ranks, the group is of 4"),
+    ],
+)
+def test_islands_that_do_not_fit_a_group(islands, told):
+    with pytest.raises(ValueError, match=told):
+        CompressionPolicy("mxfp4", islands=islands).islands_of(["a"] * 4)
+
+
+@pytest.mark.parametrize(
+    "islands, told",
+    [
+        (0, "0 is neither a number of ranks > 0 nor a list of lists of ranks"),
+        (True, "True is neither"),
+        (2.0, "2.0 is neither"),
+        ("machines", "'machines' is neither"),
+        ([0, 1], r"\[0, 1\] is neither"),
+        ([["0"], ["1"]], ".* is neither"),
+        ([[0, 1], [1]], r"islands \[\[0, 1\], \[1\]\] do not hold each of ranks 0 to 1 once"),
+        ([[0], []], ".* do not hold each of ranks 0 to 0 once"),
+        ([], ".* do not hold each"),
+    ],
+)
+def test_what_are_no_islands(islands, told):
+    with pytest.raises(ValueError, match=f"policy: islands: {told}"):
+        CompressionPolicy("mxfp4", islands=islands)
+
+
+def test_islands_from_a_file(tmp_path):
+    policy = from_text(tmp_path, "codec: mxfp4\nalgorithm: hierarchical\nislands: [[0, 1], [2, 3]]\n")
+    assert policy.islands_of(["a"] * 4).members == ((0, 1), (2, 3))
+    assert policy.digest() != CompressionPolicy("mxfp4", algorithm="hierarchical").digest()
+
+
+def test_levels_only_where_a_sum_may_have_them():
+    assert CompressionPolicy("mxfp4").has_levels and CompressionPolicy("mxfp4", algorithm="hierarchical").has_levels
+    assert not CompressionPolicy("mxfp4", algorithm="two_step").has_levels and not CompressionPolicy().has_levels

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from ..launcher import output
 from ..wire.codec import Codec
 from ..wire.collectives import all_reduce
-
-ALGORITHMS = ("gather_sum", "two_step")
+from ..wire.cost import FLAT
+from ..wire.figures import LEVEL_LINKS
+from ..wire.topology import Islands, Topology
 
 # Tensors below this are over in microseconds and noisy: they are timed so many times a round.
 SMALL_BYTES = 256 * 1024
@@ -24,12 +25,22 @@ CHUNKS = 4
 
 @dataclass(frozen=True)
 class Scope:
-    """What is timed. shapes: `(tokens, hidden)`, ascending."""
+    """What is timed. shapes: `(tokens, hidden)`, ascending. topology: of the ranks, where they are in two levels."""
 
     codecs: dict[str, Codec]
     shapes: list[tuple[int, int]]
     dtype: str
     rounds: int
+    topology: Topology | None = None
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """The algorithms of whole sums."""
+        return FLAT if self.topology is None else (*FLAT, "hierarchical")
+
+    @property
+    def islands(self) -> Islands | None:
+        return self.topology and self.topology.islands
 
     @property
     def itemsize(self) -> int:
@@ -93,12 +104,31 @@ def _calls(setting: Scope, shape: tuple[int, int], device: torch.device) -> dict
         messages = codec.encode(x).expand(ranks, -1).contiguous()
         calls["encode", shape, name] = lambda codec=codec: codec.encode(x)
         calls["decode", shape, name] = lambda codec=codec, messages=messages: codec.decode_sum(messages, shape, x.dtype)
-        for way in ALGORITHMS:
-            calls["sum", shape, name, way] = lambda codec=codec, way=way: all_reduce(x, codec, None, way)
+        for way in setting.ways:
+            how = {"algorithm": way, "topology": setting.topology}
+            calls["sum", shape, name, way] = lambda codec=codec, how=how: all_reduce(x, codec, **how)
             for chunks in (1, CHUNKS) if shape == setting.shapes[-1] else ():
-                calls["pieces", shape, name, way, chunks] = lambda codec=codec, way=way, chunks=chunks: all_reduce(
-                    x, codec, None, way, chunks=chunks
+                calls["pieces", shape, name, way, chunks] = lambda codec=codec, how=how, chunks=chunks: all_reduce(
+                    x, codec, chunks=chunks, **how
                 )
+    if setting.topology is not None:
+        calls |= _level_calls(setting.topology, shape, sent[: setting.message_bytes(shape)])
+    return calls
+
+
+def _level_calls(topology: Topology, shape: tuple[int, int], sent: torch.Tensor) -> dict[tuple, Callable[[], object]]:
+    """The collectives of both levels, all sub-groups of a level at once; nothing on ranks without a share."""
+    calls: dict[tuple, Callable[[], object]] = {}
+    for level, group in (("inside", topology.inside), ("across", topology.across)):
+        if group is None:
+            calls |= {(f"{level} {name}", shape): lambda: None for name in LEVEL_LINKS}
+            continue
+        ranks = group.size()
+        received, scattered = sent.new_empty(ranks * sent.numel()), sent.new_empty(sent.numel() // ranks * ranks)
+        calls[f"{level} all_gather", shape] = lambda r=received, g=group: _all_gather(r, sent, group=g)
+        calls[f"{level} all_to_all", shape] = lambda s=scattered, g=group: dist.all_to_all_single(
+            s, sent[: s.numel()], group=g
+        )
     return calls
 
 

@@ -24,6 +24,8 @@ COLUMNS = {
     "ranks": ("ranks", "d"),
     "message_bytes": ("tensor bytes", ",d"),
     "bytes_on_wire": ("bytes on wire", ",d"),
+    "machines": ("machines", "d"),
+    "bytes_across": ("bytes across", ",d"),
     "link": ("link", ""),
     "median_ms": ("median ms", ".2f"),
     "p20_ms": ("p20", ".2f"),
@@ -48,11 +50,14 @@ One row a measurement, in the table and in the files:
   ranks          the first so many of the ranks; the others wait
   message_bytes  of one rank's tensor, uncompressed
   bytes_on_wire  what the busiest rank receives from the others; for all_reduce, that of a ring, 2(N-1)/N of the tensor
-  link           rate of each rank's link in each direction
+  machines       that the ranks are on
+  bytes_across   what the busiest machine's ranks receive from other machines, where all-reduces and all-gathers are
+                 rings in rank order, as those of gloo are
+  link           rate of each machine's link in each direction, and after @ the latency of a round trip
   median_ms, p20_ms, p80_ms
                  milliseconds a call, from a barrier to the last rank's end; half of the calls took less than the median
   share_of_wire_limit
-                 the time that bytes_on_wire alone take at the link's rate, over the median; empty where the rate is not
+                 the time that bytes_across alone take at the link's rate, over the median; empty where the rate is not
                  known. Headers of packets take 4 to 5 % of a rate; a first burst of some 256 KB goes for nothing
   speedup_vs_all_reduce
                  the median of none, all_reduce with the same ranks and tensor, over this one
@@ -96,8 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--algorithm",
         action="append",
         choices=ALGORITHMS,
-        help=f"How codecs are summed. {again} (default: gather_sum two_step). Two codecs joined by '>' have the latter "
-        "only.",
+        help=f"How codecs are summed. {again} (default: gather_sum two_step, and hierarchical where machines have "
+        "several ranks). Two codecs joined by '>' have no gather_sum.",
     )
     add("--shape", action="append", metavar="ROWSxHIDDEN", help=f"Of a rank's tensor. {again} (default {SHAPE}).")
     options.add_dtype(parser, "Of the tensors (default bf16).", "bf16")

@@ -3,17 +3,20 @@
 import argparse
 import datetime
 import socket
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from ..bench import fit
-from ..bench.calibration import ALGORITHMS, CHUNKS, Scope, Timings, measure
+from ..bench.calibration import CHUNKS, Scope, Timings, measure
 from ..launcher import output
 from ..policy import CompressionPolicy
 from ..wire.codec import Codec
 from ..wire.cost import sum_seconds
-from ..wire.figures import VARIABLE, default_path
+from ..wire.figures import VARIABLE, Figures, Link, default_path
+from ..wire.topology import Islands, connect
 from . import options
 
 CODECS = ("mxfp4", "nvfp4", "int4:32:fp16", "int4:32:fp16:hadamard", "int5:32:fp16:hadamard", "int8:32:fp16")
@@ -49,7 +52,8 @@ Each round times, in turn and from a common start, stock all-reduce and reduce-s
 bytes, and every codec's encode and decode, at tensors of [tokens, hidden] for each --tokens; and whole compressed sums,
 which the predictions are held against. A sample is the time of the slowest rank. Between the medians of collectives
 times are interpolated, beyond the largest they grow by a line; a codec's line (fixed cost, cost a value) is that of
-least relative error. Fixed costs include what Python takes.
+least relative error. Fixed costs include what Python takes. On several machines of several ranks also the collectives
+inside machines, and across them, are timed, and hierarchical sums.
 
 The file holds these, and the margin that a prediction must gain before `min_bytes: auto` compresses: so much that
 every whole sum that took longer than stock here would have been kept, at least 10 %; and what share of codec or wire,
@@ -114,9 +118,13 @@ def run(args: argparse.Namespace) -> None:
 
     setting = check(args)
     init_parallel(args.tp, args.timeout)
+    hosts = [""] * args.tp
+    dist.all_gather_object(hosts, socket.gethostname())
+    if (islands := Islands.of_names(hosts)).have_two_levels:
+        setting = replace(setting, topology=connect({None: islands})[None])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     timings = measure(setting, device)
-    figures = fit.figures(setting, timings, _about(args, setting, device))
+    figures = fit.figures(setting, timings, _about(args, setting, device, len(set(hosts))))
     agreed = [figures]
     dist.broadcast_object_list(agreed)  # all ranks go by one and the same
     (figures,) = agreed
@@ -129,12 +137,10 @@ def run(args: argparse.Namespace) -> None:
     destroy_parallel()
 
 
-def _about(args: argparse.Namespace, setting: Scope, device: torch.device) -> dict[str, object]:
-    hosts = [""] * args.tp
-    dist.all_gather_object(hosts, socket.gethostname())
+def _about(args: argparse.Namespace, setting: Scope, device: torch.device, hosts: int) -> dict[str, object]:
     return {
         "ranks": args.tp,
-        "hosts": len(set(hosts)),
+        "hosts": hosts,
         "backend": dist.get_backend(),
         "device": device.type,
         "device_name": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -152,7 +158,7 @@ def _show(setting, timings, figures, args) -> None:
             "largest_ms": link.points[-1][1] * 1e3,
             "mbit_per_s": link.bytes_per_s * 8e-6,
         }
-        for name, link in figures.links.items()
+        for name, link in _named_links(figures).items()
     ]
     codecs = [_codec_row(name, codec, setting, timings, figures) for name, codec in setting.codecs.items()]
     about = figures.measured
@@ -166,20 +172,26 @@ def _show(setting, timings, figures, args) -> None:
     print(_advice(codecs, figures.margin))
 
 
+def _named_links(figures: Figures) -> dict[str, Link]:
+    levels = {"inside": figures.inside, "across": figures.across}
+    named = {f"{name}, {level}": link for level, links in levels.items() for name, link in links.items()}
+    return {**figures.links, **named}
+
+
 def _codec_row(name, codec, setting, timings, figures) -> dict:
     shape, ranks, cost = setting.shapes[-1], figures.ranks, figures.cost(codec)
-    times = {way: timings.median("sum", shape, name, way) for way in ALGORITHMS}
+    times = {way: timings.median("sum", shape, name, way) for way in setting.ways}
     algorithm = min(times, key=times.get)
     stock = timings.median("all_reduce", shape)
-    gains = {each: _speedup(timings, each, name) for each in setting.shapes}
+    gains = {each: _speedup(timings, each, name, setting.ways) for each in setting.shapes}
     best = max(gains, key=gains.get)
     return {
         "codec": name,
         "encode_ns_per_value": cost.encode_s_per_value * 1e9,
         "decode_ns_per_value": cost.decode_s_per_value * 1e9,
-        "compressed_sizes": fit.compressed_sizes(codec, setting.itemsize, figures, shape[1]),
+        "compressed_sizes": fit.compressed_sizes(codec, setting.itemsize, figures, shape[1], setting.islands),
         "algorithm": algorithm,
-        "predicted_ms": sum_seconds(shape, codec, ranks, algorithm, figures) * 1e3,
+        "predicted_ms": sum_seconds(shape, codec, ranks, algorithm, figures, setting.islands) * 1e3,
         "measured_ms": times[algorithm] * 1e3,
         "stock_ms": stock * 1e3,
         "speedup": stock / times[algorithm],
@@ -188,9 +200,9 @@ def _codec_row(name, codec, setting, timings, figures) -> dict:
     }
 
 
-def _speedup(timings: Timings, shape: tuple[int, int], name: str) -> float:
-    """Of the faster algorithm over the stock all-reduce, as measured."""
-    return timings.median("all_reduce", shape) / min(timings.median("sum", shape, name, way) for way in ALGORITHMS)
+def _speedup(timings: Timings, shape: tuple[int, int], name: str, ways: Sequence[str]) -> float:
+    """Of the fastest algorithm over the stock all-reduce, as measured."""
+    return timings.median("all_reduce", shape) / min(timings.median("sum", shape, name, way) for way in ways)
 
 
 def _sizes(ranges: list[tuple[int, int | None]]) -> str:

@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--algorithm",
         choices=ALGORITHMS,
         help="How the codecs of --codec are summed: gather_sum quantizes once and sends N-1 messages to each rank, "
-        "two_step quantizes twice and sends 2(N-1)/N of a message, auto (the default) takes what is predicted faster.",
+        "two_step quantizes twice and sends 2(N-1)/N of a message, hierarchical adds up inside machines first, auto "
+        "(the default) takes what is predicted faster.",
     )
     parser.add_argument(
         "--min-bytes",

@@ -128,7 +128,8 @@ def _next_token(model: GPTModel, context: StaticInferenceContext, text: Tensor, 
         last = _feed(model, context, F.pad(ids[:, whole:], (0, multiple - rest)))[0, rest - 1]
         context.increment_sequence_len_offset(rest)
     last = last[: model.hf_config.vocab_size]
-    finite.check(model, last, lambda: _read(model, text), gathered=True)
+    # In decode, logits that are no candidates of a policy's are -inf: the largest one, which is NaN if any is, tells.
+    finite.check(model, last.max() if context.is_decode_only() else last, lambda: _read(model, text), gathered=True)
     return int(last.argmax())
 
 

@@ -50,19 +50,19 @@ def joined() -> bool:
     return True
 
 
-def start(ranks: int, command: list[str], link: str | None = None, **more: str) -> int:
+def start(ranks: int, command: list[str], network: Network | None = None, **more: str) -> int:
     """Runs `command` once a rank, with the environment that torchrun would give; 0, or the first failing rank's status.
 
-    link: the rate of each rank's link, such as `100mbit`, in a network of its own that goes when this returns; None:
-    ranks meet on this machine as it is. more: further variables of their environment. Rank 0's output is the command's.
+    network: of so many ranks, which stands while they run; None: they meet on this machine as it is. more: further
+    variables of their environment. Rank 0's output is the command's.
     What ranks reported with `report` is printed once for all that said the same.
 
-    Raises ValueError for a link that is none, or that cannot be made here.
+    Raises ValueError for a network that cannot be made here.
     """
     processes: list[subprocess.Popen] = []
     previous = {s: signal.signal(s, lambda s, _: sys.exit(128 + s)) for s in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        with tempfile.TemporaryDirectory(prefix="megatron-comp-") as errors, _meeting(ranks, link) as (place, enter):
+        with tempfile.TemporaryDirectory(prefix="megatron-comp-") as errors, _meeting(network) as (place, enter):
             try:
                 for rank in range(ranks):
                     environment = _environment(rank, ranks, errors) | place | more
@@ -123,10 +123,10 @@ def _die_with(starter: int) -> None:
 
 
 @contextmanager
-def _meeting(ranks: int, link: str | None) -> Iterator[tuple[dict[str, str], Callable[[int], list[str]]]]:
+def _meeting(network: Network | None) -> Iterator[tuple[dict[str, str], Callable[[int], list[str]]]]:
     """Where the ranks meet: variables of their environment, and what goes before the command of each."""
-    if link is not None:
-        with Network(ranks, link) as network:
+    if network is not None:
+        with network:
             yield network.environment, network.enter
         return
     # This process holds the store, on a port that the kernel chose: no other process can take it in between.

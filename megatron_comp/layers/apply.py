@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,10 @@ from ..policy import PHASES, CompressionPolicy
 from ..version import __version__
 from ..wire.backends import warm_up
 from ..wire.codec import parse_codec
-from ..wire.cost import ALGORITHMS, step_codecs
+from ..wire.cost import FLAT, step_codecs
 from ..wire.figures import ASSUMED, ASSUMED_PEERS, VARIABLE, Figures, find_figures
+from ..wire.topology import connect
+from . import logits
 from .compressed_layer import can_overlap, compress_layer, restore_layer
 from .meter import SiteStats, Traffic
 from .not_recognised import find_not_recognised, shortened
@@ -28,16 +31,33 @@ from .reducer import Phase, Reducer
 from .sync_drop import check_block, dropped_blocks
 
 logger = logging.getLogger(__name__)
+_said: set[str] = set()
 
 
 @dataclass(slots=True)
 class ModelStats:
-    """What every compressed site of a model did since `apply_compression`, on this rank."""
+    """What every compressed site of a model did since `apply_compression`, on this rank. `print` shows it in a line."""
 
     sites: list[SiteStats]
+    link: str = ""
+    """What predictions went by: the calibration file, or what is assumed of the link. Empty where nothing predicts."""
     not_recognised: list[str] = field(default_factory=list)
     """Modules of the model, with their classes, that have a sum which no policy reaches: it stays uncompressed, and is
     not counted here."""
+
+    def __str__(self) -> str:
+        said = f"{self.compressed.calls:,} sums compressed"
+        if self.compressed.calls:
+            said += f" ({_counts(self.algorithms)})"
+        said += f", {self.kept.calls:,} uncompressed"
+        if self.kept.calls:
+            said += f" ({_counts(self.kept_because)})"
+        said += f", {self.bits_per_value:.2f} bits per value, {self.received_bytes:,} bytes received"
+        if self.captured:
+            said += ", not counting replays of CUDA graphs"
+        if self.not_recognised:
+            said += f"; {len(self.not_recognised)} sums of the model are not recognised and not counted"
+        return said + (f"; {self.link}" if self.link else "")
 
     @property
     def compressed(self) -> Traffic:
@@ -71,10 +91,20 @@ class ModelStats:
         return 8 * total.message_bytes / total.values if total.values else 0.0
 
 
+def _counts(counter: Counter) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counter.most_common())
+
+
 def apply_compression(
-    model: torch.nn.Module, policy: CompressionPolicy, *, timing: bool = False, allow_training: bool = False
+    model: torch.nn.Module,
+    policy: CompressionPolicy | str | Path,
+    *,
+    timing: bool = False,
+    allow_training: bool = False,
 ) -> torch.nn.Module:
     """Compresses the tensor-parallel reductions of a built Megatron model as `policy` says; returns the model.
+
+    policy: a `CompressionPolicy`, the path of a policy file, or a codec for every sum.
 
     Weights, state dict and modules stay what they are, with their classes. A model that is compressed already takes the
     new policy, and its counters start again. Every rank must call it. Sums that no policy reaches are named in one
@@ -98,19 +128,22 @@ def apply_compression(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"apply_compression takes one module, not {type(model).__name__}; call it for each model chunk")
-    if not isinstance(policy, CompressionPolicy):
-        raise TypeError(f"apply_compression takes a CompressionPolicy, such as CompressionPolicy(codec={policy!r})")
+    policy = CompressionPolicy.of(policy)
     places = list(find_places(model))
     hosts = _compare_ranks(places, policy, _problem(model, places, policy))
-    figures = _agree_on_figures(hosts, policy)
-    _compile_kernels(model, places, policy)
+    figures = _agree_on_figures({group: len(set(names)) for group, names in hosts.items()}, policy)
+    topologies = _connect(hosts, policy)
+    _compile_kernels(model, places, policy, topologies)
     remove_compression(model)
     _warn_of_others(model, places)
 
-    phase, plans = Phase(), {group: Plans(policy, its_figures) for group, its_figures in figures.items()}
+    phase = Phase()
+    plans = {group: Plans(policy, known, topologies.get(group)) for group, known in figures.items()}
     for place in places:
         how = {"timing": timing, "allow_training": allow_training, "plans": plans[place.group]}
         place.attach(Reducer(policy, place.layer, place.site, place.group, phase, **how))
+    if policy.logits is not None:
+        _gather_candidates(model, policy.logits, phase, timing)
     dropped = dropped_blocks(model, policy)
     for layer in model.modules():
         if layer in dropped or can_overlap(layer):
@@ -130,14 +163,21 @@ def remove_compression(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         restore_layer(module)
         restore(module)
+        logits.restore(module)
         if hook := module.__dict__.pop("compression_hook", None):
             hook.remove()
     return model
 
 
 def stats(model: torch.nn.Module) -> ModelStats:
-    """Calls and bytes of every site, compressed and kept, from `apply_compression` to this moment."""
-    return ModelStats([deepcopy(reducer.meter.stats) for reducer in reducers(model)], find_not_recognised(model))
+    """Calls and bytes of every site, compressed and kept, from `apply_compression` to this moment.
+
+    Where the policy says how logits are gathered they are a site too, `logits`.
+    """
+    found = list(reducers(model))
+    links = dict.fromkeys(each.plans.figures.source for each in found if each.plans.policy.predicts)
+    sites = [deepcopy(each.meter.stats) for each in (*found, *logits.gathers(model))]
+    return ModelStats(sites, "; ".join(links), find_not_recognised(model))
 
 
 def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> str | None:
@@ -146,6 +186,8 @@ def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) ->
         _refuse_captured_graphs(model)
         _check_model(model, places)
         _check_policy(policy, places)
+        if policy.logits is not None:
+            logits.check_output_layers(model, places[0].module.config)
         for layer, number in dropped_blocks(model, policy).items():
             check_block(layer, number)
     except ValueError as error:
@@ -205,32 +247,43 @@ def _sites_of_other_stages(config) -> set[str]:
 def _warn_of_others(model: torch.nn.Module, places: list) -> None:
     """Names the sums that no policy reaches, on one rank of a tensor-parallel group."""
     if (others := find_not_recognised(model)) and places[0].group.rank() == 0:
-        logger.warning(
-            "megatron_comp: %d sums of %s are not recognised and stay uncompressed: %s. A policy reaches the layers of "
-            "one language model; for a vision tower call apply_compression on the tower, too",
-            len(others),
-            type(model).__name__,
-            shortened(others),
+        _say_once(
+            logging.WARNING,
+            f"{len(others)} sums of {type(model).__name__} are not recognised and stay uncompressed: "
+            f"{shortened(others)}. A policy reaches the layers of one language model; for a vision tower call "
+            "apply_compression on the tower, too",
         )
 
 
-def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> None:
+def _gather_candidates(model: torch.nn.Module, count: int, phase: Phase, timing: bool) -> None:
+    for layer, vocabulary in logits.output_layers(model):
+        logits.attach(layer, logits.LogitsGather(count, vocabulary, layer.tp_group, phase, timing))
+    _say_once(
+        logging.WARNING,
+        f"logits: decoded tokens come from {count} candidates of each rank: for greedy decoding, and top-k sampling "
+        f"with k <= {count}. Log-probabilities and top-p sampling would be wrong",
+    )
+
+
+def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPolicy, topologies: dict) -> None:
     """Kernels of a GPU are compiled here, not in the first request; raises RuntimeError if that cannot be done."""
     parameter = next(model.parameters())
     sums = set()
     for place in places if parameter.is_cuda else []:
-        config, names = place.module.config, _codec_names(policy, place)
-        scatters, chosen = config.sequence_parallel, policy.algorithm
-        algorithms = ("reduce_scatter",) if scatters else ALGORITHMS[1:] if chosen == "auto" else (chosen,)
-        sums |= set(itertools.product(names, algorithms, [config.hidden_size], [place.group.size()]))
-    for name, algorithm, hidden, ranks in sorted(sums):
-        if ranks > 1 and not (">" in name and algorithm == "gather_sum"):
+        config, ranks = place.module.config, place.group.size()
+        flat = FLAT if policy.algorithm in ("auto", "hierarchical") else (policy.algorithm,)
+        ways = {("reduce_scatter" if config.sequence_parallel else way, parameter.dtype, ranks) for way in flat}
+        if topology := topologies.get(place.group):  # across machines go sums in fp32
+            ways |= {(way, torch.float32, len(topology.islands.members)) for way in FLAT}
+        sums |= set(itertools.product(_codec_names(policy, place), ways, [config.hidden_size]))
+    for name, (way, dtype, ranks), hidden in sorted(sums, key=str):
+        if ranks > 1 and not (">" in name and way == "gather_sum"):
             first, second = step_codecs(parse_codec(name))
-            warm_up(first.format, second.format, parameter.dtype, hidden, ranks, algorithm, parameter.device)
+            warm_up(first.format, second.format, dtype, hidden, ranks, way, parameter.device)
 
 
 def _compare_ranks(places: list, policy: CompressionPolicy, problem: str | None) -> dict:
-    """By group, how many machines its ranks are on.
+    """By group, the names of its ranks' machines.
 
     Raises on every rank if one of them found a problem, or if they do not all have one policy and version.
     """
@@ -252,7 +305,14 @@ def _compare_ranks(places: list, policy: CompressionPolicy, problem: str | None)
                     "compression differs between tensor-parallel ranks: "
                     + "; ".join(f"rank {r}: version {everyone[r][0]}, policy {everyone[r][2]}" for r in (0, rank))
                 )
-    return {group: len({host for *_, host in everyone}) for group, everyone in heard.items()}
+    return {group: [host for *_, host in everyone] for group, everyone in heard.items()}
+
+
+def _connect(hosts: dict, policy: CompressionPolicy) -> dict:
+    """By group, which of its ranks are near one another; none where no sum asks."""
+    if not policy.has_levels:
+        return {}
+    return connect({group: policy.islands_of(names) for group, names in hosts.items() if group.size() > 1})
 
 
 def _agree_on_figures(hosts: dict, policy: CompressionPolicy) -> dict:
@@ -290,22 +350,26 @@ def _reach_one_another(ranks: int) -> bool:
 def _say_figures(figures: Figures, policy: CompressionPolicy, ranks: int) -> None:
     if not figures.measured:
         level = logging.INFO if os.environ.get(VARIABLE) == "assumed" else logging.WARNING
-        logger.log(
+        _say_once(
             level,
-            "megatron_comp: nothing was measured of the link between these %d ranks; %s. "
+            f"nothing was measured of the link between these {ranks} ranks; {figures.source}. "
             "`megatron-comp calibrate` measures it",
-            ranks,
-            figures.source,
         )
         return
-    logger.info("megatron_comp: sums over %d ranks are predicted from figures %s", ranks, figures.source)
+    _say_once(logging.INFO, f"sums over {ranks} ranks are predicted from {figures.source}")
     if unknown := [str(codec) for codec in policy.codecs() if not figures.knows(codec)]:
-        logger.warning(
-            "megatron_comp: %s has no time of %s, taken to be as slow as the slowest there; "
+        _say_once(
+            logging.WARNING,
+            f"{figures.source} has no time of {', '.join(unknown)}, taken to be as slow as the slowest there; "
             "`megatron-comp calibrate` measures codecs of --policy or --codec",
-            figures.source,
-            ", ".join(unknown),
         )
+
+
+def _say_once(level: int, text: str) -> None:
+    """Once per process, however many models and policies it holds for."""
+    if text not in _said:
+        _said.add(text)
+        logger.log(level, "megatron_comp: %s", text)
 
 
 def _phase_hook(phase: Phase):

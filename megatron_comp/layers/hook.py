@@ -7,7 +7,10 @@ wrapped and moved, since compression leaves parameters and state dict as they ar
 
 import functools
 import os
+import signal
 import sys
+import threading
+import weakref
 
 import torch
 from megatron.core import parallel_state
@@ -16,7 +19,7 @@ from megatron.core.models.common.vision_module.vision_module import VisionModule
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 
 from ..policy import CompressionPolicy
-from .apply import apply_compression, stats
+from .apply import ModelStats, apply_compression, stats
 from .not_recognised import find_not_recognised, find_sums, shortened
 from .places import find_places, numbered_layers, reducers
 
@@ -24,17 +27,20 @@ _BUILDING = "_megatron_comp_building"
 
 
 class Hook:
-    """Applies a policy to every language model built while it is installed. `models`: those with something to sum.
+    """Applies a policy to every language model built while it is installed, and says what they sent.
 
     What stands beside a language model is named and left: a policy is of one model's layers.
     """
 
     def __init__(self, policy: CompressionPolicy) -> None:
         self.policy = policy
-        self.models: list[LanguageModule] = []
+        # Not the models themselves: they hold process groups, which a script that does not destroy them leaves to the
+        # end of the interpreter. There a group that something of ours kept alive for longer aborts the process.
+        self._models: list[tuple[str, weakref.ref[LanguageModule], ModelStats]] = []
         self._only_an_end = False  # a pipeline stage without layers was built
         self._unknown: str | None = None  # what was said of a model with layers, of whose sums none is recognised
         self._speaks = os.environ.get("RANK", "0") == "0"
+        self._process, self._reported = os.getpid(), False
 
     def install(self) -> None:
         """From now on, for all classes that there are and those still to come. Once a process."""
@@ -88,24 +94,48 @@ class Hook:
                 self._only_an_end |= model.config.pipeline_model_parallel_size > 1
             return
         apply_compression(model, self.policy)
-        self.models.append(model)
-        compressed = sum(bool(reducer.codecs) for reducer in reducers(model))
-        self._say(f"{type(model).__name__}: {compressed} of {len(places)} sums compressed, policy {self.policy}")
+        name, found = type(model).__name__, list(reducers(model))
+        counters = ModelStats([reducer.meter.stats for reducer in found])  # as they go on counting
+        self._models.append((name, weakref.ref(model), counters))
+        compressed = sum(bool(reducer.codecs) for reducer in found)
+        link = f"; {stats(model).link}" if stats(model).link else ""
+        self._say(f"{name}: {compressed} of {len(places)} sums have a codec, policy {self.policy}{link}")
 
     def report(self) -> str | None:
-        """Says what was sent; what is wrong, if no model was built that sums anything."""
-        if not self.models and self._unknown:
+        """Says what was sent, once; what is wrong, if no model was built that sums anything."""
+        if self._reported or os.getpid() != self._process:  # a child that was forked has nothing to say of its own
+            return None
+        self._reported = True
+        if not self._models and self._unknown:
             return self._unknown
-        if not self.models and not self._only_an_end:
+        if not self._models and not self._only_an_end:
             return "no Megatron language model was built in this process: nothing was compressed"
-        for model in self.models:
-            done = stats(model)
-            self._say(
-                f"{type(model).__name__}: {done.compressed.calls} sums compressed, {done.kept.calls} kept "
-                f"({dict(done.kept_because)}), {done.received_bytes:,d} bytes received"
-                + (", not counting replays of CUDA graphs" if done.captured else "")
-            )
+        for name, reference, counters in self._models:
+            model = reference()
+            self._say(f"{name}: {counters if model is None else stats(model)}")
         return None
+
+    def report_before_the_process_ends(self) -> None:
+        """Also where a signal or `os._exit` ends it, as servers and scripts with CUDA graphs do."""
+        leave = os._exit
+
+        def report_and_leave(status: int) -> None:
+            self.report()
+            leave(status)
+
+        os._exit = report_and_leave
+        if threading.current_thread() is not threading.main_thread():
+            return  # only that one may handle signals
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, functools.partial(self._end_by_signal, signal.getsignal(number)))
+
+    def _end_by_signal(self, previous, number: int, frame) -> None:
+        self.report()
+        signal.signal(number, previous)
+        if callable(previous):
+            previous(number, frame)
+        elif previous == signal.SIG_DFL:
+            os.kill(os.getpid(), number)
 
     def _say(self, text: str) -> None:
         if self._speaks:

@@ -25,7 +25,7 @@ def sum_by_plan(
     """
     if not (input_.requires_grad and torch.is_grad_enabled()):
         return run(plan, input_, group)
-    if plan.algorithm == "reduce_scatter":
+    if plan.scatters:
         return _CompressedReduceScatterToSequenceParallelRegion.apply(input_, plan, group, input_split_sizes)
     return _CompressedReduceFromModelParallelRegion.apply(input_, plan, group)
 

@@ -13,19 +13,21 @@ from .plans import Choice
 
 @dataclass(slots=True)
 class Traffic:
-    """What some reductions sent. Bytes and seconds are those of this rank."""
+    """What some reductions, or gathers of logits, sent. Bytes and seconds are those of this rank."""
 
     calls: int = 0
     values: int = 0
     message_bytes: int = 0
-    """Of the summed tensors, each counted once, as they travel."""
+    """Of the summed tensors, or gathered logits, each counted once, as they travel."""
     received_bytes: int = 0
     """From the other ranks: counted for compressed reductions, that of a ring for stock ones."""
-    seconds: float = 0.0
-    """Zero unless timing was asked for."""
+    seconds: float | None = None
+    """None unless timing was asked for."""
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(*(getattr(self, name) + getattr(other, name) for name in Traffic.__slots__))
+        counts = (getattr(self, name) + getattr(other, name) for name in Traffic.__slots__[:-1])
+        timed = [each.seconds for each in (self, other) if each.seconds is not None]
+        return Traffic(*counts, sum(timed) if timed else None)
 
 
 @dataclass(slots=True)
@@ -38,7 +40,7 @@ class SiteStats:
     kept: Traffic = field(default_factory=Traffic)
     kept_because: Counter = field(default_factory=Counter)
     algorithms: Counter = field(default_factory=Counter)
-    """Of the compressed reductions: `gather_sum`, `two_step`, or `reduce_scatter`."""
+    """Of the compressed reductions: `gather_sum`, `two_step`, or `reduce_scatter`; of logits, `candidates`."""
     captured: int = 0
     """Reductions, of those above, that were recorded into a CUDA graph. Its replays run no Python and are not counted:
     where this is not 0, calls and bytes are those of warm-ups and captures alone."""
@@ -55,17 +57,24 @@ class Meter:
 
     def record(self, choice: Choice, on_gpu: bool) -> Traffic:
         """Counts one sum that does what `choice` says; returns where its seconds belong."""
+        algorithm = choice.plan.algorithm if choice.plan is not None else None
+        return self.count(algorithm, choice.reason, choice.values, choice.message_bytes, choice.received_bytes, on_gpu)
+
+    def count(
+        self, algorithm: str | None, reason: str, values: int, message_bytes: int, received_bytes: int, on_gpu: bool
+    ) -> Traffic:
+        """Counts one call; returns where its seconds belong. algorithm: None where it is kept, for this `reason`."""
         stats = self.stats
-        if choice.plan is None:
+        if algorithm is None:
             traffic = stats.kept
-            stats.kept_because[choice.reason] += 1
+            stats.kept_because[reason] += 1
         else:
             traffic = stats.compressed
-            stats.algorithms[choice.plan.algorithm] += 1
+            stats.algorithms[algorithm] += 1
         traffic.calls += 1
-        traffic.values += choice.values
-        traffic.message_bytes += choice.message_bytes
-        traffic.received_bytes += choice.received_bytes
+        traffic.values += values
+        traffic.message_bytes += message_bytes
+        traffic.received_bytes += received_bytes
         if on_gpu and torch.cuda.is_current_stream_capturing():
             stats.captured += 1
         return traffic
@@ -84,7 +93,7 @@ def _seconds(traffic: Traffic) -> Iterator[None]:
     start = time.perf_counter()
     yield
     wait_for_device()
-    traffic.seconds += time.perf_counter() - start
+    traffic.seconds = (traffic.seconds or 0.0) + time.perf_counter() - start
 
 
 def _is_capturing() -> bool:

@@ -7,9 +7,10 @@ import torch
 
 from ..policy import DROP, CompressionPolicy
 from ..wire import exchange
-from ..wire.cost import choose_algorithm, choose_chunks, choose_parts, ring_bytes
+from ..wire.cost import choose_algorithm, choose_chunks, choose_parts, choose_scatter, ring_bytes
 from ..wire.figures import Figures
 from ..wire.plan import SumPlan, plan_all_reduce, plan_reduce_scatter
+from ..wire.topology import Topology
 
 Group = torch.distributed.ProcessGroup
 
@@ -37,8 +38,9 @@ class Choice:
 class Plans:
     """The choices of one policy, with what was measured of one group. Shared by all sites that sum over that group."""
 
-    def __init__(self, policy: CompressionPolicy, figures: Figures) -> None:
-        self.policy, self.figures = policy, figures
+    def __init__(self, policy: CompressionPolicy, figures: Figures, topology: Topology | None = None) -> None:
+        self.policy, self.figures, self.topology = policy, figures, topology
+        self._islands = topology and topology.islands
         self._known: dict[tuple, Choice] = {}
 
     def get(
@@ -74,8 +76,8 @@ class Plans:
         scatter: bool,
         splits: tuple[int, ...] | None,
     ) -> Choice:
-        ranks, itemsize, device = group.size(), like.element_size(), like.device
-        decision = self.policy.decide_message(word, shape, itemsize, ranks, self.figures, scatter)
+        ranks, itemsize, device, islands = group.size(), like.element_size(), like.device, self._islands
+        decision = self.policy.decide_message(word, shape, itemsize, ranks, self.figures, scatter, islands)
         if decision.reason == DROP:
             return Choice(None, None, DROP, 0, 0, 0)
         if decision.codec is None:
@@ -83,15 +85,19 @@ class Plans:
             ring = ring_bytes(nbytes, ranks, passes=1 if scatter else 2)
             return Choice(None, None, decision.reason, shape.numel(), nbytes, ring)
         of_bytes = exchange.chunk_bytes(device.type) or self.figures.chunk_bytes
+        how = shape, decision.codec, ranks
         if scatter:
-            plan = plan_reduce_scatter(shape, decision.codec, ranks, group.rank(), splits, of_bytes)
+            way = choose_scatter(*how, decision.algorithm, self.figures, islands)
+            topology = self.topology if way == "hierarchical_scatter" else None
+            plan = plan_reduce_scatter(*how, group.rank(), splits, of_bytes, topology, itemsize)
             return Choice(plan, None, "", plan.values, plan.message_bytes, plan.received_bytes)
-        algorithm = choose_algorithm(shape, decision.codec, ranks, decision.algorithm, self.figures)
-        how = shape, decision.codec, ranks, algorithm, self.figures
-        parts = choose_parts(*how, device)
-        shared = shape, decision.codec, ranks, group.rank(), algorithm
-        plan = plan_all_reduce(*shared, choose_chunks(*how, of_bytes))
-        in_parts = plan_all_reduce(*shared, parts) if parts > 1 else None
+        algorithm = choose_algorithm(*how, decision.algorithm, self.figures, islands)
+        chunks = choose_chunks(*how, algorithm, self.figures, of_bytes, islands)
+        parts = choose_parts(*how, algorithm, self.figures, device, islands)
+        shared = *how, group.rank(), algorithm
+        raw = {"topology": self.topology, "itemsize": itemsize}
+        plan = plan_all_reduce(*shared, chunks, **raw)
+        in_parts = plan_all_reduce(*shared, parts, **raw) if parts > 1 else None
         if in_parts is not None and len(in_parts.chunks) == 1:
             in_parts = None
         return Choice(plan, in_parts, "", plan.values, plan.message_bytes, plan.received_bytes)

@@ -21,7 +21,8 @@ class CompressedRowParallelLinear(RowParallelLinear):
     `ModuleSpec(module=..., params={"policy": policy})`, or `functools.partial` where Megatron calls builders directly);
     without one it does what the stock class does until `apply_compression` gives it one.
 
-    policy: must not have `layers` or `phases`, which a linear alone cannot tell: those are for `apply_compression`.
+    policy: must not have `layers`, `phases` or `logits`, of which a linear alone knows nothing: those are for
+        `apply_compression`.
     site: a policy's name of the place; taken from `tp_comm_buffer_name` where Megatron gives that.
     """
 
@@ -36,9 +37,9 @@ class CompressedRowParallelLinear(RowParallelLinear):
             raise ValueError(
                 "a linear in a spec cannot tell shared experts from an MLP; use apply_compression on the model"
             )
-        if unknown := [key for key in ("layers", "phases") if getattr(policy, key)]:
+        if unknown := [key for key in ("layers", "phases", "logits") if getattr(policy, key)]:
             raise ValueError(
-                f"policy: {unknown[0]}: a linear in a spec knows no layer number and no phase; "
+                f"policy: {unknown[0]}: a linear in a spec knows no layer number, no phase and no logits; "
                 "use apply_compression on the model"
             )
         attach(self, Reducer(policy, None, site, self.tp_group))

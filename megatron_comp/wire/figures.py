@@ -10,6 +10,8 @@ The file is YAML:
       reduce_scatter: ...                                        # smaller messages, ascending; if absent, none
       all_gather: ...                                            # of messages
       all_to_all: ...
+    inside: {all_gather: ..., all_to_all: ...}   # of ranks of one machine, all machines at once; if absent, not known
+    across: {all_gather: ..., all_to_all: ...}   # of ranks of equal place in all machines, all places at once
     codecs:                             # seconds of a call = its fixed_s + values * its s_per_value
       fp4_e2m1:32:e8m0: {encode_fixed_s: ..., encode_s_per_value: ..., decode_fixed_s: ..., decode_s_per_value: ...}
     margin: 0.1                         # compress where stock is predicted to take more than 1.1 times as long
@@ -75,12 +77,16 @@ class CodecCost:
 
 # What `auto` assumes of a link that nobody has measured: 25 Gbit/s each way, 50 us for a phase to start.
 ASSUMED_LINK = Link(25e9 / 8, 50e-6)
+# And between ranks of one machine: half of what 16 lanes of PCIe 4.0 carry, 20 us for a phase to start.
+ASSUMED_INSIDE = Link(16e9, 20e-6)
 LINKS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
+# The collectives of one level of a hierarchical sum.
+LEVEL_LINKS = ("all_gather", "all_to_all")
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What predictions rest on; without arguments the assumed link, on which codecs take no time.
+    """What predictions rest on; without arguments one assumed link, on which codecs take no time.
 
     codecs: by their full names, as `str(codec)` gives them. ranks: of the group that was measured; None: any.
     """
@@ -96,6 +102,10 @@ class Figures:
     a processor that is busy already."""
     compresses: bool = True
     """False: the link is taken to be so fast that `min_bytes: auto` compresses nothing on it."""
+    inside: Mapping[str, Link] = field(default_factory=dict)
+    """Of the ranks of one island, for hierarchical sums; empty where they are not known apart from `links`."""
+    across: Mapping[str, Link] = field(default_factory=dict)
+    """Of the ranks of one place in all islands, while those of the other places exchange too; known with `inside`."""
 
     @property
     def ranks(self) -> int | None:
@@ -111,6 +121,11 @@ class Figures:
         """Of the stock all-reduce that was measured, what each rank received; infinite where no sizes are known."""
         points = self.links["all_reduce"].points
         return points[-1][0] if points else math.inf
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per value of the tensors that were measured; 2 where nothing was."""
+        return getattr(torch, str(self.measured.get("dtype")), torch.bfloat16).itemsize
 
     @property
     def chunk_bytes(self) -> int | None:
@@ -140,8 +155,9 @@ class Figures:
 
     @classmethod
     def _from_content(cls, content: object, source: str) -> "Figures":
-        keys = ("schema", "measured", "links", "codecs", "margin", "hidden")
-        content = _mapping("", {"hidden": 1.0} | content if isinstance(content, dict) else content, keys)
+        keys = ("schema", "measured", "links", "inside", "across", "codecs", "margin", "hidden")
+        absent = {"hidden": 1.0, "inside": None, "across": None}
+        content = _mapping("", absent | content if isinstance(content, dict) else content, keys)
         if content["schema"] != SCHEMA:
             raise ValueError(f"schema {shown(content['schema'])} is not {SCHEMA}, which this version reads")
         measured = _mapping("measured", content["measured"])
@@ -149,9 +165,11 @@ class Figures:
             raise ValueError(f"measured: ranks: {shown(measured.get('ranks'))} is not a number of ranks above 1")
         if measured.get("device") not in DEVICES:
             raise ValueError(f"measured: device: {shown(measured.get('device'))} is not one of {', '.join(DEVICES)}")
-        links = {
-            name: _link(f"links: {name}", words) for name, words in _mapping("links", content["links"], LINKS).items()
-        }
+        links = _links("links", content["links"], LINKS)
+        if (content["inside"] is None) != (content["across"] is None):
+            raise ValueError("inside, across: one of them is missing; they were measured together or not at all")
+        levels = [_links(key, content[key], LEVEL_LINKS) for key in ("inside", "across") if content[key] is not None]
+        inside, across = levels or ({}, {})
         codecs = {
             str(Codec.parse(name)): CodecCost(**_numbers(f"codecs: {name}", numbers, CodecCost))
             for name, numbers in _mapping("codecs", content["codecs"]).items()
@@ -161,7 +179,8 @@ class Figures:
         hidden = _number("hidden", content["hidden"])
         if hidden > 1:
             raise ValueError(f"hidden: {hidden} is a share above 1")
-        return cls(links, codecs, _number("margin", content["margin"]), measured, source, hidden)
+        margin = _number("margin", content["margin"])
+        return cls(links, codecs, margin, measured, source, hidden, inside=inside, across=across)
 
     def write(self, path: str | Path) -> None:
         """As `from_file` reads it; whole or not at all."""
@@ -170,7 +189,8 @@ class Figures:
         content = {
             "schema": SCHEMA,
             "measured": dict(self.measured),
-            "links": {name: asdict(link) | {"points": [*map(list, link.points)]} for name, link in self.links.items()},
+            "links": _written(self.links),
+            **{key: _written(level) for key in ("inside", "across") if (level := getattr(self, key))},
             "codecs": {name: asdict(cost) for name, cost in self.codecs.items()},
             "margin": self.margin,
             "hidden": self.hidden,
@@ -178,7 +198,10 @@ class Figures:
         write_text(path, yaml.safe_dump(content, sort_keys=False, width=120))
 
 
-ASSUMED = Figures()
+ASSUMED = Figures(
+    inside=dict.fromkeys(LEVEL_LINKS, ASSUMED_INSIDE),
+    across=dict.fromkeys(LEVEL_LINKS, ASSUMED_LINK),
+)
 # Of GPUs of one machine that reach one another's memory, by NVLink or over PCIe: a stock sum takes less time there than
 # launching the kernels of a compressed one, as far as anybody knows who has not measured it.
 ASSUMED_PEERS = Figures(
@@ -237,6 +260,14 @@ def _mapping(where: str, value: object, keys: tuple[str, ...] | None = None) -> 
         if key not in value:
             raise ValueError(f"{prefix}{key} is missing")
     return value
+
+
+def _written(links: Mapping[str, Link]) -> dict[str, dict]:
+    return {name: asdict(link) | {"points": [*map(list, link.points)]} for name, link in links.items()}
+
+
+def _links(where: str, value: object, names: tuple[str, ...]) -> dict[str, Link]:
+    return {name: _link(f"{where}: {name}", words) for name, words in _mapping(where, value, names).items()}
 
 
 def _link(where: str, value: object) -> Link:

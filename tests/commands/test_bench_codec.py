@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_comp import cli
-from megatron_comp.commands import bench_codec as bench_codec
-from megatron_comp.commands import options
+from megatron_comp.commands import bench_codec
+from megatron_comp.launcher import output
 
 COLUMNS = [
     *("op", "codec", "backend", "rows", "hidden", "dtype", "ranks", "bytes_moved", "median_ms", "p20_ms", "p80_ms"),
@@ -150,7 +150,7 @@ def test_cuda_where_there_is_none(bench, error_line, monkeypatch):
 
 
 def test_a_figure_without_matplotlib(bench, error_line, monkeypatch):
-    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(output.importlib.util, "find_spec", lambda name: None)
     assert bench(*SMALL, "--figure", "rows.png") == 2
     assert "--figure needs matplotlib: pip install" in error_line()
 

@@ -23,7 +23,8 @@ from megatron_comp.launcher import network
 from megatron_comp.wire.codec import Codec
 
 COLUMNS = [
-    *("codec", "algorithm", "ranks", "message_bytes", "bytes_on_wire", "link", "median_ms", "p20_ms", "p80_ms"),
+    *("codec", "algorithm", "ranks", "message_bytes", "bytes_on_wire", "machines", "bytes_across"),
+    *("link", "median_ms", "p20_ms", "p80_ms"),
     *("share_of_wire_limit", "speedup_vs_all_reduce", "relative_error", "rows", "hidden", "dtype"),
 ]
 CIRCUMSTANCES = ["device", "torch", "triton", "megatron_comp", "date"]
@@ -112,7 +113,7 @@ def test_ranks_with_different_sums_are_refused():
 def own_share_exact(rank, ranks):
     """As if a rank kept its own share exact, which shipped as a bug in two public systems."""
 
-    def harmful(x, codec, group, algorithm, chunks=None):
+    def harmful(x, codec, *_, **__):
         messages = [codec.encode(sums.partial_sum(other, x.shape, x.dtype, CPU)) for other in range(ranks)]
         decoded = [codec.decode(message, x.shape, torch.float32) for message in messages]
         decoded[rank] = x.float()
@@ -128,8 +129,12 @@ def own_share_exact(rank, ranks):
 def test_what_is_derived_from_times(monkeypatch):
     monkeypatch.setenv("MEGATRON_COMP_LINK", "100mbit")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    entries = [sums.Entry("none", "all_reduce", 1_000_000, None), sums.Entry("mxfp4", "gather_sum", 250_000, None)]
-    stock, mxfp4 = sums._rows(entries, [(0.1, 0.1, 0.1), (0.03, 0.025, 0.02)], [0.0, 0.1], torch.zeros(4, 64), 2)
+    entries = [
+        sums.Entry("none", "all_reduce", 1_500_000, 1_000_000, None),
+        sums.Entry("mxfp4", "gather_sum", 400_000, 250_000, None),
+    ]
+    times = [(0.1, 0.1, 0.1), (0.03, 0.025, 0.02)]
+    stock, mxfp4 = sums._rows(entries, times, [0.0, 0.1], torch.zeros(4, 64), 4, 2)
     assert stock["share_of_wire_limit"] == pytest.approx(0.8)  # a megabyte takes 80 ms
     assert mxfp4["share_of_wire_limit"] == pytest.approx(0.8) and mxfp4["median_ms"] == pytest.approx(25)
     assert stock["speedup_vs_all_reduce"] == 1 and mxfp4["speedup_vs_all_reduce"] == pytest.approx(4)
@@ -153,7 +158,7 @@ def test_the_clock_starts_when_all_ranks_are_ready():
 def seconds_after_a_wait(rank, _ranks):
     import time
 
-    entry = sums.Entry("none", "all_reduce", 0, dist.barrier, lambda: time.sleep(0.5 * rank))
+    entry = sums.Entry("none", "all_reduce", 0, 0, dist.barrier, lambda: time.sleep(0.5 * rank))
     return sums._seconds(entry, CPU)
 
 
@@ -175,11 +180,34 @@ def test_on_a_link_of_that_rate(command, tmp_path):
     assert done.stdout.count("bench collective:") == 1 and "40mbit" in done.stdout
 
 
+@pytest.mark.slow_network
+def test_machines_of_several_ranks(command, tmp_path):
+    """All algorithms, and of each what the busiest machine receives, from the formulas by hand."""
+    need_network()
+    done = command(
+        *("bench", "collective", "--link", "unshaped", "--rtt", "1ms", "--machines", 2, "--ranks", 4, "--repeats", 1),
+        *("--shape", "128x64", "--codec", "mxfp4", "--json", tmp_path / "rows.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    message, tensor = 128 * 34, 128 * 64 * 2
+    assert [(row["codec"], row["algorithm"], row["bytes_across"]) for row in rows] == [
+        ("none", "all_reduce", 1.5 * tensor),
+        ("bf16", "gather_sum", 3 * tensor),
+        ("mxfp4", "gather_sum", 3 * message),
+        ("mxfp4", "two_step", (1 + 0.75) * message),
+        ("mxfp4", "hierarchical", message),
+    ]
+    assert {(row["link"], row["machines"]) for row in rows} == {("unshaped@1ms", 2)}
+    assert all(row["median_ms"] > 1 for row in rows)
+
+
 def test_one_link_after_another(monkeypatch, tmp_path):
     """Rows of all links go into the files after each, so that one that fails takes none with it."""
     started = []
 
-    def start(count, command, link, **environment):
+    def start(count, command, its_network, **environment):
+        link = its_network.environment[network.LINK]
         started.append((count, link, command[-1]))
         if link == "3gbit":
             return 4
@@ -189,7 +217,8 @@ def test_one_link_after_another(monkeypatch, tmp_path):
         return 0
 
     monkeypatch.setattr(links.ranks, "start", start)
-    args, reports = SimpleNamespace(link=["1gbit", "2gbit", "3gbit", "4gbit"]), []
+    args = SimpleNamespace(link=["1gbit", "2gbit", "3gbit", "4gbit"], machines=None, rtt="0")
+    reports = []
     assert links.start(args, ["an argument"], 2, lambda *said: reports.append(said[1:])) == 4
     assert started == [(2, f"{number}gbit", "an argument") for number in (1, 2, 3)]
     first, second = {"link": "1gbit", "ms": 1}, {"link": "2gbit", "ms": 2}
@@ -206,6 +235,10 @@ def test_one_link_after_another(monkeypatch, tmp_path):
         (["--runs", "0"], r"--runs 0: at least one"),
         (["--timeout", "0"], r"--timeout 0.0: allowed are seconds above 0"),
         (["--link", "fast"], r"--link 'fast' is no rate of a link: allowed are"),
+        (["--link", "1gbit", "--rtt", "1"], r"--rtt '1' is no round trip: allowed are"),
+        (["--machines", "2"], r"--machines and --rtt are of the network that --link makes"),
+        (["--rtt", "1ms"], r"--machines and --rtt are of the network that --link makes"),
+        (["--link", "1gbit", "--machines", "3"], r"--machines 3: 2 ranks cannot be shared out evenly"),
         (["--codec", "mxfp4>mxfp8", "--algorithm", "gather_sum"], r"--codec mxfp4>mxfp8: gather_sum has one phase"),
         (["--csv", "nowhere/rows.csv"], r"--csv nowhere/rows.csv: .*its folder does not exist"),
         (["--figure", "rows.txt"], r"--figure rows.txt: allowed are names that end in"),
@@ -226,7 +259,8 @@ def test_bad_input(monkeypatch, error_line, arguments, message):
     ],
 )
 def test_what_ranks_that_stand_cannot_do(monkeypatch, capsys, arguments, message):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", **place}.items():
         monkeypatch.setenv(name, value)
     assert bench(*arguments) == 2
     assert re.search(f"megatron-comp: error on rank 0: {message}", capsys.readouterr().err)

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import socket
 from contextlib import redirect_stdout
 from dataclasses import replace
 
@@ -15,8 +16,9 @@ from megatron_comp.bench.calibration import CHUNKS, Scope, Timings
 from megatron_comp.commands import calibrate
 from megatron_comp.commands.calibrate import _advice
 from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.cost import pays, ring_bytes, stock_seconds, sum_seconds, wire_and_work
-from megatron_comp.wire.figures import LINKS, CodecCost, Figures, Link
+from megatron_comp.wire.cost import choose_algorithm, pays, ring_bytes, stock_seconds, sum_seconds, wire_and_work
+from megatron_comp.wire.figures import LEVEL_LINKS, LINKS, CodecCost, Figures, Link
+from megatron_comp.wire.topology import Islands
 
 MXFP4 = Codec.parse("mxfp4")
 
@@ -240,3 +242,25 @@ def test_a_run_leaves_figures_that_later_runs_find(tmp_path):
     assert [row.get("collective") or row["codec"] for row in rows] == [*LINKS, "mxfp4"]
     assert str(tmp_path / "figures.yaml") in first and second == ""
     assert ("Compress: " in first) != ("Leave compression off" in first)
+
+
+def calibrated_on_machines(rank, world_size, arguments):
+    socket.gethostname = lambda: f"machine{rank // 2}"
+    return calibrated(rank, world_size, arguments)
+
+
+def test_machines_of_several_ranks_are_measured_in_two_levels(tmp_path):
+    """And what is found there is what `auto` goes by."""
+    words = ["--codec", "mxfp4", "--tokens", "1", "--tokens", "64", "--rounds", "2", "--hidden", "512"]
+    run_ranks(calibrated_on_machines, 4, [*words, "--out", str(tmp_path / "figures.yaml")])
+    made, islands = Figures.from_file(tmp_path / "figures.yaml"), Islands.of_size(4, 2)
+    assert made.measured["hosts"] == 2
+    for links in (made.inside, made.across):
+        assert set(links) == set(LEVEL_LINKS) and all(len(link.points) == 2 for link in links.values())
+        # A rank receives from one other what it sends, all of it or half.
+        assert [points[0] for points in links["all_gather"].points] == [512, 32768]
+        assert [points[0] for points in links["all_to_all"].points] == [256, 16384]
+    slow = replace(made, links=dict.fromkeys(LINKS, Link(1e3, 0.0)))
+    assert choose_algorithm((64, 512), MXFP4, 4, "auto", slow, islands) == "hierarchical"
+    fast = replace(made, links=dict.fromkeys(LINKS, Link(1e12, 0.0)))
+    assert choose_algorithm((64, 512), MXFP4, 4, "auto", fast, islands) in ("gather_sum", "two_step")

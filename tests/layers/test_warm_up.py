@@ -1,5 +1,6 @@
 """Which kernels `apply_compression` has compiled on a GPU: all that the policy can ask for, and no others."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -11,22 +12,29 @@ from megatron_comp.layers import apply
 CUDA = torch.device("cuda", 1)
 
 
+@dataclass(frozen=True)
+class Group:
+    ranks: int
+
+    def size(self):
+        return self.ranks
+
+
 def place(site, ranks, sequence_parallel=False):
     config = SimpleNamespace(hidden_size=96, sequence_parallel=sequence_parallel)
-    group = SimpleNamespace(size=lambda: ranks)
-    return SimpleNamespace(layer=0, site=site, module=SimpleNamespace(config=config), group=group)
+    return SimpleNamespace(layer=0, site=site, module=SimpleNamespace(config=config), group=Group(ranks))
 
 
-def compiled(monkeypatch, places, device=CUDA, **policy):
-    """{(first, second, ranks, algorithm)} of the calls, all with the model's own dtype, hidden size and device."""
+def compiled(monkeypatch, places, device=CUDA, topologies=(), dtype=torch.bfloat16, **policy):
+    """{(first, second, ranks, algorithm)} of the calls in `dtype`, all with the model's hidden size and device."""
     calls = []
     monkeypatch.setattr(apply, "warm_up", lambda *arguments: calls.append(arguments))
     weight = SimpleNamespace(is_cuda=device.type == "cuda", dtype=torch.bfloat16, device=device)
     model = SimpleNamespace(parameters=lambda: iter([weight]))
-    apply._compile_kernels(model, places, mc.CompressionPolicy(**policy))
-    assert all(call[2:4] == (torch.bfloat16, 96) and call[6] == CUDA for call in calls)
+    apply._compile_kernels(model, places, mc.CompressionPolicy(**policy), dict(topologies))
+    assert all(call[3] == 96 and call[6] == CUDA for call in calls)
     assert len(calls) == len(set(calls))
-    return {(str(first), str(second), ranks, algorithm) for first, second, _, _, ranks, algorithm, _ in calls}
+    return {(str(first), str(second), ranks, way) for first, second, its, _, ranks, way, _ in calls if its == dtype}
 
 
 MXFP4, MXFP8 = "fp4_e2m1:32:e8m0", "fp8_e4m3:32:e8m0"
@@ -52,6 +60,16 @@ def test_kernels_of_a_policy(monkeypatch, policy, expected):
 
 def test_sequence_parallel(monkeypatch):
     assert compiled(monkeypatch, [place("mlp", 2, True)], codec="mxfp4") == {(MXFP4, MXFP4, 2, "reduce_scatter")}
+
+
+def test_sums_across_machines_are_of_fp32(monkeypatch):
+    """Two machines of two ranks: flat sums of four ranks in the model's type, and sums of sums between two."""
+    topologies = {Group(4): SimpleNamespace(islands=SimpleNamespace(members=((0, 1), (2, 3))))}
+    how = {"topologies": topologies, "codec": "mxfp4", "algorithm": "hierarchical"}
+    flat = {(MXFP4, MXFP4, 4, "gather_sum"), (MXFP4, MXFP4, 4, "two_step")}
+    across = {(MXFP4, MXFP4, 2, "gather_sum"), (MXFP4, MXFP4, 2, "two_step")}
+    assert compiled(monkeypatch, [place("mlp", 4)], **how) == flat
+    assert compiled(monkeypatch, [place("mlp", 4)], dtype=torch.float32, **how) == across
 
 
 def test_nothing_to_compile(monkeypatch):

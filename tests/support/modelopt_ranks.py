@@ -17,6 +17,7 @@ torch.cuda.synchronize = torch.cuda.empty_cache = lambda *args: None  # ModelOpt
 import modelopt.torch.opt as mto  # noqa: E402
 import modelopt.torch.quantization as mtq  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
+from megatron.core.tensor_parallel import RowParallelLinear  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from stock_gpt import build_model  # noqa: E402
 
@@ -34,6 +35,19 @@ def made():
 
 def compressed():
     return mc.apply_compression(made(), POLICY)
+
+
+def by_hand(model):
+    """What compression amounts to here: Megatron's switch for partial sums, and a hook that sums them."""
+
+    def reduce(linear, _inputs, output):
+        return mc.all_reduce(output[0], POLICY.codec, linear.tp_group), output[1]
+
+    for module in model.modules():
+        if isinstance(module, RowParallelLinear):
+            module.explicit_expert_comm = True
+            module.register_forward_hook(reduce)
+    return model
 
 
 @torch.no_grad()
@@ -58,18 +72,16 @@ model_parallel_cuda_manual_seed(1, inference_rng_tracker=True, force_reset_rng=T
 
 stock = quantized(made())
 state, weights = mto.modelopt_state(stock), stock.state_dict()
-results = {"stock": seen(stock), "unquantized": seen(made()), "keys": sorted(weights)}
+results = {"stock": seen(stock), "keys": sorted(weights)}
 
-before = compressed()
-results["unquantized, compressed"] = seen(before)
-before = quantized(before)
-results["compressed, then quantized"] = seen(before)
+before = quantized(compressed())
+results["compressed, then quantized"] = seen(before) | {"by hand": logits(quantized(by_hand(made())))}
 
 restored = mto.restore_from_modelopt_state(compressed(), state)
 results["missing"] = restored.load_state_dict(weights, strict=False).missing_keys
-results["compressed, then restored"] = seen(restored)
-
-results["quantized, then compressed"] = seen(mc.apply_compression(stock, POLICY))
+after = {"by hand": logits(by_hand(quantized(made())))}
+results["compressed, then restored"] = seen(restored) | after
+results["quantized, then compressed"] = seen(mc.apply_compression(stock, POLICY)) | after
 results["compressed keys"] = sorted(stock.state_dict())
 results["removed"] = seen(mc.remove_compression(stock))
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from megatron_comp.wire.codec import parse_codec
 from megatron_comp.wire.cost import (
-    ALGORITHMS,
+    FLAT,
     choose_algorithm,
     choose_chunks,
+    choose_scatter,
     pays,
     received_bytes,
     received_bytes_scatter,
@@ -24,6 +25,7 @@ from megatron_comp.wire.cost import (
     sum_seconds,
 )
 from megatron_comp.wire.figures import ASSUMED, LINKS, CodecCost, Figures, Link
+from megatron_comp.wire.topology import Islands
 
 RANKS = [2, 3, 4, 5, 6, 8]
 SHAPES = [(1, 576), (7, 33), (5, 1), (2, 3, 576), (512, 8192), (33,), (4, 1024, 4096)]
@@ -172,7 +174,7 @@ def test_auto_looks_at_shape_codec_and_ranks_only(monkeypatch):
             assert len(choices) == 1
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS[1:])
+@pytest.mark.parametrize("algorithm", FLAT)
 def test_an_algorithm_that_is_named_is_taken(algorithm):
     for shape in SHAPES:
         assert choose_algorithm(shape, parse_codec("mxfp4"), 4, algorithm) == algorithm
@@ -187,7 +189,9 @@ def test_pairs_take_two_steps():
 
 @pytest.mark.parametrize("algorithm", ["ring", "", "GATHER_SUM", None])
 def test_unknown_algorithms(algorithm):
-    with pytest.raises(ValueError, match=f"unknown algorithm {algorithm!r}; known are auto, gather_sum, two_step"):
+    with pytest.raises(
+        ValueError, match=f"unknown algorithm {algorithm!r}; known are auto, gather_sum, two_step, hierarchical"
+    ):
         choose_algorithm((1, 8), parse_codec("mxfp4"), 2, algorithm)
 
 
@@ -239,7 +243,7 @@ def test_chunks_hide_all_of_the_shorter_but_one_chunk():
     assert sum_seconds(shape, codec, 4, "gather_sum", FIGURES) == pytest.approx(wire + work / 16)
 
 
-@pytest.mark.parametrize("way", ALGORITHMS[1:])
+@pytest.mark.parametrize("way", FLAT)
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp4>mxfp8"])
 def test_the_number_of_chunks_that_is_predicted_fastest(name, way):
     """Fixed costs of the chunks against what they hide, from the formula by hand."""
@@ -331,3 +335,65 @@ def test_the_margin_is_what_a_prediction_must_gain(scatter):
     assert gain > 0.05
     assert pays(SMALL, 2, codec, 4, "two_step", figures(1e7, margin=gain - 1e-6), scatter)
     assert not pays(SMALL, 2, codec, 4, "two_step", figures(1e7, margin=gain + 1e-6), scatter)
+
+
+# Two levels.
+
+
+LEVELS = {
+    "inside": {"all_gather": Link(4e8, 1e-4), "all_to_all": Link(5e8, 2e-4)},
+    "across": {"all_gather": Link(2e6, 5e-3), "all_to_all": Link(4e6, 6e-3)},
+}
+TWO_BY_TWO, THREE_BY_TWO = Islands.of_size(4, 2), Islands.of_size(6, 2)
+
+
+def test_predicted_times_of_two_levels_add_up():
+    """Between two islands a share is gathered, half of the tensor here; between three it takes two steps."""
+    known = replace(FIGURES, **LEVELS)
+    shape, values, message, codec = (96, 256), 96 * 256, 96 * 136, parse_codec("mxfp4")
+    assert codec.message_bytes(shape) == message
+    wire = 2e-4 + values / 2 * 2 / 5e8 + 5e-3 + message / 2 / 2e6 + 1e-4 + 2 * message / 2 / 4e8
+    work = 3e-4 + values * (0.5e-9 + 2 * 3e-9)
+    assert sum_seconds(shape, codec, 4, "hierarchical", known, TWO_BY_TWO) == pytest.approx(wire + work)
+    wire = 2e-4 + values / 2 * 2 / 5e8 + 1e-4 + message / 2 / 4e8
+    wire += 6e-3 + 2 * message / 6 / 4e6 + 5e-3 + 2 * message / 6 / 2e6
+    work = 6e-4 + values * (0.5e-9 + 0.5 * 3e-9 + 1e-9 / 6 + 3e-9)
+    assert sum_seconds(shape, codec, 6, "hierarchical", known, THREE_BY_TWO) == pytest.approx(wire + work)
+    wire = 2e-4 + values / 2 * 2 / 5e8 + 6e-3 + 2 * message / 6 / 4e6
+    work = 3e-4 + values / 2 * (1e-9 + 3e-9)
+    assert scatter_seconds(shape, codec, 6, known, THREE_BY_TWO) == pytest.approx(wire + work)
+
+
+def test_raw_values_are_as_wide_as_those_that_were_measured():
+    known = replace(FIGURES, **LEVELS, measured={"ranks": 4, "device": "cpu", "dtype": "float32"})
+    narrow = replace(FIGURES, **LEVELS)
+    how = SMALL, parse_codec("mxfp4"), 4, "hierarchical"
+    longer = sum_seconds(*how, known, TWO_BY_TWO) - sum_seconds(*how, narrow, TWO_BY_TWO)
+    assert longer == pytest.approx(64 * 256 / 2 * 2 / 5e8)
+
+
+def test_auto_goes_by_level_where_that_is_known_to_be_faster():
+    codec, shape, pair = parse_codec("mxfp4"), (2048, 4096), parse_codec("mxfp4>mxfp8")
+    known = replace(FIGURES, **LEVELS)
+    for each, flat in ((codec, "two_step"), (pair, "two_step")):
+        assert choose_algorithm(shape, each, 4, "auto", known, TWO_BY_TWO) == "hierarchical"
+        assert choose_algorithm(shape, each, 4, "auto", known) == flat, "no islands"
+        assert choose_algorithm(shape, each, 4, "auto", FIGURES, TWO_BY_TWO) == flat, "not measured"
+        assert choose_algorithm(shape, each, 4, "auto", known, Islands.of_size(4, 1)) == flat, "one rank in each"
+    assert choose_algorithm((1, 64), codec, 4, "auto", known, TWO_BY_TWO) == "gather_sum", "latency"
+    assert choose_algorithm(shape, codec, 4, "hierarchical", FIGURES, TWO_BY_TWO) == "hierarchical", "asked for"
+    assert choose_algorithm(shape, codec, 4, "hierarchical", known) == "two_step", "what auto chooses"
+    assert choose_algorithm(shape, codec, 16, "auto", ASSUMED, Islands.of_size(16, 8)) == "hierarchical"
+
+
+def test_scatters_go_by_level_among_islands_of_one_size():
+    codec, shape = parse_codec("mxfp4"), (2400, 4096)
+    known = replace(FIGURES, **LEVELS)
+    assert choose_scatter(shape, codec, 4, "auto", known, TWO_BY_TWO) == "hierarchical_scatter"
+    assert choose_scatter(shape, codec, 4, "hierarchical", FIGURES, TWO_BY_TWO) == "hierarchical_scatter"
+    uneven = Islands(((0, 1), (2, 3, 4)))
+    flat = [("auto", FIGURES, TWO_BY_TWO), ("two_step", known, TWO_BY_TWO), ("hierarchical", known, None)]
+    for algorithm, its_figures, islands in [*flat, ("hierarchical", known, uneven)]:
+        assert choose_scatter(shape, codec, 4, algorithm, its_figures, islands) == "reduce_scatter"
+    with pytest.raises(ValueError, match="unknown algorithm 'ring'"):
+        choose_scatter(shape, codec, 4, "ring")

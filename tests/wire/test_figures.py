@@ -1,16 +1,28 @@
 """Figures of a link and its codecs: their file, what finds it, and what every mistake in it is told."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from megatron_comp.wire import figures as module
 from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.figures import ASSUMED, LINKS, VARIABLE, CodecCost, Figures, Link, default_path, find_figures
+from megatron_comp.wire.figures import (
+    ASSUMED,
+    LEVEL_LINKS,
+    LINKS,
+    VARIABLE,
+    CodecCost,
+    Figures,
+    Link,
+    default_path,
+    find_figures,
+)
 
 MXFP4, INT8 = Codec.parse("mxfp4"), Codec.parse("int8:32:fp16")
 MEASURED = {"ranks": 3, "hosts": 1, "backend": "gloo", "device": "cpu"}
+LEVELS = {"inside": 1e9, "across": 1e7}
 EXAMPLE = Figures(
     {name: Link(1e9 + place, place * 1e-5, ((10.0, 1e-5), (20.0, 2e-5))[:place]) for place, name in enumerate(LINKS)},
     {str(MXFP4): CodecCost(1e-5, 2e-9, 3e-5, 1e-9), str(INT8): CodecCost(2e-5, 1e-9, 1e-5, 5e-9)},
@@ -71,12 +83,16 @@ def links(**changed):
     return content()["links"] | changed
 
 
+def level():
+    return {name: {"bytes_per_s": 1e9, "latency_s": 1e-5} for name in LEVEL_LINKS}
+
+
 @pytest.mark.parametrize(
     "given, told",
     [
         (content(schema=2), r"schema 2 is not 1"),
         ({key: value for key, value in content().items() if key != "links"}, r"links is missing"),
-        (content(speed=3), r"'speed' is unknown; allowed are schema, measured, links, codecs, margin, hidden"),
+        (content(speed=3), r"'speed' is unknown; allowed are schema, measured, links, inside, across, codecs, "),
         (content(measured=MEASURED | {"ranks": 1}), r"measured: ranks: 1 is not a number of ranks above 1"),
         (content(measured=MEASURED | {"device": "tpu"}), r"measured: device: 'tpu' is not one of cpu, cuda"),
         (content(links=links(ring={})), r"links: 'ring' is unknown; allowed are all_reduce, "),
@@ -93,6 +109,9 @@ def links(**changed):
             content(links=links(all_gather={"bytes_per_s": 1, "latency_s": 0, "points": [[8, 1], [8, 2]]})),
             r"links: all_gather: points: \[8.0, 8.0\] bytes do not ascend",
         ),
+        (content(inside=level()), r"inside, across: one of them is missing"),
+        (content(inside=level(), across=level()["all_gather"]), r"across: 'bytes_per_s' is unknown; allowed are all_g"),
+        (content(inside={"all_gather": level()["all_gather"]}, across=level()), r"inside: all_to_all is missing"),
         (content(codecs={}), r"codecs: none was measured"),
         (content(codecs={"mxfp5": content()["codecs"]["mxfp4"]}), r"codec 'mxfp5' is neither"),
         (content(codecs={"mxfp4": {"encode_fixed_s": 1}}), r"codecs: mxfp4: encode_s_per_value is missing"),
@@ -123,6 +142,22 @@ def test_numbers_as_yaml_takes_them_for_text(tmp_path):
     path = tmp_path / "figures.yaml"
     path.write_text(yaml.safe_dump(content()).replace("margin: 0.1", "margin: 1e-1"))
     assert Figures.from_file(path).margin == 0.1
+
+
+def test_links_of_two_levels(tmp_path):
+    path = tmp_path / "figures.yaml"
+    two = replace(EXAMPLE, **{key: {n: Link(rate, 1e-3) for n in LEVEL_LINKS} for key, rate in LEVELS.items()})
+    two.write(path)
+    read = Figures.from_file(path)
+    assert (read.inside, read.across, read.links) == (two.inside, two.across, two.links)
+    assert {key: getattr(read, key)["all_gather"].bytes_per_s for key in LEVELS} == LEVELS
+
+
+def test_files_without_levels_know_of_none(tmp_path):
+    path = tmp_path / "figures.yaml"
+    EXAMPLE.write(path)
+    assert not {"inside", "across"} & set(yaml.safe_load(path.read_text()))
+    assert Figures.from_file(path).inside == Figures.from_file(path).across == {}
 
 
 def test_files_that_say_nothing_of_chunks_take_them_to_hide_all(tmp_path):
