@@ -67,6 +67,8 @@ class ModelStats:
         said += f", {self.bits_per_value:.2f} bits per value, {self.received_bytes:,} bytes received"
         if self.captured:
             said += ", not counting replays of CUDA graphs"
+        if self.not_recognised:
+            said += f"; {len(self.not_recognised)} sums of the model are not recognised and not counted"
         return said + (f"; {self.link}" if self.link else "")
 
     @property

@@ -5,11 +5,13 @@ it returns the partial sum, as Megatron itself has it for overlapped shared expe
 have another seam: `InferenceRowParallelLinear` goes past Transformer Engine, with a method that multiplies and reduces;
 Megatron-Bridge's `TERowParallelLinearLayerNorm` has a norm behind the sum, whose input is summed.
 
-Transformer Engine is imported by Megatron if at all. Nothing here has run with the real one: its logic is tested on a
-stand-in whose own reduction raises.
+Transformer Engine is imported by Megatron if at all. Nothing here has run on a GPU: tests use its real Python with its
+C++ replaced, and stand-ins whose own reduction raises.
 """
 
+from contextlib import suppress
 from functools import lru_cache, partial
+from importlib import import_module
 from types import MethodType
 
 import torch
@@ -28,18 +30,16 @@ NORM_BEHIND_THE_SUM = "TERowParallelLinearLayerNorm"
 
 @lru_cache
 def stock_classes() -> tuple[type, ...]:
-    """Megatron's linears on Transformer Engine that can be compressed."""
-    try:
-        from megatron.core.extensions.transformer_engine import HAVE_TE, TERowParallelLinear
-    except Exception:  # a broken installation raises whatever it likes; the model then has no such linear
-        return ()
-    if not HAVE_TE:
-        return ()
-    try:
-        from megatron.core.tensor_parallel.inference_layers import InferenceRowParallelLinear
-    except Exception:
-        return (TERowParallelLinear,)
-    return TERowParallelLinear, InferenceRowParallelLinear
+    """Megatron's linears on Transformer Engine that can be compressed; one that cannot be imported hides no other."""
+    found = []
+    for module, name in (
+        ("extensions.transformer_engine", "TERowParallelLinear"),
+        ("tensor_parallel.inference_layers", "InferenceRowParallelLinear"),
+    ):
+        with suppress(Exception):  # a broken installation raises whatever it likes; the model has no such linear then
+            found.append(getattr(import_module(f"megatron.core.{module}"), name))
+    # Without Transformer Engine the names stand for mocks.
+    return tuple(cls for cls in found if isinstance(cls, type))
 
 
 def reduces(module: torch.nn.Module) -> bool:

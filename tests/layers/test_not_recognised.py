@@ -90,6 +90,7 @@ def test_others_are_named_and_left(llama):
         for when in (made["before"], made["stats"].not_recognised, made["uncompressed by the policy"]):
             assert sorted(when) == NAMES
         assert made["stats"].compressed.calls == 2 * LAYERS and made["same"]
+        assert "; 4 sums of the model are not recognised and not counted" in str(made["stats"])
         if rank == 0:
             (warning,) = made["warnings"]
             assert "4 sums of GPTModel are not recognised and stay uncompressed" in warning

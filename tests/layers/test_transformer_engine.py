@@ -4,6 +4,8 @@ A stand-in has what the seam touches, computes as the local linear that it repla
 ever asked for.
 """
 
+import sys
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -261,3 +263,11 @@ def test_the_op_fuser_is_refused(llama):
 
 def test_without_transformer_engine_there_is_nothing():
     assert transformer_engine.stock_classes() == ()
+
+
+@pytest.mark.parametrize("missing", range(2))
+def test_one_missing_class_hides_no_other(missing):
+    homes = ["megatron.core.extensions.transformer_engine", "megatron.core.tensor_parallel.inference_layers"]
+    there = SimpleNamespace(TERowParallelLinear=StandIn, InferenceRowParallelLinear=InferenceStandIn)
+    with patch.dict(sys.modules, {home: None if number == missing else there for number, home in enumerate(homes)}):
+        assert transformer_engine.stock_classes.__wrapped__() == (CLASSES[1 - missing],)
