@@ -10,10 +10,10 @@ from megatron_comp.quality.journal import Journal
 def kept_by_ranks(rank, world_size, path):
     """What each rank returns and reads again if all keep entries of their own."""
     journal = Journal(path, {"tp": world_size, "shape": (1, 2)})
-    kept = [journal.keep("points", {f"p{n}": {"kl": rank + n / 3}}) for n in range(2)]
+    kept = [journal.keep("entries", {f"p{n}": {"kl": rank + n / 3}}) for n in range(2)]
     journal.keep("sums", {"windows": 1, "rows": [rank]})
     again = Journal(path, {"tp": world_size, "shape": (1, 2)})
-    return kept, journal.continued, again.continued, again["points"], again["sums"], again["other"]
+    return kept, journal.continued, again.continued, again["entries"], again["sums"], again["other"]
 
 
 def test_ranks_know_what_the_first_has_kept(tmp_path):
@@ -26,7 +26,7 @@ def test_ranks_know_what_the_first_has_kept(tmp_path):
 
 
 def refusals(rank, world_size, path):
-    Journal(path, {"a": 1, "b": 3}).keep("points", {"x": {"kl": 1.0}})
+    Journal(path, {"a": 1, "b": 3}).keep("entries", {"x": {"kl": 1.0}})
     said = []
     for settings in ({"a": 2, "b": 3}, {"a": 1, "b": 3}):
         try:
