@@ -205,12 +205,13 @@ def _sites_of_other_stages(config) -> set[str]:
 def _gather_candidates(model: torch.nn.Module, count: int, phase: Phase, timing: bool) -> None:
     for layer, vocabulary in logits.output_layers(model):
         logits.attach(layer, logits.LogitsGather(count, vocabulary, layer.tp_group, phase, timing))
-    logger.warning(
-        "megatron_comp: logits: decoded tokens come from %d candidates of each rank: for greedy decoding, and top-k "
-        "sampling with k <= %d. Log-probabilities and top-p sampling would be wrong",
-        count,
-        count,
-    )
+        if layer.tp_group.rank() == 0:
+            logger.warning(
+                "megatron_comp: logits: %d candidates of each rank are for greedy decoding, and top-k sampling with "
+                "k <= %d. Log-probabilities and top-p sampling would be wrong",
+                count,
+                count,
+            )
 
 
 def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> None:

@@ -70,10 +70,11 @@ class Hook:
         """Says what was sent; what is wrong, if no model was built that sums anything."""
         if not self.models and not self._only_an_end:
             return "no Megatron language model was built in this process: nothing was compressed"
+        what = "sums" if self.policy.logits is None else "sums and gathers of logits"
         for model in self.models:
             done = stats(model)
             self._say(
-                f"{type(model).__name__}: {done.compressed.calls} sums compressed, {done.kept.calls} kept "
+                f"{type(model).__name__}: {done.compressed.calls} {what} compressed, {done.kept.calls} kept "
                 f"({dict(done.kept_because)}), {done.received_bytes:,d} bytes received"
                 + (", not counting replays of CUDA graphs" if done.captured else "")
             )
