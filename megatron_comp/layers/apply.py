@@ -189,11 +189,12 @@ def _warn_of_others(model: torch.nn.Module, places: list) -> None:
 def _gather_candidates(model: torch.nn.Module, count: int, phase: Phase, timing: bool) -> None:
     for layer, vocabulary in logits.output_layers(model):
         logits.attach(layer, logits.LogitsGather(count, vocabulary, layer.tp_group, phase, timing))
-    say_once(
-        logging.WARNING,
-        f"logits: decoded tokens come from {count} candidates of each rank: for greedy decoding, and top-k sampling "
-        f"with k <= {count}. Log-probabilities and top-p sampling would be wrong",
-    )
+        if layer.tp_group.rank() == 0:
+            say_once(
+                logging.WARNING,
+                f"logits: {count} candidates of each rank are for greedy decoding, and top-k sampling with k <= {count}. "
+                "Log-probabilities and top-p sampling would be wrong",
+            )
 
 
 def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPolicy, topologies: dict) -> None:

@@ -58,7 +58,8 @@ class ModelStats:
     not counted here."""
 
     def __str__(self) -> str:
-        said = f"{self.compressed.calls:,} sums compressed"
+        what = "sums and gathers of logits" if any(site.site == "logits" for site in self.sites) else "sums"
+        said = f"{self.compressed.calls:,} {what} compressed"
         if self.compressed.calls:
             said += f" ({_counts(self.algorithms)})"
         said += f", {self.kept.calls:,} uncompressed"

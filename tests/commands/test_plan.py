@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_comp import cli
-from megatron_comp.commands import plan
 from megatron_comp.policy import CompressionPolicy
+from megatron_comp.predict.advice import advice
 from megatron_comp.predict.figures import figures_of
 from megatron_comp.predict.hardware import Gpu, Interconnect, Shares, figures_for, wire_of
 from megatron_comp.predict.models import MODELS, Model, from_config, load
@@ -267,7 +267,7 @@ def test_wires_reach_a_share_of_their_rate():
 
 def test_advice_names_what_gains_most():
     base = {"codec": "none", "algorithm": "all_reduce", "ttft_ms": 100.0, "speedup_vs_none": 1.0, "share_of_sums": 0.5}
-    base["dropped"] = 0
+    base |= {"dropped": 0, "rounds": 0}
     rows = [base, base | {"codec": "a", "ttft_ms": 60.0, "speedup_vs_none": 100 / 60}, base | {"codec": "b"}]
-    assert plan.advice(rows).startswith("Compress with a by all_reduce: 60 ms instead of 100")
-    assert plan.advice([base, base | {"speedup_vs_none": 1.04}]).startswith("Leave compression off: sums take 50%")
+    assert advice(rows).startswith("Compress with a by all_reduce: 60 ms instead of 100")
+    assert advice([base, base | {"speedup_vs_none": 1.04}]).startswith("Leave compression off: sums take 50%")

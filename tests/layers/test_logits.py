@@ -206,7 +206,8 @@ def test_generated_tokens_are_those_of_all_logits(decoded, count):
             assert site.kept_because == {"one rank": NEW}
         elif count == 10_000:
             assert site.kept_because == {"prefill": 1, "as many bytes": NEW - 1}
-            assert site.kept.received_bytes == NEW * (ranks - 1) * 132 // ranks * 4
+            rows = {NEW, NEW - 1 + len(PROMPT)}  # Megatron-Core 0.19 has logits of the whole prompt here
+            assert site.kept.received_bytes in {row * (ranks - 1) * 132 // ranks * 4 for row in rows}
         else:
             assert site.kept_because == {"prefill": 1} and site.compressed.calls == NEW - 1
             assert site.compressed.received_bytes == (NEW - 1) * (ranks - 1) * count * 8
