@@ -246,7 +246,7 @@ def test_nothing_is_written_in_place():
             continue
         whole: set[ast.AST] = set()
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.With) and any("files.replacing(" in ast.unparse(item) for item in node.items):
+            if isinstance(node, ast.With) and any("replacing(" in ast.unparse(item) for item in node.items):
                 whole |= set(ast.walk(node))
             if not isinstance(node, ast.Call) or node in whole:
                 continue

@@ -192,8 +192,8 @@ def _gather_candidates(model: torch.nn.Module, count: int, phase: Phase, timing:
         if layer.tp_group.rank() == 0:
             say_once(
                 logging.WARNING,
-                f"logits: {count} candidates of each rank are for greedy decoding, and top-k sampling with k <= {count}. "
-                "Log-probabilities and top-p sampling would be wrong",
+                f"logits: {count} candidates of each rank are for greedy decoding, and top-k sampling with k <= "
+                f"{count}. Log-probabilities and top-p sampling would be wrong",
             )
 
 

@@ -275,14 +275,16 @@ def test_an_upcycled_model_is_the_dense_one(dense, mixtral_copy, mixtral_split, 
 
 def rounded(rank, world_size, folder, ids):
     from megatron_comp.commands.evaluate import evaluate
-    from megatron_comp.commands.options import NONE, Setting
+    from megatron_comp.commands.options import Setting
     from megatron_comp.policy import CompressionPolicy
+    from megatron_comp.quality.judge import Judge
 
     init_parallel(world_size)
     model = build_model(folder)
     settings = [Setting(codec, CompressionPolicy(codec=codec, min_bytes=0)) for codec in ("int8:32:fp16", "mxfp4")]
     only = CompressionPolicy(min_bytes=0, sites={"experts": "mxfp4"})
-    return evaluate(model, ids, [NONE, *settings, Setting("experts", only)])
+    rows, _ = evaluate(Judge(model, ids, keep=False), [*settings, Setting("experts", only)])
+    return rows
 
 
 def test_compression_costs_little(dense, mixtral_split):
