@@ -22,7 +22,7 @@ from megatron_comp.inference.model import init_parallel
 
 REPO = Path(__file__).parents[2]
 SCRIPT = REPO / "examples" / "stock_engine.py"
-STOOD_IN = REPO / "tests" / "support" / "stock_dynamic.py"
+STOOD_IN = REPO / "tests" / "support" / "dynamic_engine.py"
 RANKS, SITES, NEW = 3, 60, 6
 # Of 11 and 13 tokens: the static engine reads the rest of the longer prompt token by token, and only then decodes. The
 # dynamic engine reads both at once.
@@ -169,8 +169,8 @@ def test_the_script_as_it_is(engines, smollm2, tmp_path):
     kind, everyones = engines
     file = tmp_path / "policy.yaml"
     file.write_text("codec: int8:32:fp16\nalgorithm: gather_sum\nmin_bytes: 0\nphases: {decode: none}\nlogits: 1\n")
-    script = SCRIPT if kind == "static" else STOOD_IN
-    command = [sys.executable, "-m", "megatron_comp.run", "--policy", file, script, "--model", smollm2]
+    script = [SCRIPT] if kind == "static" else [STOOD_IN, SCRIPT]
+    command = [sys.executable, "-m", "megatron_comp.run", "--policy", file, *script, "--model", smollm2]
     command += ["--engine", kind, "--new-tokens", NEW]
     command += [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
