@@ -2,11 +2,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from characters import character_llama
 from command_line import COMMAND, command_environment
 
+STOOD_IN = Path(__file__).parents[1] / "support" / "dynamic_engine.py"
 NEW = 8
 PROMPT = "The three branches of the government of the United States are"
 ARGUMENTS = ("--tp", 3, "--prompt", PROMPT, "--new-tokens", NEW)
@@ -135,3 +137,27 @@ def test_warnings_of_the_loader(command, characters, tmp_path):
     assert told == [
         f"megatron-comp: warning: {folder}/config.json: unknown keys, which have no effect here: query_scale"
     ]
+
+
+def test_several_prompts(command, real_command, characters, tmp_path):
+    """With the dynamic engine, whose attention is plain torch here: the texts of each prompt alone."""
+    alone = []
+    for prompt in ("hello", "ab"):
+        done = command(*short(characters, prompt, "--json", tmp_path / "out.json"))
+        assert done.returncode == 0, done.stderr
+        alone += json.loads((tmp_path / "out.json").read_text())["rows"]
+    arguments = short(characters, "hello", "--prompt", "ab", "--engine", "dynamic", "--json", tmp_path / "out.json")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    done = real_command(*arguments, launcher=[*torchrun, STOOD_IN, "megatron_comp.cli"])
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["text"] == "\n\n".join(each["text"] for each in alone)
+    assert row["new_tokens"] == sum(each["new_tokens"] for each in alone)
+    assert row["prompt_tokens"] == len("helloab") and row["ttft_ms"] > 0
+
+
+def test_engines_that_cannot(command, characters):
+    done = command(*short(characters, "hello", "--prompt", "ab"))
+    assert done.returncode == 2 and "--engine static takes one --prompt; --engine dynamic takes several" in done.stderr
+    done = command(*short(characters, "hello", "--engine", "dynamic"))
+    assert done.returncode == 2 and "the dynamic engine needs flash-attn 2.7.3 or newer, and a GPU" in done.stderr

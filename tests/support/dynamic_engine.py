@@ -1,8 +1,14 @@
-"""What Megatron's DynamicInferenceEngine needs on a machine without CUDA: its paged attention in plain torch."""
+"""What Megatron's DynamicInferenceEngine needs on a machine without CUDA: its paged attention in plain torch.
+
+As a script it runs another script, or a module, with that.
+"""
 
 import contextlib
 import functools
+import runpy
+import sys
 import types
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -84,3 +90,12 @@ def _unpinned(make):
         return make(*args, **how)
 
     return made
+
+
+if __name__ == "__main__":
+    # dynamic_engine.py SCRIPT.py|MODULE [arguments]
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    without_cuda()
+    del sys.argv[0]
+    run = runpy.run_path if sys.argv[0].endswith(".py") else runpy.run_module
+    run(sys.argv[0], run_name="__main__")
