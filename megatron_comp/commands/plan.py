@@ -66,7 +66,7 @@ no GPU.
 """
 RENAMED = {"--tokens": "--prompt-tokens"}
 EPILOG = f"""\
-Examples:
+Example:
   megatron-comp plan --model llama-2-70b --tp 8 --gpu L4 --link pcie4x16
   megatron-comp plan --model llama-3-70b --gpu A100-PCIe --machines 2 --gpus-per-machine 8 --link 100gbit \\
       --inside pcie4x16-p2p

@@ -1,13 +1,15 @@
 """Links and bytes of several machines, by hand."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
 from megatron_comp.predict.hardware import Interconnect, Shares, figures_for, gpu_of, links_of, wire_of
 from megatron_comp.predict.machines import Machines
 from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.cost import sum_seconds
+from megatron_comp.wire.cost import received_bytes, ring_bytes, sum_seconds
 from megatron_comp.wire.figures import Link
 
 LINK = Interconnect(1, 20, "1e9 bytes a second, a hop in 20 us", reached=1.0)
@@ -88,3 +90,25 @@ def test_a_hierarchical_sum_by_hand():
     wire = 2e-6 + 32 * 1024 * 2 / 100e9 + 20e-6 + message / 0.5e9 + 2e-6 + 2 * message / 100e9
     assert sum_seconds(shape, INT4, 4, "hierarchical", known, machines.islands) == pytest.approx(wire)
     assert known.codecs == figures_for(gpu_of("A100"), LINK, Shares(), [], 4).codecs
+
+
+def test_the_bytes_beside_distributed_llama():
+    """The table of docs/machines-and-slurm.md: (N - 1) rows of 34 bytes per 32 values, 64 sums of 4096, and ours."""
+    page = (Path(__file__).parents[2] / "docs/machines-and-slurm.md").read_text()
+    table = re.findall(r"^\| (.+?) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.M)
+    sums, prompt, tokens = 64, (1024, 4096), 1024
+
+    def kilobytes(codec, algorithm):
+        of_ranks = [received_bytes(prompt, Codec.parse(codec), ranks, algorithm, 0) for ranks in (2, 4, 8)]
+        return [round(sums * nbytes / tokens / 1e3) for nbytes in of_ranks]
+
+    peer = [round((ranks - 1) * 34 / 32 * 4096 * sums / 1e3) for ranks in (2, 4, 8)]
+    expected = [
+        [round(sums * ring_bytes(4096 * 2, ranks) / 1e3) for ranks in (2, 4, 8)],
+        peer,
+        peer,
+        kilobytes("int4:32:fp16:hadamard", "gather_sum"),
+        kilobytes("int5:32:fp16:hadamard", "two_step"),
+    ]
+    assert kilobytes("int8:32:fp16", "gather_sum") == peer
+    assert [[*map(int, row[1:])] for row in table] == expected
