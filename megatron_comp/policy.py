@@ -10,9 +10,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from .files import read_yaml, shown
+from .wire.calibration import ASSUMED, Calibration
 from .wire.codec import Codec, CodecPair, parse_codec
 from .wire.cost import ALGORITHMS, pays, step_codecs
-from .wire.figures import ASSUMED, Figures
 from .wire.topology import Islands
 
 SITES = ("attention", "mlp", "experts", "shared_experts")
@@ -52,8 +52,8 @@ class CompressionPolicy:
     """`gather_sum`, `two_step`, `hierarchical`, or `auto`: whichever is predicted faster."""
     min_bytes: int | str = "auto"
     """Messages of fewer bytes, uncompressed, stay uncompressed; `64k` and `1M` count in steps of 1024. `auto`: those
-    that the figures of `megatron-comp calibrate` predict to be slower compressed; where nothing was measured, those of
-    fewer than 262144 bytes."""
+    that the calibration of `megatron-comp calibrate` predicts to be slower compressed; where nothing was measured,
+    those of fewer than 262144 bytes."""
     phases: Mapping[str, str] = field(default_factory=dict)
     """Codecs of `prefill` and `decode`."""
     sites: Mapping[str, str] = field(default_factory=dict)
@@ -130,16 +130,16 @@ class CompressionPolicy:
         shape: Sequence[int],
         itemsize: int,
         world_size: int,
-        figures: Figures = ASSUMED,
+        calibration: Calibration = ASSUMED,
         scatter: bool = False,
         islands: Islands | None = None,
     ) -> Decision:
         """What a reduction of a `shape` tensor, `itemsize` bytes a value, over `world_size` ranks does.
 
-        figures, islands: of the group, the same on all its ranks. scatter: a reduce-scatter instead of an all-reduce.
+        calibration, islands: of the group, the same on all its ranks. scatter: a reduce-scatter instead of an all-reduce.
         """
         name = self.word(layer, site, phase)
-        return self.decide_message(name, shape, itemsize, world_size, figures, scatter, islands)
+        return self.decide_message(name, shape, itemsize, world_size, calibration, scatter, islands)
 
     def decide_message(
         self,
@@ -147,7 +147,7 @@ class CompressionPolicy:
         shape: Sequence[int],
         itemsize: int,
         world_size: int,
-        figures: Figures = ASSUMED,
+        calibration: Calibration = ASSUMED,
         scatter: bool = False,
         islands: Islands | None = None,
     ) -> Decision:
@@ -159,10 +159,10 @@ class CompressionPolicy:
         if word == DROP:
             return Decision(None, reason=DROP)
         codec = _parsed(word)
-        if self.min_bytes == "auto" and not figures.compresses:
+        if self.min_bytes == "auto" and not calibration.compresses:
             return Decision(None, reason="fast link, not calibrated")
-        if self.min_bytes == "auto" and figures.measured:
-            if not pays(shape, itemsize, codec, world_size, self.algorithm, figures, scatter, islands):
+        if self.min_bytes == "auto" and calibration.measured:
+            if not pays(shape, itemsize, codec, world_size, self.algorithm, calibration, scatter, islands):
                 return Decision(None, reason="predicted slower")
         elif math.prod(shape) * itemsize < (DEFAULT_MIN_BYTES if self.min_bytes == "auto" else int(self.min_bytes)):
             return Decision(None, reason="min_bytes")

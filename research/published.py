@@ -23,12 +23,12 @@ from megatron_comp.bench.fit import line
 from megatron_comp.cli import carry_out
 from megatron_comp.launcher import output
 from megatron_comp.policy import CompressionPolicy
-from megatron_comp.predict.hardware import GPUS, WIRES, Interconnect, Shares, figures_for
+from megatron_comp.predict.hardware import GPUS, WIRES, Interconnect, Shares, assumed_calibration
 from megatron_comp.predict.models import MODELS
 from megatron_comp.predict.times import Job, compute_seconds, sums
+from megatron_comp.wire.calibration import Calibration, Link
 from megatron_comp.wire.codec import Codec
 from megatron_comp.wire.cost import ring_bytes, sum_seconds
-from megatron_comp.wire.figures import Figures, Link
 
 EAGER = Shares(compute=0.52, codec=0.18, codec_call_us=193, layer_us=1000)
 L4_PCIE = Interconnect(4.6, 5, "between L4s, of PCIe 4.0's 32", reached=1.0)
@@ -79,7 +79,7 @@ def _paper_rows() -> list[dict]:
     for row in PAPER:
         job = Job(MODELS[row.model], row.tp, row.batch, row.tokens)
         gpu, wire = GPUS[row.gpu], {"L4": L4_PCIE, "A100": WIRES["nvlink3"]}[row.gpu]
-        known = figures_for(gpu, wire, EAGER, [codec], row.tp)
+        known = assumed_calibration(gpu, wire, EAGER, [codec], row.tp)
         compute = compute_seconds(job, gpu, EAGER)
         nbytes = job.shape[0] * job.shape[1] * job.itemsize
         calls = 2 * job.model.layers
@@ -132,10 +132,10 @@ def _kernel_rows() -> list[dict]:
         latency, per_byte = line(points)
         fitted = Interconnect(1 / per_byte / 1e9, 0, "fitted", reached=1.0)
         codecs = [Codec.parse(name) for name in kernel.compressed]
-        known = figures_for(GPUS[kernel.gpu], fitted, Shares(codec_call_us=0), codecs, kernel.ranks)
+        known = assumed_calibration(GPUS[kernel.gpu], fitted, Shares(codec_call_us=0), codecs, kernel.ranks)
         # A ring's two passes take its latency; so do the two phases.
         links = {name: Link(1 / per_byte, latency / 2) for name in known.links}
-        known = Figures(links, known.codecs, known.margin, known.measured, known.source)
+        known = Calibration(links, known.codecs, known.margin, known.measured, known.source)
         for size, us, mib, (received, _) in zip(sizes, kernel.stock, kernel.mib, points):
             case = f"{kernel.ranks}x{kernel.gpu} {mib:g} MiB"
             stock = (latency + received * per_byte) * 1e6
@@ -169,7 +169,7 @@ def _flash_rows() -> list[dict]:
     made, codec = [], Codec.parse("flash-int4")
     for row in FLASH:
         job, gpu, shares = Job(MODELS["llama-3.1-70b"], 4, 8, 1024), GPUS[row.gpu], Shares()
-        known = figures_for(gpu, WIRES[row.wire], shares, [codec], 4)
+        known = assumed_calibration(gpu, WIRES[row.wire], shares, [codec], 4)
         compute = compute_seconds(job, gpu, shares)
         plain = sums(job, CompressionPolicy(), known).seconds
         policy = CompressionPolicy(codec=str(codec), algorithm="two_step", min_bytes=0)

@@ -14,7 +14,7 @@ import yaml
 
 from megatron_comp import files
 from megatron_comp.policy import CompressionPolicy
-from megatron_comp.wire.figures import Figures
+from megatron_comp.wire.calibration import Calibration
 
 ALIASES = "\n".join(
     ["a0: &a0 [x, x, x, x, x, x, x, x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 11)]
@@ -36,7 +36,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("read", [CompressionPolicy.from_file, Figures.from_file])
+@pytest.mark.parametrize("read", [CompressionPolicy.from_file, Calibration.from_file])
 @pytest.mark.parametrize("text, told", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_yaml_is_refused_in_few_words(tmp_path, read, text, told):
     (tmp_path / "file.yaml").write_text(text)
@@ -46,7 +46,7 @@ def test_hostile_yaml_is_refused_in_few_words(tmp_path, read, text, told):
     assert time.process_time() - start < 5 and len(str(error.value)) < 1000
 
 
-@pytest.mark.parametrize("read", [CompressionPolicy.from_file, Figures.from_file])
+@pytest.mark.parametrize("read", [CompressionPolicy.from_file, Calibration.from_file])
 def test_errors_show_little_of_a_large_value(tmp_path, read):
     """Within bounds, yet 100,000 values under a key that takes none of them."""
     (tmp_path / "file.yaml").write_text(f"codec: {['x' * 9] * 40_000}\nschema: {['y' * 9] * 40_000}\n")
@@ -81,7 +81,7 @@ def test_merge_keys(tmp_path):
 def test_a_key_is_given_once(tmp_path):
     (tmp_path / "file.yaml").write_text("links:\n  a: 1\n  'a': 2\n")
     with pytest.raises(ValueError, match="'a' is given more than once"):
-        Figures.from_file(tmp_path / "file.yaml")
+        Calibration.from_file(tmp_path / "file.yaml")
 
 
 WRITER = """

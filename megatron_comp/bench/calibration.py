@@ -10,10 +10,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from ..launcher import output
+from ..wire.calibration import LEVEL_LINKS
 from ..wire.codec import Codec
 from ..wire.collectives import all_reduce
 from ..wire.cost import FLAT
-from ..wire.figures import LEVEL_LINKS
 from ..wire.topology import Islands, Topology
 
 # Tensors below this are over in microseconds and noisy: they are timed so many times a round.

@@ -1,4 +1,4 @@
-"""From times to figures: links as they were measured, a line through each codec's medians, and a margin for what the
+"""From times to a calibration: links as measured, a line through each codec's medians, and a margin for what the
 sum of these gets wrong."""
 
 import itertools
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..wire import exchange
+from ..wire.calibration import LEVEL_LINKS, LINKS, MARGIN, Calibration, CodecCost, Link
 from ..wire.codec import Codec
 from ..wire.cost import pays, ring_bytes, stock_seconds, sum_seconds, wire_and_work
-from ..wire.figures import LEVEL_LINKS, LINKS, MARGIN, CodecCost, Figures, Link
 from ..wire.topology import Islands
 from .calibration import CHUNKS, Scope, Timings
 
@@ -44,7 +44,7 @@ def line_to_largest(points: Sequence[tuple[float, float]]) -> tuple[float, float
     return fixed, (longest - fixed) / largest
 
 
-def figures(setting: Scope, timings: Timings, about: Mapping[str, object]) -> Figures:
+def calibration(setting: Scope, timings: Timings, about: Mapping[str, object]) -> Calibration:
     ranks, links = about["ranks"], {}
     for name in LINKS:
         # By size, since very small shapes send messages of one and the same least size.
@@ -66,7 +66,7 @@ def figures(setting: Scope, timings: Timings, about: Mapping[str, object]) -> Fi
         for operation, messages in (("encode", 1), ("decode", ranks)):
             parts += line([(s[0] * s[1] * messages, timings.median(operation, s, name)) for s in setting.shapes])
         codecs[str(codec)] = CodecCost(*parts)
-    unproven = Figures(links, codecs, 0.0, about, "just measured", **levels)
+    unproven = Calibration(links, codecs, 0.0, about, "just measured", **levels)
     unproven = replace(unproven, hidden=_hidden(setting, timings, unproven))
     margin = max(MARGIN, *(_lost(setting, timings, unproven, shape) for shape in setting.shapes))
     return replace(unproven, margin=margin)
@@ -92,7 +92,7 @@ def _received(setting: Scope, name: str, shape: tuple[int, int], ranks: int) -> 
     return (ranks - 1) * (count if name == "all_gather" else count / ranks)
 
 
-def _hidden(setting: Scope, timings: Timings, unproven: Figures) -> float:
+def _hidden(setting: Scope, timings: Timings, unproven: Calibration) -> float:
     """What chunks saved of the shorter of codec and wire, as a share of what they could hide: over all codecs and both
     algorithms, of the largest size. 1 where that has too few rows to be cut."""
     saved = could = 0.0
@@ -109,7 +109,7 @@ def _hidden(setting: Scope, timings: Timings, unproven: Figures) -> float:
     return min(max(saved / could, 0.0), 1.0) if could else 1.0
 
 
-def _lost(setting: Scope, timings: Timings, unproven: Figures, shape: tuple[int, int]) -> float:
+def _lost(setting: Scope, timings: Timings, unproven: Calibration, shape: tuple[int, int]) -> float:
     """What the predictions promised to gain, as a share, for the sums of a shape that took longer than stock."""
     ranks, worst = unproven.ranks, 0.0
     predicted_stock = stock_seconds(setting.nbytes(shape), ranks, unproven)
@@ -122,7 +122,7 @@ def _lost(setting: Scope, timings: Timings, unproven: Figures, shape: tuple[int,
 
 
 def compressed_sizes(
-    codec: Codec, itemsize: int, known: Figures, hidden: int = 4096, islands: Islands | None = None
+    codec: Codec, itemsize: int, known: Calibration, hidden: int = 4096, islands: Islands | None = None
 ) -> list[tuple[int, int | None]]:
     """Sizes that `min_bytes: auto` compresses: (first, last) bytes of uncompressed messages, each range ascending.
 

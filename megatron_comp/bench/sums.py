@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from ..launcher import output
 from ..wire import exchange
+from ..wire.calibration import Calibration, find_calibration
 from ..wire.codec import Codec, CodecPair
 from ..wire.collectives import all_reduce
 from ..wire.cost import choose_algorithm, choose_chunks, received_by_level, ring_bytes, two_step_bytes
-from ..wire.figures import Figures, find_figures
 from ..wire.topology import Islands, Topology, connect
 from . import links, timing
 
@@ -44,8 +44,8 @@ def measure(setting, shape: tuple[int, int], ranks: int, group, device: torch.de
     dist.all_gather_object(hosts, socket.gethostname())
     islands = Islands.of_names(hosts[:ranks])
     topology = connect({group: islands} if member else {}).get(group)
-    figures = _figures(ranks, len(islands.members), device)
-    entries = list(_entries(setting, x, islands, topology, group, figures))
+    calibration = _calibration(ranks, len(islands.members), device)
+    entries = list(_entries(setting, x, islands, topology, group, calibration))
     errors = [_error(entry, ranks, group, x) if member else 0.0 for entry in entries]  # also what warms up
     seconds = []
     for _ in tqdm(
@@ -61,15 +61,15 @@ def partial_sum(rank: int, shape: tuple[int, int], dtype: torch.dtype, device: t
     return torch.empty(shape, dtype=dtype).normal_(generator=torch.Generator().manual_seed(rank)).to(device)
 
 
-def _figures(ranks: int, hosts: int, device: torch.device) -> Figures:
+def _calibration(ranks: int, hosts: int, device: torch.device) -> Calibration:
     """Those that layers would go by, the same on all ranks: what `calibrate` left for such a group, else assumed."""
-    found = [find_figures(ranks, hosts, dist.get_backend(), device.type)]
+    found = [find_calibration(ranks, hosts, dist.get_backend(), device.type)]
     dist.broadcast_object_list(found)
     return found[0]
 
 
 def _entries(
-    setting, x: torch.Tensor, islands: Islands, topology: Topology | None, group, figures: Figures
+    setting, x: torch.Tensor, islands: Islands, topology: Topology | None, group, calibration: Calibration
 ) -> Iterator[Entry]:
     """topology: None on ranks that do not take part."""
     ranks = islands.ranks
@@ -91,9 +91,9 @@ def _entries(
                 continue
             if algorithm == "hierarchical" and not islands.have_two_levels:
                 continue
-            chosen = choose_algorithm(x.shape, codec, ranks, algorithm, figures, islands)
+            chosen = choose_algorithm(x.shape, codec, ranks, algorithm, calibration, islands)
             of_bytes = exchange.chunk_bytes(x.device.type)
-            chunks = choose_chunks(x.shape, codec, ranks, chosen, figures, of_bytes, islands)
+            chunks = choose_chunks(x.shape, codec, ranks, chosen, calibration, of_bytes, islands)
             call = partial(all_reduce, x, codec, group, chosen, chunks=chunks, topology=topology)
             yield Entry(name, chosen, *_received(x, codec, chosen, islands), call)
 

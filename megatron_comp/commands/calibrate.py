@@ -13,9 +13,9 @@ from ..bench import fit
 from ..bench.calibration import CHUNKS, Scope, Timings, measure
 from ..launcher import output
 from ..policy import CompressionPolicy
+from ..wire.calibration import VARIABLE, Calibration, Link, default_path
 from ..wire.codec import Codec
 from ..wire.cost import sum_seconds
-from ..wire.figures import VARIABLE, Figures, Link, default_path
 from ..wire.topology import Islands, connect
 from . import options
 
@@ -124,16 +124,16 @@ def run(args: argparse.Namespace) -> None:
         setting = replace(setting, topology=connect({None: islands})[None])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     timings = measure(setting, device)
-    figures = fit.figures(setting, timings, _about(args, setting, device, len(set(hosts))))
-    agreed = [figures]
+    calibration = fit.calibration(setting, timings, _about(args, setting, device, len(set(hosts))))
+    agreed = [calibration]
     dist.broadcast_object_list(agreed)  # all ranks go by one and the same
-    (figures,) = agreed
+    (calibration,) = agreed
     if output.is_first_rank():
-        about = figures.measured
+        about = calibration.measured
         path = args.out or default_path(about["ranks"], about["hosts"], about["backend"], about["device"])
-        figures.write(path)
-        _show(setting, timings, figures, args)
-        print(f"figures: {path}")
+        calibration.write(path)
+        _show(setting, timings, calibration, args)
+        print(f"calibration: {path}")
     destroy_parallel()
 
 
@@ -150,7 +150,7 @@ def _about(args: argparse.Namespace, setting: Scope, device: torch.device, hosts
     }
 
 
-def _show(setting, timings, figures, args) -> None:
+def _show(setting, timings, calibration, args) -> None:
     links = [
         {
             "collective": name,
@@ -158,28 +158,28 @@ def _show(setting, timings, figures, args) -> None:
             "largest_ms": link.points[-1][1] * 1e3,
             "mbit_per_s": link.bytes_per_s * 8e-6,
         }
-        for name, link in _named_links(figures).items()
+        for name, link in _named_links(calibration).items()
     ]
-    codecs = [_codec_row(name, codec, setting, timings, figures) for name, codec in setting.codecs.items()]
-    about = figures.measured
+    codecs = [_codec_row(name, codec, setting, timings, calibration) for name, codec in setting.codecs.items()]
+    about = calibration.measured
     title = f"calibrate: {about['ranks']} ranks, {about['hosts']} machine(s), {about['backend']}, {about['dtype']}"
     output.show(title, LINK_COLUMNS, links)
     largest = setting.nbytes(setting.shapes[-1])
     shown = [row | {"compressed_sizes": _sizes(row["compressed_sizes"])} for row in codecs]
     output.show(f"codecs; the largest message has {largest:,d} bytes", CODEC_COLUMNS, shown)
     output.write_json(args.json, vars(args), [*links, *codecs])
-    print(f"Chunks hide {figures.hidden:.0%} of codec or wire, whichever is shorter.")
-    print(_advice(codecs, figures.margin))
+    print(f"Chunks hide {calibration.hidden:.0%} of codec or wire, whichever is shorter.")
+    print(_advice(codecs, calibration.margin))
 
 
-def _named_links(figures: Figures) -> dict[str, Link]:
-    levels = {"inside": figures.inside, "across": figures.across}
+def _named_links(calibration: Calibration) -> dict[str, Link]:
+    levels = {"inside": calibration.inside, "across": calibration.across}
     named = {f"{name}, {level}": link for level, links in levels.items() for name, link in links.items()}
-    return {**figures.links, **named}
+    return {**calibration.links, **named}
 
 
-def _codec_row(name, codec, setting, timings, figures) -> dict:
-    shape, ranks, cost = setting.shapes[-1], figures.ranks, figures.cost(codec)
+def _codec_row(name, codec, setting, timings, calibration) -> dict:
+    shape, ranks, cost = setting.shapes[-1], calibration.ranks, calibration.cost(codec)
     times = {way: timings.median("sum", shape, name, way) for way in setting.ways}
     algorithm = min(times, key=times.get)
     stock = timings.median("all_reduce", shape)
@@ -189,9 +189,9 @@ def _codec_row(name, codec, setting, timings, figures) -> dict:
         "codec": name,
         "encode_ns_per_value": cost.encode_s_per_value * 1e9,
         "decode_ns_per_value": cost.decode_s_per_value * 1e9,
-        "compressed_sizes": fit.compressed_sizes(codec, setting.itemsize, figures, shape[1], setting.islands),
+        "compressed_sizes": fit.compressed_sizes(codec, setting.itemsize, calibration, shape[1], setting.islands),
         "algorithm": algorithm,
-        "predicted_ms": sum_seconds(shape, codec, ranks, algorithm, figures, setting.islands) * 1e3,
+        "predicted_ms": sum_seconds(shape, codec, ranks, algorithm, calibration, setting.islands) * 1e3,
         "measured_ms": times[algorithm] * 1e3,
         "stock_ms": stock * 1e3,
         "speedup": stock / times[algorithm],

@@ -19,7 +19,7 @@ from ..predict.advice import (
     memory_advice,
     recommended,
 )
-from ..predict.figures import figures_of
+from ..predict.calibrations import calibration_of
 from ..predict.hardware import GPUS, WIRES, Shares, gpu_of
 from ..predict.layouts import Layout, layouts_of
 from ..predict.machines import Machines
@@ -202,7 +202,7 @@ def _plan(args: argparse.Namespace) -> list[dict]:
     gpu = gpu_of(args.gpu) if args.gpu else None
     predict = Predictor(job, gpu, args.compute_ms and args.compute_ms / 1e3, machines)
     if args.measured:
-        rows = measured.rows(args.measured, job, predict.compute_of(job), layouts[0].figures, layouts[0].islands)
+        rows = measured.rows(args.measured, job, predict.compute_of(job), layouts[0].calibration, layouts[0].islands)
         output.show(f"plan --measured {args.measured}", measured.COLUMNS, rows)
         return rows
     tried = settings_of(names, layouts[0])
@@ -252,7 +252,7 @@ def _layouts(args: argparse.Namespace, machines: Machines | None, codecs: Sequen
     """Tensor parallel over all ranks first; other layouts where the links of each machine are known."""
     if machines is not None:
         return layouts_of(machines, gpu_of(args.gpu), Shares(), codecs, job)
-    known = figures_of(args, codecs, args.ranks, job.itemsize)
+    known = calibration_of(args, codecs, args.ranks, job.itemsize)
     islands = Islands.of_size(args.ranks, args.gpus_per_machine) if args.machines else None
     if islands and islands.have_two_levels and not known.inside:
         raise ValueError(

@@ -111,10 +111,10 @@ def run(args: argparse.Namespace) -> None:
     with measuring(args, args.distilled, **searched) as measurements:
         if args.with_drop:
             itemsize = next(measurements.judge.model.parameters()).dtype.itemsize
-            figures = search_options.figures(args, candidates, itemsize)
-            if output.is_first_rank() and (warning := search_options.untimed(figures, candidates)):
+            calibration = search_options.calibration(args, candidates, itemsize)
+            if output.is_first_rank() and (warning := search_options.untimed(calibration, candidates)):
                 print(warning, flush=True)
-            words = Words(candidates, args.algorithm, search_options.job(args, itemsize), figures)
+            words = Words(candidates, args.algorithm, search_options.job(args, itemsize), calibration)
             found = search_with_drop(measurements, bound_of(args), words, args.min_bytes)
         else:
             found = search_mixed(measurements, bound_of(args), candidates, args.algorithm, args.min_bytes)

@@ -4,13 +4,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..predict.figures import figures_of
+from ..predict.calibrations import calibration_of
 from ..predict.hardware import GPUS, WIRES
 from ..predict.models import load
 from ..predict.times import Job
 from ..search.candidates import PRESETS
+from ..wire.calibration import Calibration
 from ..wire.codec import Codec
-from ..wire.figures import Figures
 from . import options
 
 PROMPT_TOKENS = 1024
@@ -81,20 +81,20 @@ def check(args: argparse.Namespace) -> None:
     args.prompt_tokens = PROMPT_TOKENS if args.prompt_tokens is None else args.prompt_tokens
     if args.prompt_tokens < 1:
         raise ValueError(f"--prompt-tokens {args.prompt_tokens}: at least one is needed")
-    figures(args, (), 2)
+    calibration(args, (), 2)
 
 
-def figures(args: argparse.Namespace, candidates: Sequence[Codec], itemsize: int) -> Figures:
-    """Raises what `predict.figures.figures_of` raises."""
+def calibration(args: argparse.Namespace, candidates: Sequence[Codec], itemsize: int) -> Calibration:
+    """Raises what `predict.calibrations.calibration_of` raises."""
     presets = [Codec.parse(name) for name in PRESETS]
-    return figures_of(args, (*candidates, *presets), args.tp, itemsize)
+    return calibration_of(args, (*candidates, *presets), args.tp, itemsize)
 
 
 def job(args: argparse.Namespace, itemsize: int) -> Job:
     return Job(load(args.model), args.tp, 1, args.prompt_tokens, itemsize)
 
 
-def untimed(known: Figures, candidates: Sequence[Codec]) -> str:
+def untimed(known: Calibration, candidates: Sequence[Codec]) -> str:
     """What a user should know of candidates whose time nobody has measured; empty if there is nothing."""
     unknown = [str(codec) for codec in candidates if not known.knows(codec)]
     if not known.codecs:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from ..policy import CompressionPolicy
 from ..version import __version__
-from ..wire.figures import ASSUMED, ASSUMED_PEERS, VARIABLE, Figures, find_figures
+from ..wire.calibration import ASSUMED, ASSUMED_PEERS, VARIABLE, Calibration, find_calibration
 from ..wire.topology import connect
 
 logger = logging.getLogger(__name__)
@@ -49,16 +49,16 @@ def connect_islands(hosts: dict, policy: CompressionPolicy) -> dict:
     return connect({group: policy.islands_of(names) for group, names in hosts.items() if group.size() > 1})
 
 
-def agree_on_figures(hosts: dict, policy: CompressionPolicy) -> dict:
-    """By group, rank 0's figures; what it failed with is raised on every rank of the group."""
+def agree_on_calibration(hosts: dict, policy: CompressionPolicy) -> dict:
+    """By group, rank 0's calibration; what it failed with is raised on every rank of the group."""
     agreed = {}
     for group, machines in hosts.items():
-        found: list[Figures | str] = [ASSUMED]
+        found: list[Calibration | str] = [ASSUMED]
         if group.size() > 1 and policy.predicts:
             if group.rank() == 0:
                 device = "cuda" if torch.cuda.is_available() else "cpu"
                 try:
-                    found[0] = find_figures(group.size(), machines, dist.get_backend(group), device)
+                    found[0] = find_calibration(group.size(), machines, dist.get_backend(group), device)
                     if found[0] is ASSUMED and device == "cuda" and machines == 1 and reach_one_another(group.size()):
                         found[0] = ASSUMED_PEERS
                 except (ValueError, OSError) as error:
@@ -66,11 +66,11 @@ def agree_on_figures(hosts: dict, policy: CompressionPolicy) -> dict:
             dist.broadcast_object_list(found, dist.get_global_rank(group, 0), group=group)
         agreed[group] = found[0]
     # After the last broadcast, or other groups would wait for the ranks that left.
-    for group, figures in agreed.items():
-        if isinstance(figures, str):
-            raise ValueError(figures)
+    for group, calibration in agreed.items():
+        if isinstance(calibration, str):
+            raise ValueError(calibration)
         if group.size() > 1 and policy.predicts and group.rank() == 0:
-            say_figures(figures, policy, group.size())
+            say_calibration(calibration, policy, group.size())
     return agreed
 
 
@@ -81,20 +81,20 @@ def reach_one_another(ranks: int) -> bool:
     return all(torch.cuda.can_device_access_peer(0, other) for other in range(1, ranks))
 
 
-def say_figures(figures: Figures, policy: CompressionPolicy, ranks: int) -> None:
-    if not figures.measured:
+def say_calibration(calibration: Calibration, policy: CompressionPolicy, ranks: int) -> None:
+    if not calibration.measured:
         level = logging.INFO if os.environ.get(VARIABLE) == "assumed" else logging.WARNING
         say_once(
             level,
-            f"nothing was measured of the link between these {ranks} ranks; {figures.source}. "
+            f"nothing was measured of the link between these {ranks} ranks; {calibration.source}. "
             "`megatron-comp calibrate` measures it",
         )
         return
-    say_once(logging.INFO, f"sums over {ranks} ranks are predicted from {figures.source}")
-    if unknown := [str(codec) for codec in policy.codecs() if not figures.knows(codec)]:
+    say_once(logging.INFO, f"sums over {ranks} ranks are predicted from {calibration.source}")
+    if unknown := [str(codec) for codec in policy.codecs() if not calibration.knows(codec)]:
         say_once(
             logging.WARNING,
-            f"{figures.source} has no time of {', '.join(unknown)}, taken to be as slow as the slowest there; "
+            f"{calibration.source} has no time of {', '.join(unknown)}, taken to be as slow as the slowest there; "
             "`megatron-comp calibrate` measures codecs of --policy or --codec",
         )
 

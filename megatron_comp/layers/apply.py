@@ -14,7 +14,7 @@ from ..wire.backends import warm_up
 from ..wire.codec import parse_codec
 from ..wire.cost import FLAT, step_codecs
 from . import logits
-from .agreement import agree_on_figures, compare_ranks, connect_islands, say_once
+from .agreement import agree_on_calibration, compare_ranks, connect_islands, say_once
 from .compressed_layer import can_overlap, compress_layer, restore_layer
 from .meter import ModelStats
 from .not_recognised import find_not_recognised, shortened
@@ -62,14 +62,14 @@ def apply_compression(
     policy = CompressionPolicy.of(policy)
     places = list(find_places(model))
     hosts = compare_ranks(places, policy, _problem(model, places, policy))
-    figures = agree_on_figures({group: len(set(names)) for group, names in hosts.items()}, policy)
+    calibration = agree_on_calibration({group: len(set(names)) for group, names in hosts.items()}, policy)
     topologies = connect_islands(hosts, policy)
     _compile_kernels(model, places, policy, topologies)
     remove_compression(model)
     _warn_of_others(model, places)
 
     phase = Phase()
-    plans = {group: Plans(policy, known, topologies.get(group)) for group, known in figures.items()}
+    plans = {group: Plans(policy, known, topologies.get(group)) for group, known in calibration.items()}
     for place in places:
         how = {"timing": timing, "allow_training": allow_training, "plans": plans[place.group]}
         place.attach(Reducer(policy, place.layer, place.site, place.group, phase, **how))
@@ -106,7 +106,7 @@ def stats(model: torch.nn.Module) -> ModelStats:
     Where the policy says how logits are gathered they are a site too, `logits`.
     """
     found = list(reducers(model))
-    links = dict.fromkeys(each.plans.figures.source for each in found if each.plans.policy.predicts)
+    links = dict.fromkeys(each.plans.calibration.source for each in found if each.plans.policy.predicts)
     sites = [deepcopy(each.meter.stats) for each in (*found, *logits.gathers(model))]
     return ModelStats(sites, "; ".join(links), find_not_recognised(model))
 

@@ -7,8 +7,8 @@ import torch
 
 from ..policy import DROP, CompressionPolicy
 from ..wire import exchange
+from ..wire.calibration import Calibration
 from ..wire.cost import choose_algorithm, choose_chunks, choose_parts, choose_scatter, ring_bytes
-from ..wire.figures import Figures
 from ..wire.plan import SumPlan, plan_all_reduce, plan_reduce_scatter
 from ..wire.topology import Topology
 
@@ -38,8 +38,8 @@ class Choice:
 class Plans:
     """The choices of one policy, with what was measured of one group. Shared by all sites that sum over that group."""
 
-    def __init__(self, policy: CompressionPolicy, figures: Figures, topology: Topology | None = None) -> None:
-        self.policy, self.figures, self.topology = policy, figures, topology
+    def __init__(self, policy: CompressionPolicy, calibration: Calibration, topology: Topology | None = None) -> None:
+        self.policy, self.calibration, self.topology = policy, calibration, topology
         self._islands = topology and topology.islands
         self._known: dict[tuple, Choice] = {}
 
@@ -77,23 +77,23 @@ class Plans:
         splits: tuple[int, ...] | None,
     ) -> Choice:
         ranks, itemsize, device, islands = group.size(), like.element_size(), like.device, self._islands
-        decision = self.policy.decide_message(word, shape, itemsize, ranks, self.figures, scatter, islands)
+        decision = self.policy.decide_message(word, shape, itemsize, ranks, self.calibration, scatter, islands)
         if decision.reason == DROP:
             return Choice(None, None, DROP, 0, 0, 0)
         if decision.codec is None:
             nbytes = shape.numel() * itemsize
             ring = ring_bytes(nbytes, ranks, passes=1 if scatter else 2)
             return Choice(None, None, decision.reason, shape.numel(), nbytes, ring)
-        of_bytes = exchange.chunk_bytes(device.type) or self.figures.chunk_bytes
+        of_bytes = exchange.chunk_bytes(device.type) or self.calibration.chunk_bytes
         how = shape, decision.codec, ranks
         if scatter:
-            way = choose_scatter(*how, decision.algorithm, self.figures, islands)
+            way = choose_scatter(*how, decision.algorithm, self.calibration, islands)
             topology = self.topology if way == "hierarchical_scatter" else None
             plan = plan_reduce_scatter(*how, group.rank(), splits, of_bytes, topology, itemsize)
             return Choice(plan, None, "", plan.values, plan.message_bytes, plan.received_bytes)
-        algorithm = choose_algorithm(*how, decision.algorithm, self.figures, islands)
-        chunks = choose_chunks(*how, algorithm, self.figures, of_bytes, islands)
-        parts = choose_parts(*how, algorithm, self.figures, device, islands)
+        algorithm = choose_algorithm(*how, decision.algorithm, self.calibration, islands)
+        chunks = choose_chunks(*how, algorithm, self.calibration, of_bytes, islands)
+        parts = choose_parts(*how, algorithm, self.calibration, device, islands)
         shared = *how, group.rank(), algorithm
         raw = {"topology": self.topology, "itemsize": itemsize}
         plan = plan_all_reduce(*shared, chunks, **raw)

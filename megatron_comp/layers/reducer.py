@@ -11,8 +11,8 @@ from megatron.core.tensor_parallel import (
 
 from ..policy import DROP, PHASES, CompressionPolicy
 from ..wire import exchange
+from ..wire.calibration import ASSUMED
 from ..wire.collectives import PendingAllReduce, run
-from ..wire.figures import ASSUMED
 from .compiled import register
 from .mappings import sum_by_plan
 from .meter import UNTIMED, Meter

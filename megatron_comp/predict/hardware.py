@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..launcher import network
+from ..wire.calibration import MARGIN, Calibration, CodecCost, Link
 from ..wire.codec import Codec
-from ..wire.figures import MARGIN, CodecCost, Figures, Link
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,9 @@ def links_of(wire: Interconnect, ranks: int) -> dict[str, Link]:
     return links | {name: Link(rate, hop) for name in ("reduce_scatter", "all_gather", "all_to_all")}
 
 
-def figures_for(
+def assumed_calibration(
     gpu: Gpu, wire: Interconnect, shares: Shares, codecs: Sequence[Codec], ranks: int, itemsize: int = 2
-) -> Figures:
+) -> Calibration:
     """What sums are predicted from."""
     memory = gpu.memory_gb_s * 1e9 * shares.codec
     costs = {}
@@ -121,4 +121,4 @@ def figures_for(
         costs[str(codec)] = CodecCost(
             fixed, (itemsize + in_message) / memory, fixed, (in_message + itemsize / ranks) / memory
         )
-    return Figures(links_of(wire, ranks), costs, MARGIN, {"ranks": ranks, "device": "cuda"}, "assumed from peaks")
+    return Calibration(links_of(wire, ranks), costs, MARGIN, {"ranks": ranks, "device": "cuda"}, "assumed from peaks")

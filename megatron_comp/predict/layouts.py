@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..policy import CompressionPolicy
+from ..wire.calibration import Calibration, Link
 from ..wire.codec import Codec
-from ..wire.figures import Figures, Link
 from ..wire.topology import Islands
-from .hardware import Gpu, Shares, figures_for
+from .hardware import Gpu, Shares, assumed_calibration
 from .machines import Machines
 from .times import Job, Sums, sums
 
@@ -28,18 +28,18 @@ FREE = 0.1
 
 @dataclass(frozen=True)
 class Layout:
-    """figures: of `tp` ranks, which are on `islands`. boundary: between two of the stages."""
+    """calibration: of `tp` ranks, which are on `islands`. boundary: between two of the stages."""
 
     name: str
     tp: int
-    figures: Figures
+    calibration: Calibration
     islands: Islands | None = None
     stages: int = 1
     boundary: Link | None = None
 
     def beside_compute(self, job: Job, policy: CompressionPolicy, compute: float) -> tuple[float, Sums]:
         """(seconds of all but compute, the sums among it) of a job whose `tp` is this layout's."""
-        made = sums(job, policy, self.figures, compute, self.islands)
+        made = sums(job, policy, self.calibration, compute, self.islands)
         if self.boundary is None:
             return made.seconds, made
         crossings = (self.stages - 1) * self.boundary.seconds(job.nbytes)
@@ -58,8 +58,8 @@ class Layout:
 def layouts_of(machines: Machines, gpu: Gpu, shares: Shares, codecs: Sequence[Codec], job: Job) -> list[Layout]:
     """Tensor parallel over all ranks first; then one machine, if the model fits it, and a pipeline of machines."""
     per_machine = machines.gpus
-    inside = figures_for(gpu, machines.inside, shares, codecs, per_machine, job.itemsize)
-    whole = machines.figures(gpu, shares, codecs, job.itemsize)
+    inside = assumed_calibration(gpu, machines.inside, shares, codecs, per_machine, job.itemsize)
+    whole = machines.calibration(gpu, shares, codecs, job.itemsize)
     made = [Layout(f"TP={machines.ranks}", machines.ranks, whole, machines.islands)]
     one = Layout(f"one machine, TP={per_machine}", per_machine, inside)
     if one.fits(job, gpu):

@@ -24,11 +24,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..launcher import network
+from ..wire.calibration import Calibration, Link
 from ..wire.codec import Codec, CodecPair
 from ..wire.cost import received_by_level, ring_bytes, slice_rows, step_codecs
-from ..wire.figures import Figures, Link
 from ..wire.topology import Islands
-from .hardware import Gpu, Interconnect, Shares, figures_for, wire_of
+from .hardware import Gpu, Interconnect, Shares, assumed_calibration, wire_of
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Machines:
     def _start(self) -> float:
         return self.link.hop_us * 1e-6
 
-    def figures(self, gpu: Gpu, shares: Shares, codecs: Sequence[Codec], itemsize: int) -> Figures:
+    def calibration(self, gpu: Gpu, shares: Shares, codecs: Sequence[Codec], itemsize: int) -> Calibration:
         """What sums over all ranks are predicted from."""
-        known = figures_for(gpu, self.inside, shares, codecs, self.ranks, itemsize)
+        known = assumed_calibration(gpu, self.inside, shares, codecs, self.ranks, itemsize)
         return replace(known, links=self.links(), inside=self.links_inside(), across=self.links_across())
 
     def links(self) -> dict[str, Link]:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from ..files import read_json
 from ..policy import CompressionPolicy
+from ..wire.calibration import Calibration
 from ..wire.cost import ALGORITHMS
-from ..wire.figures import Figures
 from ..wire.topology import Islands
-from .figures import on_wire
+from .calibrations import on_wire
 from .times import Job, sums
 
 COLUMNS = {
@@ -22,7 +22,7 @@ COLUMNS = {
 NEEDED = ("policy", "tp", "link", "prompt_tokens", "ttft_ms", "speedup_vs_none")
 
 
-def rows(file: str, job: Job, compute: float, known: Figures, islands: Islands | None = None) -> list[dict]:
+def rows(file: str, job: Job, compute: float, known: Calibration, islands: Islands | None = None) -> list[dict]:
     """A row for each of the file's that is of this job: compute in seconds, sums over the row's link.
 
     islands: of the ranks; then `known` is of the rows' links already, since a rate does not tell what two levels take.

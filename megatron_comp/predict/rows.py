@@ -27,7 +27,7 @@ STOCK = Setting("none", "all_reduce", CompressionPolicy())
 def settings_of(names: Sequence[str], layout: Layout) -> list[Setting]:
     """Stock sums, and every codec by every algorithm that it and the layout's ranks can take."""
     able = ["gather_sum", "two_step"]
-    if layout.islands and layout.islands.have_two_levels and layout.figures.inside:
+    if layout.islands and layout.islands.have_two_levels and layout.calibration.inside:
         able.append("hierarchical")
     return [STOCK] + [
         Setting(name, way, CompressionPolicy(codec=name, algorithm=way, min_bytes=0))

@@ -15,9 +15,9 @@ import math
 from dataclasses import dataclass
 
 from ..policy import DROP, CompressionPolicy
+from ..wire.calibration import Calibration
 from ..wire.codec import Codec, CodecPair
 from ..wire.cost import choose_algorithm, choose_parts, stock_seconds, sum_seconds, wire_and_work
-from ..wire.figures import Figures
 from ..wire.topology import Islands
 from .hardware import Gpu, Shares
 from .models import Model
@@ -87,7 +87,7 @@ class Sums:
 def sums(
     job: Job,
     policy: CompressionPolicy,
-    figures: Figures,
+    calibration: Calibration,
     compute: float = 0.0,
     islands: Islands | None = None,
 ) -> Sums:
@@ -97,7 +97,7 @@ def sums(
     seconds, hidden, compressed, dropped, algorithms = 0.0, 0.0, 0, 0, set()
     if job.tp == 1:
         return Sums(0.0, 0, 0, frozenset())
-    stock = stock_seconds(job.nbytes, job.tp, figures)
+    stock = stock_seconds(job.nbytes, job.tp, calibration)
     for layer in range(job.model.layers):
         for site in job.model.sites:
             decision = policy.decide(
@@ -107,7 +107,7 @@ def sums(
                 shape=job.shape,
                 itemsize=job.itemsize,
                 world_size=job.tp,
-                figures=figures,
+                calibration=calibration,
                 islands=islands,
             )
             if decision.reason == DROP:
@@ -115,20 +115,20 @@ def sums(
             elif decision.codec is None:
                 seconds += stock
             else:
-                way = choose_algorithm(job.shape, decision.codec, job.tp, decision.algorithm, figures, islands)
-                its_seconds = sum_seconds(job.shape, decision.codec, job.tp, way, figures, islands)
+                way = choose_algorithm(job.shape, decision.codec, job.tp, decision.algorithm, calibration, islands)
+                its_seconds = sum_seconds(job.shape, decision.codec, job.tp, way, calibration, islands)
                 seconds += its_seconds
-                hidden += its_seconds - _in_parts(job, decision.codec, way, figures, islands)
+                hidden += its_seconds - _in_parts(job, decision.codec, way, calibration, islands)
                 compressed += 1
                 algorithms.add(way)
     seconds -= max(0.0, min(hidden, compute * job.model.share_of_mlps))
     return Sums(seconds, compressed, dropped, frozenset(algorithms))
 
 
-def _in_parts(job: Job, codec: Codec | CodecPair, way: str, figures: Figures, islands: Islands | None) -> float:
+def _in_parts(job: Job, codec: Codec | CodecPair, way: str, calibration: Calibration, islands: Islands | None) -> float:
     """Seconds of a sum that its layer does not compute in, if there is enough to compute."""
-    how = job.shape, codec, job.tp, way, figures
-    parts = 1 if job.model.experts else choose_parts(*how, figures.device, islands)
+    how = job.shape, codec, job.tp, way, calibration
+    parts = 1 if job.model.experts else choose_parts(*how, calibration.device, islands)
     if parts == 1:
         return sum_seconds(*how, islands)
     wire, work = wire_and_work(*how, parts, islands)

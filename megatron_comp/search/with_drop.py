@@ -18,9 +18,9 @@ from ..layers.sync_drop import check_block
 from ..policy import DROP, CompressionPolicy
 from ..predict.times import Job, sums
 from ..spd.blocks import layers_that_drop
+from ..wire.calibration import Calibration
 from ..wire.codec import Codec, parse_codec
 from ..wire.cost import stock_seconds, sum_seconds
-from ..wire.figures import Figures
 from .bound import Bound
 from .candidates import PRESETS, joined_name, policy_of_names, uniform
 from .measurements import Measurements
@@ -38,12 +38,12 @@ class Words:
     candidates: tuple[Codec, ...]
     algorithm: str
     job: Job
-    figures: Figures
+    calibration: Calibration
     _costs: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def choices(self, damages: list[list[float]], tokens: int) -> list[Choice]:
         """damages: `[step][candidate]` of all tokens. The best trades, `none` always among them."""
-        stock = stock_seconds(self.job.shape[0] * self.job.shape[1] * self.job.itemsize, self.job.tp, self.figures)
+        stock = stock_seconds(self.job.shape[0] * self.job.shape[1] * self.job.itemsize, self.job.tp, self.calibration)
         found = [Choice("none", round(NS * stock), 0.0)]
         for first, second, damage in self._pairs(damages):
             name = joined_name(str(first), str(second))
@@ -53,7 +53,7 @@ class Words:
     def _cost(self, name: str) -> int:
         """All sums of a model are of one shape."""
         if name not in self._costs:
-            seconds = sum_seconds(self.job.shape, parse_codec(name), self.job.tp, self.algorithm, self.figures)
+            seconds = sum_seconds(self.job.shape, parse_codec(name), self.job.tp, self.algorithm, self.calibration)
             self._costs[name] = round(NS * seconds)
         return self._costs[name]
 
@@ -68,7 +68,7 @@ class Words:
 
     def seconds(self, policy: CompressionPolicy) -> float:
         """Of all sums of a prefill, every message compressed that the policy compresses."""
-        return sums(self.job, policy, self.figures).seconds
+        return sums(self.job, policy, self.calibration).seconds
 
 
 def search_with_drop(measurements: Measurements, bound: Bound, words: Words, min_bytes: int | str) -> Found:

@@ -1,6 +1,6 @@
 """What each algorithm moves and how long it is predicted to take, from things that are the same on all ranks.
 
-Predicted seconds of one sum of V values over N ranks (`Figures` holds the measured or assumed constants):
+Predicted seconds of one sum of V values over N ranks (`Calibration` holds the measured or assumed constants):
 
     stock        latency + ring bytes / rate
     gather_sum   wire: latency + received bytes / rate         codec: encode V, decode N V
@@ -18,7 +18,7 @@ V / S values:
 Adding up raw values is not counted.
 
 A codec's fixed cost counts once per call of encode or decode in every chunk; one call serves all slices. Where messages
-go in chunks, codec and wire overlap: n chunks hide (1 - 1/n) of the shorter of the two, times the figures' `hidden`.
+go in chunks, codec and wire overlap: n chunks hide (1 - 1/n) of the shorter of the two, times `Calibration.hidden`.
 That is 1 at best, a pipeline's; where codec and link share a processor, as over loopback, they hide less of each other.
 So many chunks are taken as are predicted fastest, within what the message's size allows, or as many as that where
 nothing was measured.
@@ -30,8 +30,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from . import exchange
+from .calibration import ASSUMED, Calibration, CodecCost, Link
 from .codec import Codec, CodecPair
-from .figures import ASSUMED, CodecCost, Figures, Link
 from .topology import Islands
 
 # Of which all ranks take the same part.
@@ -44,7 +44,7 @@ def choose_algorithm(
     codec: Codec | CodecPair,
     ranks: int,
     algorithm: str = "auto",
-    figures: Figures = ASSUMED,
+    calibration: Calibration = ASSUMED,
     islands: Islands | None = None,
 ) -> str:
     """`algorithm`, or for `auto` the one that is predicted faster from things that are equal on all ranks.
@@ -59,11 +59,11 @@ def choose_algorithm(
     if algorithm in FLAT or algorithm == "hierarchical" and two_levels:
         return algorithm
     able = ["two_step"] if isinstance(codec, CodecPair) else [*FLAT]
-    if algorithm == "auto" and two_levels and figures.inside:
+    if algorithm == "auto" and two_levels and calibration.inside:
         able.append("hierarchical")
     if len(able) == 1:
         return able[0]
-    return min(able, key=lambda name: sum_seconds(shape, codec, ranks, name, figures, islands))
+    return min(able, key=lambda name: sum_seconds(shape, codec, ranks, name, calibration, islands))
 
 
 def choose_scatter(
@@ -71,7 +71,7 @@ def choose_scatter(
     codec: Codec,
     ranks: int,
     algorithm: str = "auto",
-    figures: Figures = ASSUMED,
+    calibration: Calibration = ASSUMED,
     islands: Islands | None = None,
 ) -> str:
     """`reduce_scatter`, or `hierarchical_scatter` where `algorithm` asks for it, or where `auto` predicts it faster.
@@ -80,11 +80,11 @@ def choose_scatter(
     """
     _check(algorithm)
     able = islands is not None and islands.have_two_levels and islands.are_equal
-    if not able or algorithm in FLAT or algorithm == "auto" and not figures.inside:
+    if not able or algorithm in FLAT or algorithm == "auto" and not calibration.inside:
         return "reduce_scatter"
     if algorithm == "hierarchical":
         return "hierarchical_scatter"
-    flat, by_level = (scatter_seconds(shape, codec, ranks, figures, of) for of in (None, islands))
+    flat, by_level = (scatter_seconds(shape, codec, ranks, calibration, of) for of in (None, islands))
     return "hierarchical_scatter" if by_level < flat else "reduce_scatter"
 
 
@@ -105,11 +105,11 @@ def pays(
     codec: Codec | CodecPair,
     ranks: int,
     algorithm: str = "auto",
-    figures: Figures = ASSUMED,
+    calibration: Calibration = ASSUMED,
     scatter: bool = False,
     islands: Islands | None = None,
 ) -> bool:
-    """Whether a compressed sum is predicted faster than the stock one, by the figures' margin.
+    """Whether a compressed sum is predicted faster than the stock one, by the calibration's margin.
 
     A tensor beyond the largest that was measured is judged as the largest is: a line that is drawn on from there would
     end in a gain where a loss was measured.
@@ -117,23 +117,23 @@ def pays(
     itemsize: bytes per value of the stock sum. scatter: a reduce-scatter instead of an all-reduce. islands: as in
     `choose_algorithm`.
     """
-    beyond = ring_bytes(math.prod(shape) * itemsize, ranks) / figures.largest_bytes
+    beyond = ring_bytes(math.prod(shape) * itemsize, ranks) / calibration.largest_bytes
     if beyond > 1:
         shape = (max(1, int(math.prod(shape[:-1]) / beyond)), shape[-1])
-    stock = stock_seconds(math.prod(shape) * itemsize, ranks, figures, scatter)
+    stock = stock_seconds(math.prod(shape) * itemsize, ranks, calibration, scatter)
     if scatter:
-        way = choose_scatter(shape, codec, ranks, algorithm, figures, islands)
+        way = choose_scatter(shape, codec, ranks, algorithm, calibration, islands)
         of_levels = islands if way == "hierarchical_scatter" else None
-        return scatter_seconds(shape, codec, ranks, figures, of_levels) * (1 + figures.margin) < stock
-    algorithm = choose_algorithm(shape, codec, ranks, algorithm, figures, islands)
-    return sum_seconds(shape, codec, ranks, algorithm, figures, islands) * (1 + figures.margin) < stock
+        return scatter_seconds(shape, codec, ranks, calibration, of_levels) * (1 + calibration.margin) < stock
+    algorithm = choose_algorithm(shape, codec, ranks, algorithm, calibration, islands)
+    return sum_seconds(shape, codec, ranks, algorithm, calibration, islands) * (1 + calibration.margin) < stock
 
 
-def stock_seconds(nbytes: int, ranks: int, figures: Figures = ASSUMED, scatter: bool = False) -> float:
+def stock_seconds(nbytes: int, ranks: int, calibration: Calibration = ASSUMED, scatter: bool = False) -> float:
     """Of the stock all-reduce of a tensor of `nbytes`, or of the stock reduce-scatter."""
     if scatter:
-        return figures.links["reduce_scatter"].seconds(ring_bytes(nbytes, ranks, 1))
-    return figures.links["all_reduce"].seconds(ring_bytes(nbytes, ranks))
+        return calibration.links["reduce_scatter"].seconds(ring_bytes(nbytes, ranks, 1))
+    return calibration.links["all_reduce"].seconds(ring_bytes(nbytes, ranks))
 
 
 def sum_seconds(
@@ -141,14 +141,14 @@ def sum_seconds(
     codec: Codec | CodecPair,
     ranks: int,
     algorithm: str,
-    figures: Figures = ASSUMED,
+    calibration: Calibration = ASSUMED,
     islands: Islands | None = None,
 ) -> float:
     """Of a compressed all-reduce by a named algorithm, on the rank that it takes longest. islands: of `hierarchical`,
-    which needs the figures' links `inside` and `across`."""
-    chunks = choose_chunks(shape, codec, ranks, algorithm, figures, figures.chunk_bytes, islands)
-    wire, work = wire_and_work(shape, codec, ranks, algorithm, figures, chunks, islands)
-    return wire + work - _hidden(wire, work, chunks, figures)
+    which needs the calibration's links `inside` and `across`."""
+    chunks = choose_chunks(shape, codec, ranks, algorithm, calibration, calibration.chunk_bytes, islands)
+    wire, work = wire_and_work(shape, codec, ranks, algorithm, calibration, chunks, islands)
+    return wire + work - _hidden(wire, work, chunks, calibration)
 
 
 def choose_chunks(
@@ -156,7 +156,7 @@ def choose_chunks(
     codec: Codec | CodecPair,
     ranks: int,
     algorithm: str,
-    figures: Figures,
+    calibration: Calibration,
     chunk_bytes: int | None,
     islands: Islands | None = None,
 ) -> int:
@@ -164,12 +164,12 @@ def choose_chunks(
     by_level = algorithm == "hierarchical"
     slices = islands.shares * len(islands.members) if by_level else ranks
     most = most_chunks(shape, codec, slices, chunk_bytes) if chunk_bytes else 1
-    if not figures.codecs or by_level and not figures.inside:
+    if not calibration.codecs or by_level and not calibration.inside:
         return most
 
     def seconds(chunks: int) -> float:
-        wire, work = wire_and_work(shape, codec, ranks, algorithm, figures, chunks, islands)
-        return wire + work - _hidden(wire, work, chunks, figures)
+        wire, work = wire_and_work(shape, codec, ranks, algorithm, calibration, chunks, islands)
+        return wire + work - _hidden(wire, work, chunks, calibration)
 
     return min(range(1, most + 1), key=seconds)
 
@@ -179,7 +179,7 @@ def choose_parts(
     codec: Codec | CodecPair,
     ranks: int,
     algorithm: str,
-    figures: Figures,
+    calibration: Calibration,
     device: torch.device,
     islands: Islands | None = None,
 ) -> int:
@@ -187,7 +187,7 @@ def choose_parts(
 
     What computing hides of the wire comes on top of what is predicted here, of codec and wire alone.
     """
-    return choose_chunks(shape, codec, ranks, algorithm, figures, exchange.overlap_bytes(device.type), islands)
+    return choose_chunks(shape, codec, ranks, algorithm, calibration, exchange.overlap_bytes(device.type), islands)
 
 
 def most_chunks(shape: Sequence[int], codec: Codec | CodecPair, slices: int, chunk_bytes: int) -> int:
@@ -197,8 +197,8 @@ def most_chunks(shape: Sequence[int], codec: Codec | CodecPair, slices: int, chu
     return exchange.most_chunks(math.prod(shape[:-1]), slices, nbytes, chunk_bytes)
 
 
-def _hidden(wire: float, work: float, chunks: int, figures: Figures) -> float:
-    return figures.hidden * min(wire, work) * (1 - 1 / chunks)
+def _hidden(wire: float, work: float, chunks: int, calibration: Calibration) -> float:
+    return calibration.hidden * min(wire, work) * (1 - 1 / chunks)
 
 
 def wire_and_work(
@@ -206,16 +206,16 @@ def wire_and_work(
     codec: Codec | CodecPair,
     ranks: int,
     algorithm: str,
-    figures: Figures,
+    calibration: Calibration,
     chunks: int,
     islands: Islands | None = None,
 ) -> tuple[float, float]:
     """Seconds on the wire, and those of the codec, of a sum by a named algorithm in so many chunks."""
     if algorithm == "hierarchical":
-        return _by_level(shape, codec, figures, chunks, islands)
+        return _by_level(shape, codec, calibration, chunks, islands)
     values = math.prod(shape)
-    first, second = (figures.cost(each) for each in step_codecs(codec))
-    wire = _flat_wire(shape, codec, ranks, algorithm, figures.links)
+    first, second = (calibration.cost(each) for each in step_codecs(codec))
+    wire = _flat_wire(shape, codec, ranks, algorithm, calibration.links)
     if algorithm == "gather_sum":
         return wire, _encode(first, values, chunks) + _decode(first, ranks * values, chunks)
     work = _encode(first, values, chunks) + _decode(first, values, chunks)
@@ -232,18 +232,18 @@ def _flat_wire(
 
 
 def _by_level(
-    shape: Sequence[int], codec: Codec | CodecPair, figures: Figures, chunks: int, islands: Islands
+    shape: Sequence[int], codec: Codec | CodecPair, calibration: Calibration, chunks: int, islands: Islands
 ) -> tuple[float, float]:
     """`wire_and_work` of `hierarchical`, on the first rank of the largest island: no share is longer than its own."""
     values, machines, shares = math.prod(shape), len(islands.members), islands.shares
-    first, second = (figures.cost(each) for each in step_codecs(codec))
+    first, second = (calibration.cost(each) for each in step_codecs(codec))
     across = flat_across(codec, islands)
     largest = max(islands.members, key=len)
     share = (slice_rows(shape, shares)[0], shape[-1])
     gathered = (len(largest) - 1) * _share_slots(shape, codec, islands)
-    raw = (len(largest) - 1) * math.prod(share) * figures.itemsize
-    wire = _flat_wire(share, codec, machines, across, figures.across)
-    wire += figures.inside["all_to_all"].seconds(raw) + figures.inside["all_gather"].seconds(gathered)
+    raw = (len(largest) - 1) * math.prod(share) * calibration.itemsize
+    wire = _flat_wire(share, codec, machines, across, calibration.across)
+    wire += calibration.inside["all_to_all"].seconds(raw) + calibration.inside["all_gather"].seconds(gathered)
     work = _encode(first, values / shares, chunks)
     if across == "gather_sum":
         return wire, work + _decode(first, machines * values, chunks)
@@ -255,24 +255,24 @@ def scatter_seconds(
     shape: Sequence[int],
     codec: Codec,
     ranks: int,
-    figures: Figures = ASSUMED,
+    calibration: Calibration = ASSUMED,
     islands: Islands | None = None,
 ) -> float:
     """Of a compressed reduce-scatter into equal shares: the flat one, or with `islands` the hierarchical one."""
-    values, cost = math.prod(shape), figures.cost(codec)
+    values, cost = math.prod(shape), calibration.cost(codec)
     nbytes = codec.message_bytes(shape)
     if islands is None:
-        wire = figures.links["all_to_all"].seconds((ranks - 1) / ranks * nbytes)
+        wire = calibration.links["all_to_all"].seconds((ranks - 1) / ranks * nbytes)
     else:
         machines, mates = len(islands.members), islands.shares
-        raw = (mates - 1) / mates * values * figures.itemsize
-        wire = figures.inside["all_to_all"].seconds(raw)
-        wire += figures.across["all_to_all"].seconds((machines - 1) / ranks * nbytes)
+        raw = (mates - 1) / mates * values * calibration.itemsize
+        wire = calibration.inside["all_to_all"].seconds(raw)
+        wire += calibration.across["all_to_all"].seconds((machines - 1) / ranks * nbytes)
         values /= mates
-    of_bytes = figures.chunk_bytes
+    of_bytes = calibration.chunk_bytes
     chunks = exchange.most_chunks(math.prod(shape[:-1]) // ranks, 1, nbytes, of_bytes) if of_bytes else 1
     work = _encode(cost, values, chunks) + _decode(cost, values, chunks)
-    return wire + work - _hidden(wire, work, chunks, figures)
+    return wire + work - _hidden(wire, work, chunks, calibration)
 
 
 def _encode(cost: CodecCost, values: float, calls: int = 1) -> float:

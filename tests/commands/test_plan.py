@@ -9,12 +9,12 @@ import pytest
 from megatron_comp import cli
 from megatron_comp.policy import CompressionPolicy
 from megatron_comp.predict.advice import advice
-from megatron_comp.predict.figures import figures_of
-from megatron_comp.predict.hardware import Gpu, Interconnect, Shares, figures_for, wire_of
+from megatron_comp.predict.calibrations import calibration_of
+from megatron_comp.predict.hardware import Gpu, Interconnect, Shares, assumed_calibration, wire_of
 from megatron_comp.predict.models import MODELS, Model, from_config, load
 from megatron_comp.predict.times import Job, compute_seconds, sums
+from megatron_comp.wire.calibration import LINKS, Calibration, CodecCost, Link
 from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.figures import LINKS, CodecCost, Figures, Link
 
 TINY = Model(layers=3, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=100)
 EASY = Gpu(tflops=1e-6, memory_gb_s=1e-3, source="a million flops and bytes a second")
@@ -67,7 +67,7 @@ def test_a_token_takes_its_active_experts_and_a_batch_reads_all():
     assert more == pytest.approx(3 * 6 * 3 * 64 * 128 * 2 / 2 / 1e6, rel=1e-3)
 
 
-FIGURES = Figures(
+CALIBRATION = Calibration(
     dict.fromkeys(LINKS, Link(1e6, 0.0)),
     {str(Codec.parse("mxfp4")): CodecCost()},
     0.1,
@@ -78,21 +78,21 @@ FIGURES = Figures(
 def test_sums_by_hand():
     job = Job(TINY, 2, 1, 16)
     stock, message = 16 * 64 * 2 / 1e6, (16 * 32 + 16 * 2) / 1e6
-    assert sums(job, CompressionPolicy(), FIGURES).seconds == pytest.approx(6 * stock)
+    assert sums(job, CompressionPolicy(), CALIBRATION).seconds == pytest.approx(6 * stock)
     words = {"codec": "mxfp4", "algorithm": "gather_sum", "min_bytes": 0}
-    made = sums(job, CompressionPolicy(**words), FIGURES)
+    made = sums(job, CompressionPolicy(**words), CALIBRATION)
     assert (made.seconds, made.compressed) == (pytest.approx(6 * message), 6)
     layers = {0: "none", 1: {"attention": "drop"}}
-    made = sums(job, CompressionPolicy(**words, layers=layers), FIGURES)
+    made = sums(job, CompressionPolicy(**words, layers=layers), CALIBRATION)
     assert (made.compressed, made.dropped) == (3, 1)
     assert made.seconds == pytest.approx(2 * stock + 3 * message)
-    assert sums(Job(TINY, 1, 1, 16), CompressionPolicy(**words), FIGURES).seconds == 0
+    assert sums(Job(TINY, 1, 1, 16), CompressionPolicy(**words), CALIBRATION).seconds == 0
 
 
 def test_sums_that_layers_overlap_by_hand():
     """On a CPU, in eight parts: codec and an eighth of the wire, as long as MLPs compute no less than that hides."""
     model, cost = Model(3, 1024, 2048, 16, 16, 64, 100), CodecCost(0.0, 1e-9, 0.0, 1e-9)
-    known = replace(FIGURES, codecs={str(Codec.parse("mxfp4")): cost})
+    known = replace(CALIBRATION, codecs={str(Codec.parse("mxfp4")): cost})
     job, values, message = Job(model, 2, 1, 2048), 2048 * 1024, 2048 * (512 + 32)
     policy = CompressionPolicy(codec="mxfp4", algorithm="gather_sum", min_bytes=0)
     wire, work = message / 1e6, values * 3e-9
@@ -108,10 +108,12 @@ def test_sums_that_layers_overlap_by_hand():
 
 
 def test_a_policy_is_gated_by_the_prediction():
-    fast = figures_for(Gpu(100, 1e-3, "codecs that crawl"), wire_of("nvlink4"), Shares(), [Codec.parse("mxfp4")], 2)
+    fast = assumed_calibration(
+        Gpu(100, 1e-3, "codecs that crawl"), wire_of("nvlink4"), Shares(), [Codec.parse("mxfp4")], 2
+    )
     job = Job(TINY, 2, 1, 16)
     assert sums(job, CompressionPolicy(codec="mxfp4"), fast).compressed == 0
-    assert sums(job, CompressionPolicy(codec="mxfp4"), FIGURES).compressed == 6
+    assert sums(job, CompressionPolicy(codec="mxfp4"), CALIBRATION).compressed == 6
 
 
 @pytest.mark.parametrize("link, gb_s", [("100mbit", 0.0125), ("2.5gbit", 0.3125), ("pcie4x16", 32)])
@@ -147,7 +149,7 @@ def test_what_has_moved_is_told(capsys):
 
 def test_measured_rows(capsys, tmp_path):
     """Made by the model itself: no error is found, and the file's circumstances are used."""
-    FIGURES.write(tmp_path / "figures.yaml")
+    CALIBRATION.write(tmp_path / "calibration.yaml")
     row = {"algorithm": "all_reduce", "tp": 2, "link": "local", "prompt_tokens": 16, "speedup_vs_none": 1.0}
     model = tmp_path / "config.json"
     sizes = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
@@ -157,7 +159,7 @@ def test_measured_rows(capsys, tmp_path):
     rows.append(row | {"policy": "none", "ttft_ms": 50 + stock * 1e6 / 11.25e3, "link": "100kbit"})
     (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
     words = ("--model", model, "--tp", 2, "--prompt-tokens", 16, "--dtype", "float32", "--compute-ms", 50)
-    files = ("--calibration", tmp_path / "figures.yaml", "--measured", tmp_path / "rows.json")
+    files = ("--calibration", tmp_path / "calibration.yaml", "--measured", tmp_path / "rows.json")
     run(capsys, *words, *files, "--json", tmp_path / "out.json")
     made = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [each["link"] for each in made] == ["local", "100kbit"]
@@ -166,7 +168,7 @@ def test_measured_rows(capsys, tmp_path):
 
 def test_measured_rows_of_a_policy_with_drops_and_mixed_codecs(capsys, tmp_path):
     """As `bench ttft` names it: by its file. Times by hand, at 0.9 of 100 kbit/s and no latency."""
-    FIGURES.write(tmp_path / "figures.yaml")
+    CALIBRATION.write(tmp_path / "calibration.yaml")
     policy, model = tmp_path / "policy.yaml", tmp_path / "config.json"
     policy.write_text(
         "codec: mxfp4\nalgorithm: gather_sum\nmin_bytes: 0\n"
@@ -180,7 +182,7 @@ def test_measured_rows_of_a_policy_with_drops_and_mixed_codecs(capsys, tmp_path)
     rows = [row | {"policy": str(policy), "ttft_ms": 2 * predicted, "dropped": 2}]
     (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
     words = ["--model", model, "--tp", 2, "--prompt-tokens", 16, "--dtype", "float32", "--compute-ms", 50]
-    words += ["--calibration", tmp_path / "figures.yaml", "--json", tmp_path / "out.json"]
+    words += ["--calibration", tmp_path / "calibration.yaml", "--json", tmp_path / "out.json"]
     run(capsys, *words, "--measured", tmp_path / "rows.json")
     (made,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert (made["predicted_ms"], made["error_pct"]) == (pytest.approx(predicted), pytest.approx(-50))
@@ -226,9 +228,9 @@ def test_what_dropping_would_add(capsys, tmp_path):
 
 def test_a_link_alone_leaves_codecs_out():
     args = argparse.Namespace(calibration=None, gpu=None, wire="100mbit")
-    known = figures_of(args, [Codec.parse("mxfp4")], 3, 4)
+    known = calibration_of(args, [Codec.parse("mxfp4")], 3, 4)
     assert known.cost(Codec.parse("mxfp4")) == CodecCost() and known.links["all_gather"].bytes_per_s == 0.9 * 100e6 / 8
-    assert known.links == figures_for(EASY, wire_of("100mbit"), ALL, [], 3).links
+    assert known.links == assumed_calibration(EASY, wire_of("100mbit"), ALL, [], 3).links
 
 
 WHOLE = ["--model", "llama-2-7b", "--tp", "2"]
@@ -260,7 +262,7 @@ def test_mistakes_are_told_in_one_line(capsys, arguments, message):
 
 
 def test_wires_reach_a_share_of_their_rate():
-    known = figures_for(EASY, Interconnect(10, 2, "", reached=0.5), ALL, [], 3)
+    known = assumed_calibration(EASY, Interconnect(10, 2, "", reached=0.5), ALL, [], 3)
     assert known.links["all_gather"] == Link(5e9, pytest.approx(4e-6))
     assert known.links["all_reduce"].latency_s == pytest.approx(8e-6)
 

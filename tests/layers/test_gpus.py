@@ -10,18 +10,18 @@ from megatron_comp.layers import agreement
 from megatron_comp.layers.reducer import Reducer
 from megatron_comp.policy import CompressionPolicy
 from megatron_comp.wire import exchange
-from megatron_comp.wire.figures import ASSUMED, ASSUMED_PEERS
+from megatron_comp.wire.calibration import ASSUMED, ASSUMED_PEERS
 
 LARGE = {"layer": 0, "site": "mlp", "phase": "prefill", "shape": (4096, 8192), "itemsize": 2, "world_size": 8}
 
 
 def test_nothing_is_compressed_between_peers_that_nobody_measured():
     policy = CompressionPolicy(codec="mxfp4")
-    assert policy.decide(**LARGE, figures=ASSUMED).codec is not None
-    decision = policy.decide(**LARGE, figures=ASSUMED_PEERS)
+    assert policy.decide(**LARGE, calibration=ASSUMED).codec is not None
+    decision = policy.decide(**LARGE, calibration=ASSUMED_PEERS)
     assert decision.codec is None and decision.reason == "fast link, not calibrated"
     # Whoever gives a number of bytes has decided.
-    assert CompressionPolicy(codec="mxfp4", min_bytes=0).decide(**LARGE, figures=ASSUMED_PEERS).codec is not None
+    assert CompressionPolicy(codec="mxfp4", min_bytes=0).decide(**LARGE, calibration=ASSUMED_PEERS).codec is not None
 
 
 @pytest.mark.parametrize(
@@ -33,13 +33,13 @@ def test_which_gpus_are_peers(monkeypatch, seen, ranks, reach, expected):
     assert agreement.reach_one_another(ranks) is expected
 
 
-@pytest.mark.parametrize("figures", [ASSUMED, ASSUMED_PEERS])
-def test_what_is_assumed_is_said_with_the_command_that_measures(caplog, monkeypatch, figures):
+@pytest.mark.parametrize("calibration", [ASSUMED, ASSUMED_PEERS])
+def test_what_is_assumed_is_said_with_the_command_that_measures(caplog, monkeypatch, calibration):
     monkeypatch.delenv("MEGATRON_COMP_CALIBRATION", raising=False)
-    agreement.say_figures(figures, CompressionPolicy(codec="mxfp4"), 8)
+    agreement.say_calibration(calibration, CompressionPolicy(codec="mxfp4"), 8)
     (said,) = caplog.records
     assert said.levelno == logging.WARNING
-    assert figures.source in said.getMessage() and "megatron-comp calibrate" in said.getMessage()
+    assert calibration.source in said.getMessage() and "megatron-comp calibrate" in said.getMessage()
 
 
 def test_captured_graphs_keep_their_sums():

@@ -15,8 +15,8 @@ from megatron_comp.layers.plans import Plans
 from megatron_comp.layers.reducer import Phase, Reducer
 from megatron_comp.layers.row_parallel import attach
 from megatron_comp.wire import exchange
+from megatron_comp.wire.calibration import LINKS, Calibration, CodecCost, Link
 from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.figures import LINKS, CodecCost, Figures, Link
 
 INPUT, OUTPUT = 144, 96
 SETTINGS = {
@@ -154,7 +154,7 @@ def by_figures(rank, ranks):
     x, orders = its_input(rank, ranks), []
     for hidden in (1.0, 0.0):
         cost = {str(Codec.parse("mxfp4")): CodecCost(1e-6, 1e-9, 1e-6, 1e-9)}
-        known = Figures(dict.fromkeys(LINKS, Link(1e7, 1e-4)), cost, measured={"ranks": 2}, hidden=hidden)
+        known = Calibration(dict.fromkeys(LINKS, Link(1e7, 1e-4)), cost, measured={"ranks": 2}, hidden=hidden)
         words = policy(codec="mxfp4")
         orders.append(run(linear(ranks, reducer(words=words, plans=Plans(words, known))), x, 4000)[2])
     return orders

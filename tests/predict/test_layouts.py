@@ -16,8 +16,8 @@ from megatron_comp.predict.layouts import layouts_of
 from megatron_comp.predict.machines import Machines
 from megatron_comp.predict.models import MODELS, Model
 from megatron_comp.predict.times import Job, compute_seconds
+from megatron_comp.wire.calibration import LEVEL_LINKS, LINKS, Calibration, CodecCost, Link
 from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.figures import LEVEL_LINKS, LINKS, CodecCost, Figures, Link
 
 TINY = Model(layers=3, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=100)
 ALL = Shares(compute=1.0, memory=1.0, codec=1.0, codec_call_us=0.0, layer_us=0.0)
@@ -146,8 +146,8 @@ def test_a_calibration_of_two_levels(capsys, tmp_path):
     """Its links are those of the machines; a policy's row stands beside the codecs'."""
     levels = {name: dict.fromkeys(LEVEL_LINKS, Link(rate, 0.0)) for name, rate in (("inside", 1e9), ("across", 1e6))}
     costs, about = {str(Codec.parse("mxfp4")): CodecCost()}, {"ranks": 4, "device": "cpu", "dtype": "bfloat16"}
-    known = Figures(dict.fromkeys(LINKS, Link(1e6, 0.0)), costs, 0.1, about)
-    file, policy, out = tmp_path / "figures.yaml", tmp_path / "policy.yaml", tmp_path / "rows.json"
+    known = Calibration(dict.fromkeys(LINKS, Link(1e6, 0.0)), costs, 0.1, about)
+    file, policy, out = tmp_path / "calibration.yaml", tmp_path / "policy.yaml", tmp_path / "rows.json"
     policy.write_text("codec: mxfp4\nalgorithm: hierarchical\nmin_bytes: 0\n")
     command = ["plan", "--model", "llama-3-8b", "--machines", "2", "--gpus-per-machine", "2", "--prompt-tokens", "16"]
     command += ["--compute-ms", "50", "--calibration", str(file), "--codec", "mxfp4", "--policy", str(policy)]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_comp.predict.hardware import Interconnect, Shares, figures_for, gpu_of, links_of, wire_of
+from megatron_comp.predict.hardware import Interconnect, Shares, assumed_calibration, gpu_of, links_of, wire_of
 from megatron_comp.predict.machines import Machines
+from megatron_comp.wire.calibration import Link
 from megatron_comp.wire.codec import Codec
 from megatron_comp.wire.cost import received_bytes, ring_bytes, sum_seconds
-from megatron_comp.wire.figures import Link
 
 LINK = Interconnect(1, 20, "1e9 bytes a second, a hop in 20 us", reached=1.0)
 INSIDE = Interconnect(100, 2, "", reached=1.0)
@@ -85,11 +85,11 @@ def test_the_slowest_machine_decides():
 def test_a_hierarchical_sum_by_hand():
     """Raw halves inside, a message of a half across that shares the card with the other rank's, two such inside."""
     machines, shape = Machines(2, 2, LINK, INSIDE), (64, 1024)
-    known = machines.figures(gpu_of("A100"), Shares(), [], 2)
+    known = machines.calibration(gpu_of("A100"), Shares(), [], 2)
     message = INT4.message_bytes((32, 1024))
     wire = 2e-6 + 32 * 1024 * 2 / 100e9 + 20e-6 + message / 0.5e9 + 2e-6 + 2 * message / 100e9
     assert sum_seconds(shape, INT4, 4, "hierarchical", known, machines.islands) == pytest.approx(wire)
-    assert known.codecs == figures_for(gpu_of("A100"), LINK, Shares(), [], 4).codecs
+    assert known.codecs == assumed_calibration(gpu_of("A100"), LINK, Shares(), [], 4).codecs
 
 
 def test_the_bytes_beside_distributed_llama():

@@ -17,8 +17,8 @@ from megatron_comp.search.results import policy_text
 from megatron_comp.search.solve import Choice, Frontier
 from megatron_comp.search.tune import tune
 from megatron_comp.search.with_drop import Words
+from megatron_comp.wire.calibration import LINKS, Calibration, Link
 from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.figures import LINKS, Figures, Link
 
 CHOICES = st.lists(
     st.tuples(st.integers(1, 60), st.integers(0, 40)).map(lambda t: Choice(f"{t}", 16 * t[0], t[1] / 8)),
@@ -133,7 +133,7 @@ def test_policy_says_which_blocks_drop():
 def test_blocks_take_the_least_time_of_all_combinations(algorithm):
     """Two layers, two codecs, one layer that can be dropped in two ways: against every combination, times by hand."""
     model = Model(layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=100)
-    figures = Figures(dict.fromkeys(LINKS, Link(1e6, 1e-4)), {}, 0.1, {"ranks": 2, "device": "cpu"})
+    calibration = Calibration(dict.fromkeys(LINKS, Link(1e6, 1e-4)), {}, 0.1, {"ranks": 2, "device": "cpu"})
     codecs = tuple(map(Codec.parse, ("int4:32:fp16", "int8:32:fp16")))
     nbytes = {"none": 2 * 16 * 64 * 4 // 2} | {str(codec): codec.message_bytes((16, 64)) for codec in codecs}
     half = {str(codec): codec.message_bytes((8, 64)) for codec in codecs}
@@ -159,7 +159,7 @@ def test_blocks_take_the_least_time_of_all_combinations(algorithm):
             for a, b in words(mlp["joined"]):
                 yield a, kl + b
 
-    found = with_drop.items(places, Words(codecs, algorithm, Job(model, 2, 1, 16, 4), figures), 10, drops)
+    found = with_drop.items(places, Words(codecs, algorithm, Job(model, 2, 1, 16, 4), calibration), 10, drops)
     frontier, dropped = Frontier(found), set()
     for bound in (0.05, 0.5, 1.2, 1.6, 3.5, 8.0):
         picked = frontier.cheapest(bound)

@@ -1,15 +1,15 @@
-"""Figures of a link and its codecs: from peaks, from a calibration, or of a link alone."""
+"""Calibrations of a link and its codecs: from peaks, from a calibration, or of a link alone."""
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ..wire.calibration import MARGIN, Calibration, Link
 from ..wire.codec import Codec
-from ..wire.figures import MARGIN, Figures, Link
-from .hardware import Shares, figures_for, gpu_of, links_of, wire_of
+from .hardware import Shares, assumed_calibration, gpu_of, links_of, wire_of
 
 
-def figures_of(args: argparse.Namespace, codecs: Sequence[Codec], ranks: int, itemsize: int) -> Figures:
+def calibration_of(args: argparse.Namespace, codecs: Sequence[Codec], ranks: int, itemsize: int) -> Calibration:
     """Of the calibration file, of a GPU's and the link's peaks, or of both: a file's codecs and latencies on a link of
     another rate. Of a link alone, codecs take no time.
 
@@ -19,15 +19,15 @@ def figures_of(args: argparse.Namespace, codecs: Sequence[Codec], ranks: int, it
     if not args.calibration:
         wire = wire_of(args.wire)
         if args.gpu is None:
-            return Figures(links_of(wire, ranks), {}, MARGIN, {"ranks": ranks}, f"{args.wire}, codecs not counted")
-        return figures_for(gpu_of(args.gpu), wire, Shares(), codecs, ranks, itemsize)
-    known = Figures.from_file(args.calibration)
+            return Calibration(links_of(wire, ranks), {}, MARGIN, {"ranks": ranks}, f"{args.wire}, codecs not counted")
+        return assumed_calibration(gpu_of(args.gpu), wire, Shares(), codecs, ranks, itemsize)
+    known = Calibration.from_file(args.calibration)
     if known.ranks != ranks:
         raise ValueError(f"--calibration {args.calibration}: measured with {known.ranks} ranks, not {ranks}")
     return on_wire(known, args.wire) if args.wire else known
 
 
-def on_wire(known: Figures, text: str) -> Figures:
+def on_wire(known: Calibration, text: str) -> Calibration:
     """The same codecs and latencies on a link of this name or rate, or of less where they were measured at less."""
     wire = wire_of(text)
     rate = wire.gb_s * 1e9 * wire.reached

@@ -85,7 +85,7 @@ LEVEL_LINKS = ("all_gather", "all_to_all")
 
 
 @dataclass(frozen=True)
-class Figures:
+class Calibration:
     """What predictions rest on; without arguments one assumed link, on which codecs take no time.
 
     codecs: by their full names, as `str(codec)` gives them. ranks: of the group that was measured; None: any.
@@ -145,7 +145,7 @@ class Figures:
         return known or CodecCost(*(max(getattr(each, f.name) for each in self.codecs.values()) for f in _COSTS))
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "Figures":
+    def from_file(cls, path: str | Path) -> "Calibration":
         """Raises ValueError that names file and key for what is no calibration, OSError if it cannot be read."""
         content = read_yaml(path, "calibration file")
         try:
@@ -154,7 +154,7 @@ class Figures:
             raise ValueError(f"calibration file {path}: {error}; `megatron-comp calibrate` writes one") from None
 
     @classmethod
-    def _from_content(cls, content: object, source: str) -> "Figures":
+    def _from_content(cls, content: object, source: str) -> "Calibration":
         keys = ("schema", "measured", "links", "inside", "across", "codecs", "margin", "hidden")
         absent = {"hidden": 1.0, "inside": None, "across": None}
         content = _mapping("", absent | content if isinstance(content, dict) else content, keys)
@@ -198,13 +198,13 @@ class Figures:
         write_text(path, yaml.safe_dump(content, sort_keys=False, width=120))
 
 
-ASSUMED = Figures(
+ASSUMED = Calibration(
     inside=dict.fromkeys(LEVEL_LINKS, ASSUMED_INSIDE),
     across=dict.fromkeys(LEVEL_LINKS, ASSUMED_LINK),
 )
 # Of GPUs of one machine that reach one another's memory, by NVLink or over PCIe: a stock sum takes less time there than
 # launching the kernels of a compressed one, as far as anybody knows who has not measured it.
-ASSUMED_PEERS = Figures(
+ASSUMED_PEERS = Calibration(
     source="assumed: GPUs of one machine with access to one another's memory; `auto` compresses nothing there",
     compresses=False,
 )
@@ -227,11 +227,11 @@ def default_path(ranks: int, hosts: int, backend: str, device: str) -> Path:
     return cache_folder() / "calibration" / f"{name}.yaml"
 
 
-def find_figures(ranks: int, hosts: int, backend: str, device: str) -> Figures:
+def find_calibration(ranks: int, hosts: int, backend: str, device: str) -> Calibration:
     """Those of a group: of the file that MEGATRON_COMP_CALIBRATION names, else of the default path, else assumed.
 
-    The word `assumed` in that variable leaves every file unread. Raises what `Figures.from_file` raises, and ValueError
-    if the variable names a file of another number of ranks.
+    The word `assumed` in that variable leaves every file unread. Raises what `Calibration.from_file` raises, and
+    ValueError if the variable names a file of another number of ranks.
     """
     given = os.environ.get(VARIABLE)
     if given == "assumed":
@@ -239,13 +239,13 @@ def find_figures(ranks: int, hosts: int, backend: str, device: str) -> Figures:
     path = Path(given) if given else default_path(ranks, hosts, backend, device)
     if not given and not path.exists():
         return ASSUMED
-    figures = Figures.from_file(path)
-    if figures.ranks != ranks:
+    calibration = Calibration.from_file(path)
+    if calibration.ranks != ranks:
         raise ValueError(
-            f"calibration file {path} was measured with {figures.ranks} ranks, this group has {ranks}: calibrate "
+            f"calibration file {path} was measured with {calibration.ranks} ranks, this group has {ranks}: calibrate "
             f"again, or set {VARIABLE}=assumed"
         )
-    return figures
+    return calibration
 
 
 def _mapping(where: str, value: object, keys: tuple[str, ...] | None = None) -> dict:

@@ -1,4 +1,4 @@
-"""Figures of a link and its codecs: their file, what finds it, and what every mistake in it is told."""
+"""Calibrations of a link and its codecs: their file, what finds it, and what every mistake in it is told."""
 
 import math
 from dataclasses import replace
@@ -6,24 +6,24 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from megatron_comp.wire import figures as module
-from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.figures import (
+from megatron_comp.wire import calibration as module
+from megatron_comp.wire.calibration import (
     ASSUMED,
     LEVEL_LINKS,
     LINKS,
     VARIABLE,
+    Calibration,
     CodecCost,
-    Figures,
     Link,
     default_path,
-    find_figures,
+    find_calibration,
 )
+from megatron_comp.wire.codec import Codec
 
 MXFP4, INT8 = Codec.parse("mxfp4"), Codec.parse("int8:32:fp16")
 MEASURED = {"ranks": 3, "hosts": 1, "backend": "gloo", "device": "cpu"}
 LEVELS = {"inside": 1e9, "across": 1e7}
-EXAMPLE = Figures(
+EXAMPLE = Calibration(
     {name: Link(1e9 + place, place * 1e-5, ((10.0, 1e-5), (20.0, 2e-5))[:place]) for place, name in enumerate(LINKS)},
     {str(MXFP4): CodecCost(1e-5, 2e-9, 3e-5, 1e-9), str(INT8): CodecCost(2e-5, 1e-9, 1e-5, 5e-9)},
     0.25,
@@ -33,9 +33,9 @@ EXAMPLE = Figures(
 
 
 def test_a_file_gives_back_what_was_written(tmp_path):
-    path = tmp_path / "made" / "figures.yaml"
+    path = tmp_path / "made" / "calibration.yaml"
     EXAMPLE.write(path)
-    read = Figures.from_file(path)
+    read = Calibration.from_file(path)
     assert (read.links, read.codecs, read.margin, read.measured, read.hidden) == (
         EXAMPLE.links,
         EXAMPLE.codecs,
@@ -44,7 +44,7 @@ def test_a_file_gives_back_what_was_written(tmp_path):
         0.5,
     )
     assert read.source == str(path) and read.ranks == 3
-    assert [file.name for file in path.parent.iterdir()] == ["figures.yaml"]
+    assert [file.name for file in path.parent.iterdir()] == ["calibration.yaml"]
 
 
 def test_times_beyond_the_points_are_a_line():
@@ -125,45 +125,45 @@ def level():
     ],
 )
 def test_mistakes_name_the_file_and_the_key(tmp_path, given, told):
-    path = tmp_path / "figures.yaml"
+    path = tmp_path / "calibration.yaml"
     path.write_text(yaml.safe_dump(given))
     with pytest.raises(ValueError, match=rf"calibration file {path}.*{told}"):
-        Figures.from_file(path)
+        Calibration.from_file(path)
 
 
 def test_what_is_no_yaml(tmp_path):
-    path = tmp_path / "figures.yaml"
+    path = tmp_path / "calibration.yaml"
     path.write_text("links: [")
-    with pytest.raises(ValueError, match="figures.yaml is not YAML"):
-        Figures.from_file(path)
+    with pytest.raises(ValueError, match="calibration.yaml is not YAML"):
+        Calibration.from_file(path)
 
 
 def test_numbers_as_yaml_takes_them_for_text(tmp_path):
-    path = tmp_path / "figures.yaml"
+    path = tmp_path / "calibration.yaml"
     path.write_text(yaml.safe_dump(content()).replace("margin: 0.1", "margin: 1e-1"))
-    assert Figures.from_file(path).margin == 0.1
+    assert Calibration.from_file(path).margin == 0.1
 
 
 def test_links_of_two_levels(tmp_path):
-    path = tmp_path / "figures.yaml"
+    path = tmp_path / "calibration.yaml"
     two = replace(EXAMPLE, **{key: {n: Link(rate, 1e-3) for n in LEVEL_LINKS} for key, rate in LEVELS.items()})
     two.write(path)
-    read = Figures.from_file(path)
+    read = Calibration.from_file(path)
     assert (read.inside, read.across, read.links) == (two.inside, two.across, two.links)
     assert {key: getattr(read, key)["all_gather"].bytes_per_s for key in LEVELS} == LEVELS
 
 
 def test_files_without_levels_know_of_none(tmp_path):
-    path = tmp_path / "figures.yaml"
+    path = tmp_path / "calibration.yaml"
     EXAMPLE.write(path)
     assert not {"inside", "across"} & set(yaml.safe_load(path.read_text()))
-    assert Figures.from_file(path).inside == Figures.from_file(path).across == {}
+    assert Calibration.from_file(path).inside == Calibration.from_file(path).across == {}
 
 
 def test_files_that_say_nothing_of_chunks_take_them_to_hide_all(tmp_path):
-    path = tmp_path / "figures.yaml"
+    path = tmp_path / "calibration.yaml"
     path.write_text(yaml.safe_dump(content()))
-    assert Figures.from_file(path).hidden == ASSUMED.hidden == 1.0
+    assert Calibration.from_file(path).hidden == ASSUMED.hidden == 1.0
 
 
 @pytest.fixture
@@ -177,26 +177,26 @@ def here(monkeypatch, tmp_path):
 
 def test_what_is_found_and_in_which_order(here, tmp_path):
     group = (3, 1, "gloo", "cpu")
-    assert find_figures(*group) is ASSUMED
+    assert find_calibration(*group) is ASSUMED
     EXAMPLE.write(default_path(*group))
-    assert find_figures(*group).source == str(default_path(*group))
-    assert find_figures(2, 1, "gloo", "cpu") is ASSUMED
+    assert find_calibration(*group).source == str(default_path(*group))
+    assert find_calibration(2, 1, "gloo", "cpu") is ASSUMED
     other = tmp_path / "other.yaml"
     EXAMPLE.write(other)
     here.setenv(VARIABLE, str(other))
-    assert find_figures(*group).source == str(other)
+    assert find_calibration(*group).source == str(other)
     here.setenv(VARIABLE, "assumed")
-    assert find_figures(*group) is ASSUMED
+    assert find_calibration(*group) is ASSUMED
     here.setenv(VARIABLE, str(tmp_path / "nowhere.yaml"))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
-        find_figures(*group)
+        find_calibration(*group)
 
 
-def test_figures_of_another_number_of_ranks_are_refused(here, tmp_path):
+def test_a_calibration_of_another_number_of_ranks_are_refused(here, tmp_path):
     EXAMPLE.write(tmp_path / "three.yaml")
     here.setenv(VARIABLE, str(tmp_path / "three.yaml"))
     with pytest.raises(ValueError, match=r"three.yaml was measured with 3 ranks, this group has 4: calibrate again"):
-        find_figures(4, 1, "gloo", "cpu")
+        find_calibration(4, 1, "gloo", "cpu")
 
 
 def test_groups_that_differ_have_files_that_differ(here):
