@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws docs/first-token.svg, the figure of README, from the rows in examples/results.
 
 python docs/draw.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text from Megatron-Core's own engines, with Megatron-Core alone: what `megatron_comp.run` compresses as it is.
 
     torchrun --nproc-per-node 3 -m megatron_comp.run --policy policy.yaml examples/stock_engine.py --model DIR

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages of all ranks to the sum of what they carry: fp32 in rank order, rounded once, one tile a program.
 
 Legend: N blocks of a tile, B values a block.

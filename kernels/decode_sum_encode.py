@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The middle of the two-step all-reduce: all ranks' messages to the message of their sum, which stays in registers."""
 
 import torch

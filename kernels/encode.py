@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Partial sums to messages: transform -> scale -> quantize -> pack, one tile a program, device memory read once.
 
 Legend: N blocks of a tile, B values a block.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a kernel knows of a codec: numbers, all compile-time constants of one launch."""
 
 from dataclasses import dataclass

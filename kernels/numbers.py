@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers by their bits: rounding, elements and small floats, alike on every GPU and in Triton's interpreter.
 
 Only integer operations and single fp32 additions, multiplications and IEEE divisions, none of which a GPU approximates;

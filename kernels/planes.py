@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Codes of a field to and from the sections of a message, one section per bit plane.
 
 `place` says which codes: (message, at, rows, row, columns, first, count): the pointer to the message, the byte offsets

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scale stage: from what a block needs to a scale code, and from the code to its value.
 
 Legend: N blocks of a tile. `need` fp32 [N]: the magnitude that the scale must bring to the element's largest value.

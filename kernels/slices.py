@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rows and which message a program works on: a kernel's second grid axis is the slice.
 
 A tensor of one message is one slice. `first_rows`, made by `as_arguments`: the first row of each slice, and the number

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # What has to be seen on a GPU, in one call of at most eight minutes: versions, the tests that need one, times of
 # encode, decode and sum beside a plain copy, times of whole sums of many ranks but for the wire, and the prefill of
 # Megatron layers as one of 8 ranks, with the wire replaced by pauses of the predicted length.

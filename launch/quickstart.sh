@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # From a bare clone to a real Llama model on real Megatron-Core, its tensor-parallel traffic stock and compressed,
 # on this machine, over gloo: generated text of both, time to first token, bytes, and a table of quality by codec.
 #

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # A command, once for each rank, on a slow network of several machines, each a network namespace on this one, with a link
 # of a given rate and latency: what such a network does to it, without one. Ranks of one machine meet by loopback. Anything that joins its ranks by environment variables
 # runs on it: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME are set.

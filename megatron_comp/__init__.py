@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compressed tensor-parallel communication for LLM inference on Megatron-Core."""
 
 from importlib import import_module

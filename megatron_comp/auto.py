@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`import megatron_comp.auto` compresses every Megatron language model that this process builds from then on.
 
 The policy file is what MEGATRON_COMP_POLICY names. For programs that are not started by a command of one's own; where

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that are whole or not there, locks, YAML that cannot exhaust memory, and the folder of caches."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a user should know of a run that goes on."""
 
 import warnings

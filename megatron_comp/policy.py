@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`CompressionPolicy`: which site of which layer sends in which codec, and when it does not."""
 
 import hashlib
@@ -134,9 +135,9 @@ class CompressionPolicy:
         scatter: bool = False,
         islands: Islands | None = None,
     ) -> Decision:
-        """What a reduction of a `shape` tensor, `itemsize` bytes a value, over `world_size` ranks does.
+        """What a reduction of a `shape` tensor, `itemsize` bytes per value, over `world_size` ranks does.
 
-        calibration, islands: of the group, the same on all its ranks. scatter: a reduce-scatter instead of an all-reduce.
+        calibration, islands: of the group, the same on all its ranks. scatter: a reduce-scatter, not an all-reduce.
         """
         name = self.word(layer, site, phase)
         return self.decide_message(name, shape, itemsize, world_size, calibration, scatter, islands)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a Megatron script, or module, as it is, with compressed communication.
 
     python -m megatron_comp.run --codec mxfp4 script.py its own arguments

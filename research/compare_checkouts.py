@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Do two checkouts send the same bytes and compute the same logits? For changes that must not change a number.
 
     python research/compare_checkouts.py OLD [NEW]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The uniform search of arXiv 2411.09510, one codec for every sum, and the baselines of its tables.
 
     python -m research.paper_search --model DIR --tp N --text FILE --out policy.yaml

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cost model of `megatron-comp plan` beside published measurements.
 
     python -m research.published [--json FILE]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fixtures for real weights and text. They are fetched once per machine and kept in the cache folder:
 MEGATRON_COMP_CACHE, or `.cache` in the repository."""
 

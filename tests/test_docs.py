@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """README and docs: links lead somewhere, commands parse, examples and figures are what the code and the rows say."""
 
 import csv

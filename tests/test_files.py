@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that are whole or not there, and YAML that costs no more than its size."""
 
 import ast

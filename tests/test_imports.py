@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Imports run one way: a room knows only the rooms below it, and only some know Megatron or torch.distributed.
 
 Files are parsed, not imported, so an import inside a function or under TYPE_CHECKING counts as well.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The built wheel carries the linked kernels/ folder, and the name `kernels` is left to the package that owns it."""
 
 import os

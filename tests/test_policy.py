@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Policies: what YAML becomes, which word counts where, and what every mistake is told."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron scripts as they are, compressed by `python -m megatron_comp.run` or `import megatron_comp.auto`."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times of a group's collectives and codecs, all of them in turn, each sample that of the slowest rank."""
 
 import time

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From times to a calibration: links as measured, a line through each codec's medians, and a margin for what the
 sum of these gets wrong."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benches of several ranks: the links that they run on, one after another, and their rows on the way to one table."""
 
 import argparse

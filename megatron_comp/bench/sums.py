@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp bench collective`: what is measured of one tensor and one group, and what follows from the times."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp bench`: the subcommands that measure times."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp bench codec`: times of encode, decode and sum on one device."""
 
 import argparse

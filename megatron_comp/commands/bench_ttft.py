@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp bench ttft`: times of prefill and decoding of a model."""
 
 import argparse

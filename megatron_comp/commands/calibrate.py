@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp calibrate`: a file of what this group's link and codecs cost."""
 
 import argparse

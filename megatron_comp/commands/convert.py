@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp convert`: a distributed checkpoint of Megatron from one of Hugging Face."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp drop`: the steps towards blocks without the sum after attention."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp drop curve`: quality and bytes against the share of dropped sums."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp drop distill`: weights for blocks without attention's sum."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the steps of `megatron-comp drop` share: options, their checks, and the text as tokens."""
 
 import argparse

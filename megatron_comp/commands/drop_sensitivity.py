@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp drop sensitivity`: what each block's dropped sum costs."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp evaluate`: what compression does to a model's predictions on a text."""
 
 import argparse

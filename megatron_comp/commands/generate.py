@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp generate`: text, and what it took."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What subcommands share: options and their checks, policies, and the model on its ranks."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp plan`: predicted times of a prompt and of decoding, and whether to compress."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What can be known before ranks start, of the environment and of the model's folder; within a second, without torch.
 
 Files that a command writes are checked by `output.check_file`, options by the command's own `check`.

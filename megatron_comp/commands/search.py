@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp search`: a policy of fewest bits, or of least time, within a bound on what it costs in quality."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options of `search --with-drop`, and what they stand for: a link, a prompt, and distilled weights."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables of subcommands: a module each, which adds its arguments, checks them and runs."""
 
 import argparse

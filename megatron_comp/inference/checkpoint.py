@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron's distributed checkpoints (`torch_dist`): a model's weights written once, read at any tensor-parallel size.
 
 What lies in one, as Megatron's own `dist_checkpointing.save` of `model.sharded_state_dict()` writes it:

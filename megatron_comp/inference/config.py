@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the config.json of a Llama or Mixtral may say: which keys count, what they may hold, what is refused.
 
 Knows JSON alone, so that a command can check a folder before it imports torch or starts a rank.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Greedy text of several prompts at once, from Megatron's dynamic engine, whose attention is flash-attn's on a GPU."""
 
 import time

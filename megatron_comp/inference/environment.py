@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many ranks a launcher says that it has started."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Logits that are not finite are an error, which says where the model stopped being finite."""
 
 from collections.abc import Callable, Iterator

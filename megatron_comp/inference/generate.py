@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Greedy text and logits from a model of `model.build_model`. Every rank calls these together, with the same tokens."""
 
 import time

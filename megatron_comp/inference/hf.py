@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face Llama and Mixtral folders: the config, and the weights of one rank.
 
 `shards.plan` says which rows and columns of which tensors make up each parameter of a rank; `load_weights` reads

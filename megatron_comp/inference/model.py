@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds a Llama or Mixtral checkpoint as a tensor-parallel Megatron-Core GPTModel, and starts the ranks it runs on."""
 
 import os

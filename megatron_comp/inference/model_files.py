@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files of a model's folder: which there must be, and whether each is what its name says. Reads headers at most."""
 
 import importlib.util

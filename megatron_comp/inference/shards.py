@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rows and columns of which tensors of a Hugging Face checkpoint make up each parameter of a rank.
 
 Names and slices alone: `hf.py` reads them.

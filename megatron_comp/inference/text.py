@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From text to tokens, as the model's folder says: its tokenizer, its chat template, and the tokens that end a text."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights of a file in the place of a built model's own."""
 
 from collections.abc import Collection, Iterable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A slow network on one machine: a namespace for each machine of it, joined by a switch, with rate-limited links.
 
     machine 0: ranks 0, 1 [e0] --- tbf ---+

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starts a command's ranks on this machine, so that nobody needs torchrun to try it; and ends them, however it ends."""
 
 import ctypes

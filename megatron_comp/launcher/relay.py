@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A switch in user space that holds every frame back for a while: latency where the kernel has no netem.
 
 What `network.py` starts in the switch's namespace, in place of a bridge: it reads the frames of every port and sends

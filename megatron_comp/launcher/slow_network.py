@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What launch/slow_network.sh runs: a command, once for each rank, on a slow network of this machine."""
 
 import sys

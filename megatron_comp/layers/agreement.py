@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all ranks of a group must agree on before sums are compressed: policy, version, links, and who is near whom."""
 
 import logging

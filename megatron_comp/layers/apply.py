@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turning compression on and off in a built Megatron model, and reading what it did."""
 
 import itertools

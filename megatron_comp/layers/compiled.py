@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums inside of torch.compile: one operator that the compiler need not look into.
 
 It names its reducer by a number. What the sum does, and what is counted, is decided when the compiled code runs, by the

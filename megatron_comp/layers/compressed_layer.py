@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Transformer layers that have their two sums in hand: they overlap them with the MLP, or leave attention's out.
 
 Overlap (prefill). All that follows attention in a layer treats every token alone. So rows go in parts, through both

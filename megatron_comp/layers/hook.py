@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compresses every language model that a program builds, without a change to the program.
 
 The seam is the end of the outermost `__init__` of a `LanguageModule` (GPTModel, MambaModel and their kin): whichever

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gather of vocabulary-parallel logits; in decode, of each rank's best candidates alone.
 
 Every rank of a stock model receives all logits of the others. Greedy decoding needs the largest of them, sampling among

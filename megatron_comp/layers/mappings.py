@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compressed counterparts of two mappings in `megatron.core.tensor_parallel.mappings`, with the same backward."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the sums of one place sent: calls, bytes and, where that is asked for, seconds."""
 
 import time

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compressed sums of mixture-of-experts layers.
 
 The second linears of experts leave partial sums that Megatron's token dispatcher adds up while it brings the tokens

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums over tensor-parallel ranks that no place of `places.py` stands for: they stay as they are, and are listed.
 
 A module has such a sum if it is a row-parallel linear that reduces, local or Transformer Engine's, or if a method of

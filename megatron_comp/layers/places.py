@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a Megatron model sums partial results: one `Place` for each sum, whatever class does it.
 
 A place can say what it cannot do (`check`) and take a reducer (`attach`); `restore` gives back the stock sum.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each shape of sum does under one policy, decided once for all sites of a model."""
 
 from collections.abc import Sequence

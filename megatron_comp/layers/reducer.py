@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one way in which partial results are summed, whatever module they come from."""
 
 from collections.abc import Iterator, Sequence

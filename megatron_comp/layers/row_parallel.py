@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron's `RowParallelLinear` with a compressed reduction."""
 
 from types import MethodType

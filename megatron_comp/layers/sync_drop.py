@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Transformer layers that do without the sum over ranks after attention (SPD, arXiv 2502.20727): which ones can.
 
 With X the layer's input `[sequence, batch, hidden]`, equal on all ranks, b and b2

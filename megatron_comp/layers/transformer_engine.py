@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Transformer Engine's row-parallel linears with a compressed reduction. They keep their classes.
 
 Megatron's `TERowParallelLinear` reduces inside of Transformer Engine, in parallel mode "row"; without a parallel mode

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What predicted rows say: whether to compress, with what, what else to consider, and how to check it."""
 
 import math

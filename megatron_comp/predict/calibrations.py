@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calibrations of a link and its codecs: from peaks, from a calibration, or of a link alone."""
 
 import argparse

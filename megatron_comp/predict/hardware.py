@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peaks of GPUs and links, as rows of data with their sources, and what share of a peak is reached.
 
 Peaks are the makers'. Shares and fixed costs are assumptions, the same for every row; `published.py` fits its own for

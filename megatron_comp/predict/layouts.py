@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ways to lay a model out over machines, and the predicted times of each.
 
     TP = N                  compute of N ranks + sums over all of them

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several machines: how long their ranks' collectives take, and how many bytes cross a machine's link.
 
 M machines of L GPUs are N = M L ranks. A machine receives R bytes per second from the others, all its network cards

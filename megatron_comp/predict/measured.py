@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cost model beside rows of `megatron-comp bench ttft`."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shapes of models: rows of data, or read from a Hugging Face config.json."""
 
 import difflib

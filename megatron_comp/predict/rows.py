@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of predictions: a layout of the model under a codec and an algorithm, or under a policy."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time of a prompt's prefill or of one decoded token: a roofline of the compute, and the predicted times of the sums.
 
     compute   for each layer  max(flops / N / reached peak, bytes of weights / N / reached memory rate, launches)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a command has measured so far, in a file from which it goes on after an interruption."""
 
 import json

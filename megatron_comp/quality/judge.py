@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a policy does to the predictions of a model on a text, beside the same model uncompressed."""
 
 import time

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far a model's predictions are from a baseline's, computed where the vocabulary is split over the ranks."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a measurement was made of: model and text, by name and digest."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which codecs a search may choose from, and the items of its knapsack."""
 
 from ..policy import DROP, CompressionPolicy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a search measures of a model on its text, each thing once: sensitivities, and policies on the real ranks."""
 
 from collections.abc import Collection

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A codec for every place: sensitivities, the knapsack, and what its answers really do."""
 
 from .bound import Bound

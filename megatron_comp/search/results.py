@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a search leaves behind: the policy file, the table, the figure."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each candidate's rounding error costs in KL, for all places and candidates in one pass over a text.
 
 Near the uncompressed model KL is a quadratic form of the error d that is added to a sum: E[(g . d)^2] / 2, where g is

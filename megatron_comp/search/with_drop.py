@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`search --with-drop`: for every block a codec for each of its sums, or attention's left out; least predicted time.
 
 An item of the knapsack is a block: a word for its attention (a codec, `none`, or `drop` with the model's own or with

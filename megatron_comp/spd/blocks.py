@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which blocks do without attention's sum: lists of them, their order and classes from a sensitivity's JSON."""
 
 import yaml

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block-to-block distillation: a block without attention's sum learns to give what the stock block gives.
 
 arXiv 2502.20727: teacher and student are the same block of the model, both see the full model's input to it,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of blocks' weights that take the place of a checkpoint's: read, and written block by block."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which code encodes and decodes on a device. All backends write the same bytes and sum to the same bits.
 
 A backend is a module with the five functions of `reference.py`, which see tensors `[rows, hidden]` of at least one

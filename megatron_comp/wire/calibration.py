@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a group's link and codecs cost: measured by `megatron-comp calibrate` and kept in a file, or assumed.
 
 The file is YAML:

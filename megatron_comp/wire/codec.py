@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`Codec`: a format name made into encode and decode, by the backend that serves the tensor's device."""
 
 import math

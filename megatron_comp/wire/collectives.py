@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compressed all-reduce and reduce-scatter: bytes are exchanged, every rank decodes and sums in rank order.
 
 Legend: N ranks; a *slot* is the room for one slice's message in a two-step all-gather.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """C that is compiled at first use and kept, in `native/` of the folder of caches; the next process only loads it.
 
 A library is code, so what is loaded was written by this user: it lies in a folder that nobody else can write, belongs

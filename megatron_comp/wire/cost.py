@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each algorithm moves and how long it is predicted to take, from things that are the same on all ranks.
 
 Predicted seconds of one sum of V values over N ranks (`Calibration` holds the measured or assumed constants):

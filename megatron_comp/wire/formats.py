@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Number formats as rows of data: elements, scales, and the codec names made of them.
 
 Everything else in `wire/` is generic over these rows; to add a format is to add a row.

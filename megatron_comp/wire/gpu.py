@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton backend: a codec's name and a tensor's shape made into what the kernels take."""
 
 from collections.abc import Sequence

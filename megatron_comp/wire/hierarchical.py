@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hierarchical sums: the ranks of a machine add up what they have first, so that only sums travel between machines.
 
 Legend: M islands (`topology.py`) of L ranks, which own one of S shares of the rows each; S = L where islands are equal.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CPU backend: the C of the folder `c`, compiled with the machine's own C compiler at first use.
 
 The library serves all formats; a format and the layout of its message travel to it as one structure of numbers.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one sum over ranks does: all that follows from shape, codec, algorithm and group, worked out once.
 
 A plan is immutable and shared. Two sums of one shape over one group follow the same plan, in whatever layer they stand.

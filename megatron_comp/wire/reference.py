@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ground truth of every codec, in plain torch: clear first, and as fast as eager torch allows.
 
 Encoding is a chain of stages, transform -> scale -> quantize -> pack, and decoding is the chain reversed. An option

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scale stage of the reference codec: from what a block needs to a scale code, and from the code to its value.
 
 Works on `need`, fp32 `[rows, blocks]`: the magnitude that a block's scale must bring to the element's largest value;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which ranks of a group are near one another, and the sub-groups that a hierarchical sum exchanges over.
 
 An *island* is a set of ranks with fast links between them: a machine, or what a policy names. Every island deals the

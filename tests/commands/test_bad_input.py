@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever is wrong: one clear line that names it and what is allowed, a non-zero status, and no hang."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp bench codec`: rows, files and what it refuses. No test here asserts how long anything takes."""
 
 import csv

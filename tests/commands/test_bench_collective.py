@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp bench collective`: rows, files, what follows from times, links, and what it refuses.
 
 No test here asserts how fast anything is, but that nothing is faster than its link.

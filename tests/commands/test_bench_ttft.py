@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp bench ttft` on a tiny model: rows, the bytes that a prefill sends, files, and what it refuses."""
 
 import csv

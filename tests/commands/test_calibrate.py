@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp calibrate`: lines through times, the size from which compression pays, and a run on real ranks."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face to Megatron and generating from the result; and whatever keeps it from being made."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp drop` on ranks: sensitivities and curves, their state, and what is refused in one line."""
 
 import json

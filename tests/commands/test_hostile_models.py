@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model folder from elsewhere runs nothing, as a user would try it: each attack here would touch a file."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands that are interrupted, and two at work on one file: nothing stays behind, and no later command is kept."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp plan`: its arithmetic by hand, its advice and its messages."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is wrong with a model's folder, the environment or an output is said before any rank starts, in one line."""
 
 import json

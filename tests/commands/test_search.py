@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command on a tiny random Llama over two ranks: what it promises is what another command measures."""
 
 import json

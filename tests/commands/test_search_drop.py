@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`search --with-drop` on a tiny random Llama over two ranks, with distilled weights of two of its three blocks."""
 
 import json

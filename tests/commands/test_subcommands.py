@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command's own options, which need nothing that takes long to import."""
 
 import subprocess

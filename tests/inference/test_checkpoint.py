@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Distributed checkpoints: what a compressed model writes, stock Megatron reads, and the other way round, at any TP."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every field of transformers' Llama and Mixtral configs: computed as transformers does, refused, or without effect."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several prompts at once: the dynamic engine on our models says what one prompt at a time says."""
 
 import dynamic_engine

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron's own engines, in a script that knows Megatron alone, on a real pretrained Llama.
 
 The dynamic engine needs a GPU for its attention: here that is plain torch, see `support/dynamic_engine.py`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models whose logits are not finite: generate, evaluate, search and drop say where it began, and write nothing."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoint folders: which rows and columns a rank takes, that it reads no others, and what bad folders say."""
 
 import json

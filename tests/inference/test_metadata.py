@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model folder is data: nothing in it runs. Each attack here would make a file, by a harmless command."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtral checkpoints: which experts a rank takes, both layouts on disk, and what real weights say.
 
 No trained mixture is small enough for a test: the real ones here are a dense model, upcycled so that they compute the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny checkpoints on real Megatron-Core, against Hugging Face: every shape at every TP size it allows."""
 
 import os

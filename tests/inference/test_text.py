@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From text to tokens: which tokens end a text, BOS, chat templates, and tokenizers of every kind of file."""
 
 import json

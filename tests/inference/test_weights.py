@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which tensors of a file are used: an output layer beside a tied flag, and what quantized files are told."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles the kernels for GPUs that need not be there, and holds what the compiler made of them to its budgets.
 
 The launches are those of `megatron_comp/wire/gpu.py` itself, with tensors of whole, aligned blocks: only the driver is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What compilers may make of the kernels: no spills, wide accesses, room for enough threads."""
 
 from megatron_comp.wire import message

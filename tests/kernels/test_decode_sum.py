@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages to their sum: the reference's bits, in rank order and rounded once."""
 
 import kernel_cases as cases

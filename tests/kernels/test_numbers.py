@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Casts by integer arithmetic: every value of bf16, every code of every format."""
 
 import kernel_cases as cases

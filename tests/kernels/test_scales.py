@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scale stage alone, over the whole range of what blocks can need."""
 
 import kernel_cases as cases

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """launch/gpu_check.sh where there is no GPU: what it would run, and what it says."""
 
 import csv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scripts that start a model: the commands they make, what they refuse, and a run of two nodes without Slurm."""
 
 import re

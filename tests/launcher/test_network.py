@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Networks that `ranks.start` takes and launch/slow_network.sh: what a rank finds there, and that none is left."""
 
 import json

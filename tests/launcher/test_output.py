@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables in terminals of every width: no number is ever cut."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`ranks.start` with commands of a few lines: what comes back, and that nobody stays behind."""
 
 import os

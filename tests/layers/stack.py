@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill of a stack of Megatron layers as rank 0 of a tensor-parallel group that is not there, on one GPU.
 
 By default layers are as large as those of Llama-3 70B; weights are random. Collectives carry nothing: each is a pause

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`apply_compression` on real GPTModels over gloo: what it reaches, what it sums, what it leaves as it was."""
 
 import os

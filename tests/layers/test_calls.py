@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many Python calls in this package one reduction of a built model's linear takes."""
 
 import sys

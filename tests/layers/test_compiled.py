@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`torch.compile(fullgraph=True)` of compressed linears: the eager bits; the phase counts when compiled code runs."""
 
 import pytest

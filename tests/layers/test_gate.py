@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`min_bytes: auto` and `algorithm: auto` by calibration files, on real ranks: what is kept, on all ranks alike."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What compression decides of GPUs, as far as a machine without one can ask: peers, captured graphs, buffers."""
 
 import logging

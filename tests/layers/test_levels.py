@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hierarchical sums in a model: machines by name or from the policy, what is counted, and that logits are right."""
 
 import socket

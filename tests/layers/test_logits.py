@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The exchange of candidates in decode: greedy and top-k decoding take from it what they take from all logits."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantization by NVIDIA's ModelOpt and compressed sums in one model, whichever of the two comes first."""
 
 import os

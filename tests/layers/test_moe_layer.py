@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One layer of experts: the very sum that its token dispatcher makes, and everything that travels."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtures whose decoded tokens are padded to a capacity: Megatron's engines switch this on and off between steps."""
 
 import math

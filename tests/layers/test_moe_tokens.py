@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts whose ranks hold other tokens than their neighbours, none at all, dropped ones, or half-precision ones."""
 
 from unittest.mock import patch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What no policy reaches: named in one warning and in `stats`, and left as it is."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row-parallel linears that multiply rows in parts: the order of things, equal results, and when they do not."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers whose MLP overlaps with sums in parts: the order of things, equal results, and when they do not."""
 
 import pytest

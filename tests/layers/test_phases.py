@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill and decode, small messages and seconds, as a model's own forwards show them; through wrappers too."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`Reducer`: what it counts, to the byte, what it keeps and why, and when it refuses to train."""
 
 import pytest

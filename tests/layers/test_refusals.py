@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `apply_compression` refuses: on every rank, in words that name the key, and before anything is changed."""
 
 from unittest.mock import patch

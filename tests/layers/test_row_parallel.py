@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`CompressedRowParallelLinear`: single linears against the stock class, and the class in hand-written layer specs."""
 
 from functools import partial

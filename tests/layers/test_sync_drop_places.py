@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where blocks can be without attention's sum: in a spec, on Transformer Engine's linears; and where they cannot."""
 
 from unittest.mock import patch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The seam for Transformer Engine's linears, on stand-ins: Transformer Engine needs a GPU.
 
 A stand-in has what the seam touches, computes as the local linear that it replaces, and raises if its own reduction is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which kernels `apply_compression` has compiled on a GPU: all that the policy can ask for, and no others."""
 
 from dataclasses import dataclass

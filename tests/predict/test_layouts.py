@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layouts of a model over machines and the advice on them, by hand."""
 
 import csv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Links and bytes of several machines, by hand."""
 
 import math

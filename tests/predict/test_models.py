@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of models as people write them, and which sizes divide them."""
 
 import pytest

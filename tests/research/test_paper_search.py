@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The paper's search on a tiny random Llama over two ranks, and its simulated baselines by hand."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cost model's errors on published measurements are those that its docstring and the README state."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The knapsack, the way to the bound, and the words of a policy: what needs no model."""
 
 import itertools

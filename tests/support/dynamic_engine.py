@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Megatron's DynamicInferenceEngine needs on a machine without CUDA: its paged attention in plain torch.
 
 As a script it runs another script, or a module, with that.

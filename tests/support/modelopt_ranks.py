@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rank of tests/layers/test_modelopt.py: `modelopt_ranks.py PACKAGES OUT`, under torchrun.
 
 A process of its own: ModelOpt registers its classes for Megatron's when it is first imported.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `wire/` must do, written a second time from the contracts: numpy and Python floats, nothing of `wire/` itself.
 
 Codec names are taken apart here too; a message is read bit by bit with `numpy.unpackbits`.

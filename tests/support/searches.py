@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests of `megatron-comp search` share: its command line, and its ranks."""
 
 import contextlib

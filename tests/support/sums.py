@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compressed sums as one process computes them, in plain fp32 additions, and a record of what ranks really exchange."""
 
 import hashlib

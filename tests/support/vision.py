@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small random LLaVA without Transformer Engine: a language model, a vision tower, and a projector between them."""
 
 from functools import partialmethod

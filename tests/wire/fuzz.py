@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The C of the CPU backend under the compiler's address and undefined-behaviour sanitizers, on random input.
 
 Usage: python tests/wire/fuzz.py [--minutes M] [--seed N]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random sums over gloo ranks, for as long as one likes: equal bits everywhere, and nothing that grows.
 
 Usage: python tests/wire/soak.py [--minutes M] [--ranks N] [--seed S]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calibrations of a link and its codecs: their file, what finds it, and what every mistake in it is told."""
 
 import math

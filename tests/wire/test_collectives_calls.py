@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls of compressed sums: in groups, of odd inputs, wrong ones, and when a rank goes. Which: `test_collectives`."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled library is made once and kept; what this user did not write whole is never loaded."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is predicted to move, and which algorithm `auto` takes from it."""
 
 import math

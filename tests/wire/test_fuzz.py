@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random input for some seconds; `fuzz.py` and `soak.py` beside this file do the same for as long as one likes."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hierarchical sums on real gloo ranks, their machines made up: the bits of one process, and the promised bytes.
 
 What is expected is a flat sum, in one process, over the machines' own fp32 sums (`sums.expected_hierarchical`).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CPU backend writes the reference's bytes and sums to its bits."""
 
 import itertools

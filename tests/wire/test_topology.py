@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Islands: which ranks are near one another, from names, numbers and lists."""
 
 import pytest

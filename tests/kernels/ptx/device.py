@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A device without a GPU: Triton's own compiler and launcher, and this emulator in place of the GPU.
 
 `Device` puts a stub libcuda under Triton's driver (libcuda.c, built by the machine's C compiler). A kernel is compiled

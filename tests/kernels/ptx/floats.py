@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a GPU's float instructions do to bits, where numpy's own operations do something else.
 
 Arguments and results are bits: uint32 for fp32, uint16 for fp16 and bf16. Only `flushed` flushes subnormals.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a sum costs on the host: Python, torch and Triton's own launcher, without a GPU and without a wire.
 
 Launches end in a stub of libcuda that does nothing, collectives are over at once, and tensors are small and on the CPU.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Instructions that each thread does by itself: registers in, one register out.
 
 `result(instruction, read)` gives the bits of the first operand. read(i, bits) gives operand i as unsigned integers of

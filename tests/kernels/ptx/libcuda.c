@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* A libcuda.so.1 without a GPU: Triton's launcher links to it, and each launch goes to a function of Python's.
 
    All that the launcher and the loader of Triton 3.6 to 3.9 call is here; device.py says what becomes of a launch. */

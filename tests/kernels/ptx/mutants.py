@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Broken kernels, each of which the checks must find: do they?
 
 A mutant is a change of a kernel's source or of its PTX, and the case that has to fail with it. Without the change the

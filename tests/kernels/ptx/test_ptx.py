@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels as compiled write the reference's bytes, and nothing beside them: executed on a CPU (device.py).
 
 Each test is a process of its own, because Triton's driver is replaced in it. `python tests/kernels/ptx/matrix.py` runs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arithmetic by which `kernels/scales.py` divides when compiled: as good as divisions.
 
 The interpreter divides, and a GPU's fused multiply-add is that of floats.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Does `wire/backends.warm_up` leave nothing to compile, and what does it say where nothing can be compiled?
 
 Usage: python tests/kernels/ptx/warm_up.py                     a device without a GPU (device.py)
