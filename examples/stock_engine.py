@@ -1,10 +1,12 @@
-"""Text from Megatron-Core's own StaticInferenceEngine, written with Megatron-Core alone: what `megatron_comp.run`
-compresses as it is.
+# SPDX-License-Identifier: Apache-2.0
+"""Text from Megatron-Core's own engines, with Megatron-Core alone: what `megatron_comp.run` compresses as it is.
 
     torchrun --nproc-per-node 3 -m megatron_comp.run --policy policy.yaml examples/stock_engine.py --model DIR
 
 DIR is a Hugging Face Llama checkpoint with tied embeddings, such as `python examples/fetch.py model DIR` makes; the
 ranks must divide its key-value heads. Prints the text of each prompt, chosen greedily.
+
+`--engine dynamic` is the engine that Megatron develops. It needs GPUs and flash-attn 2.7.3 or newer.
 """
 
 import argparse
@@ -16,7 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.inference.engines import StaticInferenceEngine
+from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
+from megatron.core.inference.engines import DynamicInferenceEngine, StaticInferenceEngine
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
@@ -29,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPTS = ["The three branches of the government of the United States are", "Water boils at"]
 LONGEST = 128
+CACHE_GB = 1  # of keys and values, for the dynamic engine
 
 
 class Event:
@@ -37,7 +41,7 @@ class Event:
     def __init__(self, enable_timing: bool = False) -> None:
         self.seconds = 0.0
 
-    def record(self) -> None:
+    def record(self, _stream=None) -> None:
         self.seconds = time.perf_counter()
 
     def synchronize(self) -> None:
@@ -129,8 +133,7 @@ class Tokenizer:
         return self.inner.decode(tokens)
 
 
-def wrapped(model: GPTModel, vocabulary: int, requests: int) -> GPTInferenceWrapper:
-    context = StaticInferenceContext(requests, LONGEST)
+def wrapped(model: GPTModel, context, vocabulary: int, requests: int) -> GPTInferenceWrapper:
     try:
         from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
     except ImportError:  # Megatron-Core 0.19 takes all of it from the model and the context
@@ -146,27 +149,60 @@ def wrapped(model: GPTModel, vocabulary: int, requests: int) -> GPTInferenceWrap
     return GPTInferenceWrapper(model, config, context)
 
 
-def build_engine(folder: str, requests: int) -> StaticInferenceEngine:
-    """On every rank, once Megatron's groups stand; `requests` prompts at most at a time."""
+def dynamic_context(config: TransformerConfig) -> DynamicInferenceContext:
+    shared = {
+        "max_sequence_length": LONGEST,
+        "buffer_size_gb": CACHE_GB,
+        "max_requests": 64 * config.tensor_model_parallel_size,  # Megatron asks for a multiple of the ranks
+    }
+    try:
+        from megatron.core.inference.config import InferenceConfig
+    except ImportError:  # before Megatron-Core 0.17
+        return DynamicInferenceContext(
+            params_dtype=config.params_dtype,
+            num_layers=config.num_layers,
+            kv_channels=config.kv_channels,
+            num_attention_heads=config.num_query_groups,
+            **shared,
+        )
+    return DynamicInferenceContext(config, InferenceConfig(**shared))
+
+
+def dynamic_engine(controller: TextGenerationController, context: DynamicInferenceContext) -> DynamicInferenceEngine:
+    if hasattr(context, "config"):
+        return DynamicInferenceEngine(controller, context)
+    return DynamicInferenceEngine(controller, context, random_seed=1)  # before Megatron-Core 0.17
+
+
+def build_engine(folder: str, requests: int, kind: str = "static") -> StaticInferenceEngine | DynamicInferenceEngine:
+    """On every rank, once Megatron's groups stand; `requests` prompts at most at a time. kind: `static`, `dynamic`."""
     rank, tp = dist.get_rank(), dist.get_world_size()
     llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = build_model(llama.config, tp)
     load_weights(model, llama.state_dict(), llama.config.num_key_value_heads, rank, tp)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    controller = TextGenerationController(wrapped(model, llama.config.vocab_size, requests), Tokenizer(folder))
+    if kind == "dynamic" and torch.cuda.is_available():
+        model.bfloat16()  # flash-attn has no kernels for fp32
+    context = StaticInferenceContext(requests, LONGEST) if kind == "static" else dynamic_context(model.config)
+    wrapper = wrapped(model, context, llama.config.vocab_size, requests)
+    controller = TextGenerationController(wrapper, Tokenizer(folder))
+    if kind == "dynamic":
+        return dynamic_engine(controller, context)
     return StaticInferenceEngine(controller, legacy=True)
 
 
-def texts(engine: StaticInferenceEngine, prompts: list[str], count: int) -> list[str]:
+def texts(engine: StaticInferenceEngine | DynamicInferenceEngine, prompts: list[str], count: int) -> list[str]:
     """Prompts and what follows, `count` tokens, each the most likely one."""
     greedy = SamplingParams(top_k=1, num_tokens_to_generate=count)
-    requests = engine.generate(prompts=prompts, sampling_params=greedy)
+    made = engine.generate(prompts, sampling_params=greedy)
+    requests = [each.merge() if hasattr(each, "merge") else each for each in made]
     return [request.prompt + request.generated_text for request in requests]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR")
+    parser.add_argument("--engine", choices=["static", "dynamic"], default="static")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     parser.add_argument("--new-tokens", type=int, default=16, metavar="K")
     args = parser.parse_args()
@@ -178,7 +214,7 @@ def main() -> None:
     parallel_state.initialize_model_parallel(dist.get_world_size())
     model_parallel_cuda_manual_seed(1, inference_rng_tracker=True, force_reset_rng=True)
     prompts = args.prompt or PROMPTS
-    for text in texts(build_engine(args.model, len(prompts)), prompts, args.new_tokens):
+    for text in texts(build_engine(args.model, len(prompts), args.engine), prompts, args.new_tokens):
         if dist.get_rank() == 0:
             print(repr(text))
     parallel_state.destroy_model_parallel()

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A GPT model on every rank, written with Megatron-Core alone: what `megatron_comp.run` compresses as it is.
 
     torchrun --nproc-per-node 2 -m megatron_comp.run --codec mxfp4 --min-bytes 0 examples/stock_gpt.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What mixes the values of a block: the Hadamard transform, and sums in a fixed order.
 
 Legend: N blocks of a tile, B values a block.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages of all ranks to the sum of what they carry: fp32 in rank order, rounded once, one tile a program.
 
 Legend: N blocks of a tile, B values a block.
@@ -18,17 +19,17 @@ from .slices import row_and_tile, section_offsets, slice_rows
 def decode_sum(
     messages: torch.Tensor,
     out: torch.Tensor,
+    ranks: int,
+    clamp: bool,
     first_rows: tuple,
     programs: int,
     fmt: KernelFormat,
-    ranks: int,
     flat: bool,
-    clamp: bool,
     align: int,
 ) -> None:
     """`messages` [ranks, bytes] to their sum in contiguous `out` [rows, hidden], or [slices, bytes] to `out`, 1 rank.
 
-    first_rows: see `slices.py`. programs: of the longest slice. clamp: to the largest fp16.
+    clamp: to the largest fp16. first_rows: see `slices.py`. programs: of the longest slice.
     """
     decode_sum_kernel[(programs, len(first_rows) - 1)](
         messages,
@@ -138,7 +139,9 @@ def decode_tile(
     if F.row_scaled:
         ROW_SCALE: tl.constexpr = F.row_scale.first
         row_scale = tl.load((message + at[ROW_SCALE]).to(tl.pointer_type(tl.float32)) + row)
-    scales = scale_values(load_field(blocks, SCALE, N, ALIGN), row_scale, F)
+    # One by one, whatever the alignment: a thread loads those of its own blocks. Words of several scales would have to
+    # be dealt out through shared memory, with barriers, for each rank.
+    scales = scale_values(load_field(blocks, SCALE, N, 1), row_scale, F)
     payload = load_field(values, PAYLOAD, TILE, ALIGN)
     y_NB = element_values(payload.reshape(N, B), F) * scales[:, None]
     if F.asym:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The middle of the two-step all-reduce: all ranks' messages to the message of their sum, which stays in registers."""
 
 import torch
@@ -12,10 +13,10 @@ from .slices import row_and_tile, section_offsets, slice_rows
 
 def decode_sum_encode(
     messages: torch.Tensor,
+    out: torch.Tensor,
     first_rows: tuple,
     hidden: int,
     fmt: KernelFormat,
-    out: torch.Tensor,
     out_fmt: KernelFormat,
     programs: int,
     flat: bool,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Partial sums to messages: transform -> scale -> quantize -> pack, one tile a program, device memory read once.
 
 Legend: N blocks of a tile, B values a block.
@@ -13,10 +14,12 @@ from .numbers import (
     BF16_MAX,
     EXPONENT,
     MAGNITUDE,
-    SMALLEST_NORMAL,
     bf16_bits,
+    clean_codes,
     element_codes,
     element_values,
+    flush_subnormals,
+    largest_bits,
     to_bits,
     to_float,
 )
@@ -108,9 +111,12 @@ def load_tile(row, tile, hidden, F: tl.constexpr, TILE: tl.constexpr):
 def clean(x, F: tl.constexpr):
     """To fp32; subnormals to zeros of their sign, finite values within the format's limit."""
     DTYPE: tl.constexpr = x.dtype
+    if DTYPE.is_bf16():  # by its bits, because the compiler takes two instructions for every second value otherwise
+        x = to_float(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
     x = x.to(tl.float32)
     if not DTYPE.is_fp16():  # which knows neither so small numbers nor so large ones
-        x = tl.where(tl.abs(x) < SMALLEST_NORMAL, x * 0.0, x)
+        if F.sees_subnormals:
+            x = flush_subnormals(x)
         if DTYPE.is_fp32() or F.limit < BF16_MAX:
             infinite = (to_bits(x) & MAGNITUDE) >= EXPONENT
             x = tl.where(infinite, x, tl.minimum(tl.maximum(x, -F.limit), F.limit))
@@ -136,7 +142,6 @@ def encode_tile(
     N: tl.constexpr = TILE // F.block
     first = tl.cast(tile, tl.int64) * TILE
     values, blocks, spikes = places(message, at, rows, hidden, row, first, left, F.block)
-    inside = tl.arange(0, N) * F.block < left
     PAYLOAD: tl.constexpr = F.payload
     SCALE: tl.constexpr = F.scale
     ZERO_POINT: tl.constexpr = F.zero_point
@@ -145,16 +150,15 @@ def encode_tile(
 
     x_NB, need, bad, zeros, spike_values, spike_places = prepare(x_NB, left, F)
     codes, reciprocals = choose_scales(x_NB, need, bad, row_scale, F)
-    keep = tl.where(bad, 0, -1)
-    payload_NB = element_codes(x_NB * reciprocals[:, None], F) & keep[:, None]
-    store_field(payload_NB.reshape(TILE), values, PAYLOAD, ALIGN)
-    store_field(tl.where(inside, codes, 0), blocks, SCALE, ALIGN)
+    payload_NB = element_codes(x_NB * reciprocals[:, None], F)
+    keep_NB = tl.broadcast_to(tl.where(bad, 0, -1)[:, None], payload_NB.shape)
+    store_field(payload_NB.reshape(TILE), values, PAYLOAD, ALIGN, keep_NB.reshape(TILE))
+    store_field(codes, blocks, SCALE, ALIGN)
     if F.asym:
-        bits = tl.where(inside & (keep != 0), bf16_bits(zeros), 0)
-        store_field(bits, blocks, ZERO_POINT, ALIGN)
+        store_field(tl.where(bad, 0, bf16_bits(zeros)), blocks, ZERO_POINT, ALIGN)
     if F.spike:
-        store_field(tl.where(inside[:, None], spike_values, 0).reshape(2 * N), spikes, SPIKE_VALUE, ALIGN)
-        store_field(tl.where(inside[:, None], spike_places, 0).reshape(2 * N), spikes, SPIKE_INDEX, ALIGN)
+        store_field(spike_values.reshape(2 * N), spikes, SPIKE_VALUE, ALIGN)
+        store_field(spike_places.reshape(2 * N), spikes, SPIKE_INDEX, ALIGN)
 
 
 @triton.jit
@@ -184,8 +188,7 @@ def prepare(x_NB, left, F: tl.constexpr):
     B: tl.constexpr = F.block
     if F.hadamard:
         x_NB = hadamard(x_NB, left, B)
-    # Without their sign, the bits of floats have the floats' order, infinity and NaN above all numbers.
-    peak = tl.max(to_bits(x_NB) & MAGNITUDE, axis=1)
+    peak = largest_bits(x_NB)
     bad = peak >= EXPONENT
     need = to_float(peak)
     zeros, spike_values, spike_places = 0.0, 0, 0
@@ -259,7 +262,8 @@ def choose_scales(x_NB, need, bad, row_scale, F: tl.constexpr):
 @triton.jit
 def squared_error(x_NB, codes, reciprocals, row_scale, F: tl.constexpr):
     """fp32 [N], relative to the block's own scale of things, so that squares neither overflow nor vanish."""
-    values_NB = element_values(element_codes(x_NB * reciprocals[:, None], F), F)
+    codes_NB = clean_codes(element_codes(x_NB * reciprocals[:, None], F), F)
+    values_NB = element_values(codes_NB, F)
     difference_NB = x_NB - values_NB * scale_values(codes, row_scale, F)[:, None]
     error_NB = difference_NB * reciprocal_of_power_below(tl.max(tl.abs(x_NB), axis=1))[:, None]
     return pairwise_sum(error_NB * error_NB, F.block)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a kernel knows of a codec: numbers, all compile-time constants of one launch."""
 
 from dataclasses import dataclass
@@ -26,11 +27,13 @@ class SmallFloat:
 class Field:
     """Where one field of a message stands.
 
-    first: its first section. planes: a (shift, width) pair a section, `width` bits of each code from bit `shift` up.
+    first: its first section. planes: a (shift, width) pair per section, `width` bits of each code from bit `shift` up.
+    flip: bits that are inverted in the codes as kernels compute them (`numbers.element_codes`).
     """
 
     first: int
     planes: tuple
+    flip: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class KernelFormat:
     hadamard: bool
     spike: bool
     limit: float  # inputs are clamped to +- this
+    sees_subnormals: bool  # the message could tell them from the zeros that they count as
 
     # Message. sections: what each has codes of ("value", "block", "row" or "spike"), and a code's bits in it.
     sections: tuple

@@ -1,13 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers by their bits: rounding, elements and small floats, alike on every GPU and in Triton's interpreter.
 
 Only integer operations and single fp32 additions, multiplications and IEEE divisions, none of which a GPU approximates;
 exponents come from bits. No conversion instructions for elements: those for fp8 exist from sm_89 on, those for
-fp4 from sm_100 on, and Triton's interpreter rounds fp8 wrongly.
+fp4 from sm_100 on, and Triton's interpreter rounds fp8 wrongly. An instruction that only NVIDIA's GPUs have stands
+beside the plain way, which others and the interpreter take.
 """
 
 import triton
 import triton.language as tl
-from triton import knobs
+from triton import constexpr_function, knobs
+from triton.language.target_info import is_cuda
 
 # The interpreter truncates fp32 to bf16 where hardware rounds to nearest even.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
@@ -34,6 +37,37 @@ def to_float(bits):
     return bits.to(tl.float32, bitcast=True)
 
 
+@constexpr_function
+def for_nvidia():
+    """Whether this is compiled for an NVIDIA GPU, so that PTX may be used."""
+    return not knobs.runtime.interpret and is_cuda()
+
+
+@triton.jit
+def flush_subnormals(x):
+    """fp32; subnormals become zeros of their sign."""
+    if for_nvidia():  # which has that in one instruction, where a comparison and a choice would go to the integer pipe
+        ONE: tl.constexpr = "mul.ftz.f32 $0, $1, 0f3F800000;"
+        return tl.inline_asm_elementwise(ONE, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.where(tl.abs(x) < SMALLEST_NORMAL, x * 0.0, x)
+
+
+@triton.jit
+def largest_bits(x_NB):
+    """[N]: the bits of each block's largest magnitude, which are those of a NaN or an infinity if it has any."""
+    if for_nvidia():
+        return to_bits(tl.reduce(tl.abs(x_NB), 1, _larger_or_nan))
+    else:
+        # Without their sign, the bits of floats have the floats' order, infinity and NaN above all numbers.
+        return tl.max(to_bits(x_NB) & MAGNITUDE, axis=1)
+
+
+@triton.jit
+def _larger_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
 @triton.jit
 def bf16_bits(x):
     """fp32, finite, to the bits of the nearest bf16, ties to even; int32 0 .. 65535. 1.00390625 (a tie) -> 0x3f80."""
@@ -51,21 +85,37 @@ def store_rounded(ptr, x, mask):
         tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
 
 
+@constexpr_function
+def code_offset(fmt):
+    """What `_codes` adds to a value, in powers of two of the value's own, so that zero gets code 0.
+
+    Rounding leaves 2^23 more steps than the value has, and the power's exponent adds those of the binades below.
+    """
+    first_normal = (128 - fmt.bias) << fmt.mantissa_bits
+    return 2.0**-fmt.mantissa_bits * ((2 << 23) - first_normal)
+
+
 @triton.jit
 def small_float_codes(magnitude, FLOAT: tl.constexpr):
-    """fp32 >= 0 to the nearest codes, ties to even, saturating; bits above a code's own are left over.
+    """fp32 >= 0 to the nearest codes, ties to even, saturating; bits 23 and up hold something else.
 
-    With e2m1, 2.5 (a tie of 2 and 3) -> 4, which is 2. Adding 2^(23 - mantissa_bits) times the value's own power of two
-    rounds it to the format's grid and leaves the steps in the sum's low bits; below the smallest normal that power
-    stays the smallest normal's. NaN gives no useful code.
+    With e2m1, 2.5 (a tie of 2 and 3) -> 4, which is 2. NaN gives no useful code.
+    """
+    return _codes(magnitude, code_offset(FLOAT), FLOAT)
+
+
+@triton.jit
+def _codes(magnitude, offset, FLOAT: tl.constexpr):
+    """Codes of fp32 >= 0, larger by what `offset` is above `code_offset`, in steps of 2^-mantissa_bits.
+
+    Adding about 2^(24 - mantissa_bits) times the value's own power of two rounds it to the format's grid and leaves the
+    steps in the sum's mantissa; below the smallest normal that power stays the smallest normal's.
     """
     DROP: tl.constexpr = 23 - FLOAT.mantissa_bits
-    FIRST_NORMAL: tl.constexpr = (128 - FLOAT.bias) << 23
     magnitude = tl.minimum(magnitude, FLOAT.max_value)
-    power = tl.maximum(to_bits(magnitude) & EXPONENT, FIRST_NORMAL)
+    power = tl.maximum(to_bits(magnitude) & EXPONENT, (128 - FLOAT.bias) << 23)
     # The product is exact, so fused or not is the same; on a GPU this is one instruction.
-    steps = to_bits(tl.fma(to_float(power), 2.0**DROP, magnitude))
-    return steps + ((power >> DROP) - (FIRST_NORMAL >> DROP))
+    return to_bits(tl.fma(to_float(power), offset, magnitude)) + (power >> DROP)
 
 
 @triton.jit
@@ -79,14 +129,29 @@ def small_float_values(codes, FLOAT: tl.constexpr):
 
 @triton.jit
 def element_codes(y, F: tl.constexpr):
-    """Scaled fp32 values to element codes, int32; NaN gives some code."""
+    """Scaled fp32 values to raw codes, int32, which `clean_codes` or `planes.store_field` make element codes of.
+
+    Their bits 22 and up hold something else, and the bits of the payload's `flip` are inverted: both cost less to put
+    right in several codes at once. NaN gives some code.
+    """
     if F.element is None:
+        # Counted from the lowest code's value, so that nothing is negative: the codes' highest bit is inverted.
         limited = tl.minimum(tl.maximum(y, F.lowest), F.max_value)
-        return to_bits(limited + ROUNDER) & F.mask
+        return to_bits(limited + (ROUNDER + F.half))
     else:
+        # The sign's bit as so many steps more: half of it always, and half of it with the value's sign.
         ELEMENT: tl.constexpr = F.element
-        codes = small_float_codes(tl.abs(y), ELEMENT)
-        return (codes & (F.half - 1)) | ((to_bits(y) >> (32 - F.bits)) & F.half)
+        EXPONENT_OF_HALF: tl.constexpr = F.bits - 2 - F.mantissa_bits
+        HALF: tl.constexpr = 2.0**EXPONENT_OF_HALF
+        sign = to_float((to_bits(y) & SIGN) | ((127 + EXPONENT_OF_HALF) << 23))
+        return _codes(tl.abs(y), (code_offset(ELEMENT) + HALF) - sign, ELEMENT)
+
+
+@triton.jit
+def clean_codes(codes, F: tl.constexpr):
+    """The element codes, int32 0 .. 2^bits - 1, of raw ones."""
+    FLIP: tl.constexpr = F.payload.flip
+    return (codes ^ FLIP) & F.mask
 
 
 @triton.jit

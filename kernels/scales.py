@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scale stage: from what a block needs to a scale code, and from the code to its value.
 
 Legend: N blocks of a tile. `need` fp32 [N]: the magnitude that the scale must bring to the element's largest value.
@@ -7,13 +8,39 @@ Legend: N blocks of a tile. `need` fp32 [N]: the magnitude that the scale must b
 import triton
 import triton.language as tl
 
-from .numbers import EXPONENT, bf16_bits, small_float_codes, small_float_values, to_bits, to_float
+from .numbers import EXPONENT, INTERPRETED, bf16_bits, small_float_codes, small_float_values, to_bits, to_float
 
 
 @triton.jit
 def row_scale(largest_need, F: tl.constexpr):
     """The scale of a row from the largest need of its blocks, those with NaN left out."""
     return tl.maximum(tl.div_rn(largest_need, F.row_scale_divisor), F.smallest_row_scale)
+
+
+@triton.jit
+def divide(x, DIVISOR: tl.constexpr):
+    """x / DIVISOR to the last bit; below 2^-127, where no scale can tell, it may be off by fp32's smallest number.
+
+    By an integer in three instructions: the product with the rounded reciprocal is off by one unit in the last place at
+    most, what remains is a float, and one correction rounds rightly (P. Markstein, IBM J. Res. Dev. 34, 1990).
+    """
+    if INTERPRETED or DIVISOR % 1 != 0:  # the interpreter does not fuse
+        return tl.div_rn(x, tl.full(x.shape, DIVISOR, tl.float32))
+    else:
+        RECIPROCAL: tl.constexpr = 1.0 / DIVISOR
+        quotient = x * RECIPROCAL
+        return tl.fma(tl.fma(-quotient, DIVISOR, x), RECIPROCAL, quotient)
+
+
+@triton.jit
+def reciprocal(scales, F: tl.constexpr):
+    """1 / scales to the last bit."""
+    if F.scale_kind == "fp16" and not INTERPRETED:
+        # One step of Newton's method is enough: a reciprocal of 11 bits is never close to the middle of two floats.
+        near = 1.0 / scales
+        return tl.fma(tl.fma(-scales, near, 1.0), near, near)
+    else:
+        return tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), scales)
 
 
 @triton.jit
@@ -31,7 +58,7 @@ def scale_codes(need, bad, row, F: tl.constexpr, WHICH: tl.constexpr):
         wanted = need
         if CANDIDATE != 1.0:
             wanted = need * CANDIDATE
-        wanted = tl.div_rn(wanted, tl.full(wanted.shape, F.max_value, tl.float32))
+        wanted = divide(wanted, F.max_value)
         if F.scale_kind == "small":
             if F.row_scaled:
                 wanted = tl.div_rn(wanted, tl.broadcast_to(row, wanted.shape))
@@ -42,12 +69,15 @@ def scale_codes(need, bad, row, F: tl.constexpr, WHICH: tl.constexpr):
     codes = tl.where(bad, F.scale_nan_code, codes)
     if F.scale_kind == "power":
         # 2^-e has the exponent field 254 - (e's), exactly; a division takes twenty instructions.
-        reciprocals = to_float(tl.maximum((127 + F.scale_bias - codes) << 23, 1 << 22))
+        bits = (127 + F.scale_bias - codes) << 23
+        if F.largest_scale_code > 126 + F.scale_bias:
+            bits = tl.maximum(bits, 1 << 22)
+        reciprocals = to_float(bits)
         if F.scale_underflow_to_zero:
             reciprocals = tl.where(exponent + F.scale_bias >= 0, reciprocals, 0.0)
     else:
         scales = scale_values(codes, row, F)
-        reciprocals = tl.where(scales == 0.0, 0.0, tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), scales))
+        reciprocals = tl.where(scales == 0.0, 0.0, reciprocal(scales, F))
     return codes, reciprocals
 
 
@@ -61,7 +91,7 @@ def scale_values(codes, row, F: tl.constexpr):
     elif F.scale_kind == "small":
         FLOAT: tl.constexpr = F.scale_float
         values = small_float_values(codes, FLOAT)
-        values = tl.where(codes == F.scale_nan_code, float("nan"), values)
+        values = tl.where(codes >= F.scale_nan_code, float("nan"), values)
         if F.row_scaled:
             values = values * row
     elif F.scale_kind == "fp16":

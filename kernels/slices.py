@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rows and which message a program works on: a kernel's second grid axis is the slice.
 
 A tensor of one message is one slice. `first_rows`, made by `as_arguments`: the first row of each slice, and the number
@@ -24,10 +25,10 @@ def as_arguments(numbers: Iterable[int]) -> tuple[int, ...]:
 @triton.jit
 def take(arguments, place, AFTER: tl.constexpr = 0):
     """int64: the number at `place` + AFTER, where `place` is one that only the kernel knows."""
-    number = tl.cast(arguments[AFTER], tl.int64)
+    number = arguments[AFTER]
     for i in tl.static_range(1, len(arguments) - AFTER):
         number = tl.where(place == i, arguments[AFTER + i], number)
-    return (number - 3) >> 1
+    return tl.cast((number - 3) >> 1, tl.int64)
 
 
 @triton.jit
@@ -56,13 +57,25 @@ def row_and_tile(columns, FLAT: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def bytes_of(bits):
+    """How many bytes hold so many bits. A shift, because a division of what may be negative takes several steps."""
+    return (bits + 7) >> 3
+
+
+@triton.jit
+def blocks_of(values, B: tl.constexpr):
+    """How many blocks of B, a power of two, hold so many values."""
+    return (values + (B - 1)) >> (B.bit_length() - 1)
+
+
+@triton.jit
 def section_offsets(rows, columns, F: tl.constexpr):
     """The byte offsets of a message's sections and of its end, as `wire/message.py` lays them out."""
     end = rows * 0
     at = (end,)
     for section in tl.static_range(len(F.sections)):
-        row_bytes = tl.cdiv(_codes_of_a_row(columns, F, section) * F.sections[section][1], 8)
-        end += tl.cdiv(rows * row_bytes, ALIGNMENT) * ALIGNMENT
+        row_bytes = bytes_of(_codes_of_a_row(columns, F, section) * F.sections[section][1])
+        end += (rows * row_bytes + (ALIGNMENT - 1)) & -ALIGNMENT
         at = at + (end,)
     return at
 
@@ -73,9 +86,9 @@ def _codes_of_a_row(columns, F: tl.constexpr, SECTION: tl.constexpr):
     if UNIT == "value":
         codes = columns
     elif UNIT == "block":
-        codes = tl.cdiv(columns, F.block)
+        codes = blocks_of(columns, F.block)
     elif UNIT == "spike":
-        codes = tl.cdiv(columns, F.block) * 2
+        codes = blocks_of(columns, F.block) * 2
     else:
         codes = columns * 0 + 1
     return codes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Sourced by the other scripts here: the defaults, each in one place, and the Python environment.
 #
 # Optional environment:

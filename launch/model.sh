@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # A model, tensor-parallel on one or several machines with compressed communication: the text for a prompt with its
 # speed, or what codecs do to the model's predictions. The folder's config.json tells which model it is.
 #

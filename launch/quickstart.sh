@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # From a bare clone to a real Llama model on real Megatron-Core, its tensor-parallel traffic stock and compressed,
 # on this machine, over gloo: generated text of both, time to first token, bytes, and a table of quality by codec.
 #
 # Usage:    bash launch/quickstart.sh
 # Required: Linux, Python 3.10 or newer with venv, a C++ compiler; a network on the first run only
-# Optional: CODEC            codec of the compressed generation (default: mxfp4)
+# Optional: CODEC            codec of the compressed generation (default: int4:32:fp16:hadamard)
 #           TP               ranks; must divide the model's 9 heads and 3 key/value heads (default: 3)
 #           PROMPT           what to continue
 #           MAX_NEW_TOKENS   how far (default: 32)
@@ -14,7 +15,7 @@ set -euo pipefail
 # shellcheck source=launch/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-CODEC=${CODEC:-mxfp4}
+CODEC=${CODEC:-int4:32:fp16:hadamard}
 TP=${TP:-3}
 PROMPT=${PROMPT:-"Tensor parallelism splits every layer of a model over several devices, and after each attention and \
 each MLP the devices add up their partial sums. Where the link between the devices is slow, most of the time goes \
@@ -27,7 +28,7 @@ export CUDA_VISIBLE_DEVICES="" # ranks over gloo on the CPU, also where there ar
 RESULTS=$MEGATRON_COMP_CACHE/quickstart
 
 generate() { # CODEC FILE
-    run megatron-comp generate --model "$MODEL" --tp "$TP" --prompt "$PROMPT" --max-new-tokens "$MAX_NEW_TOKENS" \
+    run megatron-comp generate --model "$MODEL" --tp "$TP" --prompt "$PROMPT" --new-tokens "$MAX_NEW_TOKENS" \
         --codec "$1" --json "$RESULTS/$2"
 }
 
@@ -48,5 +49,29 @@ echo "[5/5] quality by codec, on $TOKENS tokens of prose"
 run megatron-comp evaluate --model "$MODEL" --tp "$TP" --text "$TEXT" --tokens "$TOKENS" --context "$CONTEXT" \
     --algorithm gather_sum "${CODECS[@]/#/--codec=}" --json "$RESULTS/evaluate.json"
 
-echo "Times are of this machine's loopback, where sending costs next to nothing, and encoding a little."
-echo "The same figures as JSON: $RESULTS"
+cat <<END
+
+What these figures show: the bytes that each rank received, and what each codec costs the model's predictions.
+What they cannot show: a gain in time. All ranks share this machine, where sending costs next to nothing, so compression
+only adds work; it pays on slow links. The same figures as JSON: $RESULTS
+
+Next, in $REPO:
+END
+next() { # COMMAND...: a line to copy
+    local word line=
+    for word in "$@"; do
+        word=${word#"$REPO"/}
+        [[ $word =~ ^[A-Za-z0-9_./:=-]+$ ]] || word=${word@Q}
+        line+=" $word"
+    done
+    echo "   $line"
+}
+next source "$MEGATRON_COMP_VENV/bin/activate"
+next megatron-comp evaluate --model "$MODEL" --tp "$TP" --text "$TEXT" --tokens 1024 \
+    --policy "$REPO/examples/policies/smollm2-tp3-gather.yaml"
+next megatron-comp plan --model llama-2-70b --tp 8 --gpu L4 --link pcie4x16
+if [[ $EUID == 0 ]] && type ip tc >/dev/null 2>&1 && unshare --net true 2>/dev/null; then # what links of a given rate need
+    next megatron-comp bench ttft --model "$MODEL" --tp "$TP" --codec "$CODEC" --link 100mbit --runs 3
+else
+    next megatron-comp generate --model "$MODEL" --tp "$TP" --prompt "The three branches of the government are" --codec "$CODEC"
+fi

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Sourced by the scripts that run a model on several ranks of one or more machines: what they share, and its defaults.
 #
 # Optional environment:

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # The whole test suite, in the environment and on the model and text that quickstart uses.
 #
 # Usage:    bash launch/test.sh [pytest arguments, such as tests/wire or -k packing]

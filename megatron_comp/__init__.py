@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compressed tensor-parallel communication for LLM inference on Megatron-Core."""
 
 from importlib import import_module
@@ -6,11 +7,13 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .layers.apply import ModelStats, apply_compression, remove_compression, stats
+    from .layers.apply import apply_compression, remove_compression, stats
+    from .layers.meter import ModelStats
     from .layers.row_parallel import CompressedRowParallelLinear
     from .policy import CompressionPolicy
     from .wire.codec import Codec, CodecPair
     from .wire.collectives import all_reduce, reduce_scatter
+    from .wire.topology import Islands, connect
 
 # Read on first use: Megatron takes seconds to import, and codecs and policies do not need it.
 _HOMES = {
@@ -18,9 +21,11 @@ _HOMES = {
     "CodecPair": "wire.codec",
     "CompressedRowParallelLinear": "layers.row_parallel",
     "CompressionPolicy": "policy",
-    "ModelStats": "layers.apply",
+    "Islands": "wire.topology",
+    "ModelStats": "layers.meter",
     "all_reduce": "wire.collectives",
     "apply_compression": "layers.apply",
+    "connect": "wire.topology",
     "reduce_scatter": "wire.collectives",
     "remove_compression": "layers.apply",
     "stats": "layers.apply",
@@ -31,10 +36,12 @@ __all__ = [
     "CodecPair",
     "CompressedRowParallelLinear",
     "CompressionPolicy",
+    "Islands",
     "ModelStats",
     "__version__",
     "all_reduce",
     "apply_compression",
+    "connect",
     "reduce_scatter",
     "remove_compression",
     "stats",

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`import megatron_comp.auto` compresses every Megatron language model that this process builds from then on.
 
 The policy file is what MEGATRON_COMP_POLICY names. For programs that are not started by a command of one's own; where
@@ -6,6 +7,7 @@ well, it says so and ends with status 1.
 """
 
 import atexit
+import multiprocessing
 import os
 import sys
 
@@ -20,11 +22,13 @@ def _install() -> None:
         raise ValueError(f"megatron_comp.auto needs {VARIABLE}, the path of a policy file")
     hook = Hook(CompressionPolicy.from_file(path))
     hook.install()
+    hook.report_before_the_process_ends()
     atexit.register(_finish, hook)
 
 
 def _finish(hook: Hook) -> None:
-    if wrong := hook.report():
+    wrong = hook.report()
+    if wrong and multiprocessing.parent_process() is None:
         print(f"megatron_comp.auto: {wrong}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # the only way that is left to say it in the exit status

@@ -1,12 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command `megatron-comp`."""
 
 import argparse
+import io
+import logging
 import os
 import sys
+import warnings
+from contextlib import contextmanager
+from textwrap import shorten
+from types import ModuleType
 
 from .commands.subcommands import Subcommands
 from .launcher import ranks
+from .notices import Notice
 from .version import __version__
+
+MOST_CHARACTERS = 1500  # of an error
 
 SUBCOMMANDS = Subcommands(
     "subcommand",
@@ -35,18 +45,31 @@ Without WORLD_SIZE in the environment the ranks are started on this machine; und
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; 0, or non-zero after one clear line on standard error."""
     argv = sys.argv[1:] if argv is None else argv
+    _replace_what_cannot_be_written()
     args = _parser().parse_args(argv)
-    module = SUBCOMMANDS.chosen(args)
+    return carry_out(SUBCOMMANDS.chosen(args), args, "megatron_comp.cli", argv)
+
+
+def carry_out(command: ModuleType, args: argparse.Namespace, program: str, argv: list[str]) -> int:
+    """Runs a command in this process, or `python -m program argv` on the ranks that it wants; returns as `main` does.
+
+    command: has `check(args)` and `run(args)`; one that starts its ranks in a way of its own also `start(args, argv)`.
+    """
+    from .commands import preflight  # not for `--version` and `--help`, which are to answer at once
+
     try:
-        own_ranks = hasattr(args, "link")  # a bench that starts its ranks once a link
-        if ranks.joined() or not (hasattr(args, "tp") or own_ranks):  # one of the ranks, or a subcommand of one process
-            _quiet_libraries()
-            module.run(args)
+        own_ranks = hasattr(args, "link")  # a bench that starts its ranks once per link
+        if own_ranks or hasattr(args, "tp"):
+            preflight.check_environment(args)
+        if ranks.joined() or not (hasattr(args, "tp") or own_ranks):  # one of the ranks, or a command of one process
+            with _own_warnings():
+                command.run(args)
             return 0
-        module.check(args)
-        if own_ranks:
-            return module.start(args, argv)
-        return ranks.start(args.tp, [sys.executable, "-m", "megatron_comp.cli", *argv])
+        command.check(args)
+        preflight.check_model(args)
+        if hasattr(command, "start"):
+            return command.start(args, argv)
+        return ranks.start(args.tp, [sys.executable, "-m", program, *argv])
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -68,18 +91,51 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _quiet_libraries() -> None:
-    """Megatron and transformers warn of optional packages that inference here does not use."""
-    import logging
-    import warnings
+def _replace_what_cannot_be_written() -> None:
+    """Lets standard output write `?` for characters that its encoding lacks, instead of failing after the work."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
-    warnings.filterwarnings("ignore")
+
+@contextmanager
+def _own_warnings():
+    """Shows those of this package, each once, on the rank that speaks for all.
+
+    Megatron and transformers warn of optional packages that inference here does not use.
+    """
     for library in ("megatron", "transformers", "torchao"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    logger = logging.getLogger("megatron_comp")
+    handler = _Once() if os.environ.get("RANK", "0") == "0" else logging.NullHandler()
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore")
+            warnings.filterwarnings("always", category=Notice)
+            warnings.showwarning = lambda message, *_, **__: logger.warning("%s", message)
+            yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Once(logging.Handler):
+    """Writes a line of standard error for each warning that it has not written yet."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = " ".join(record.getMessage().split()).removeprefix("megatron_comp: ")
+        if text not in self._seen:
+            self._seen.add(text)
+            print(f"megatron-comp: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    """What an error says, without the frames of C++ that torch adds, and cut where it is no text for people."""
+    said = str(error).partition("\nException raised from ")[0]
+    text = shorten(" ".join(said.split()), MOST_CHARACTERS, placeholder=" ...") or type(error).__name__
     return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
 
 

@@ -1,10 +1,17 @@
-"""Files that are whole or not there, YAML that cannot exhaust memory, and the folder of caches."""
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are whole or not there, locks, YAML that cannot exhaust memory, and the folder of caches."""
 
+import errno
+import fcntl
 import json
 import os
+import re
 import reprlib
 import secrets
+import socket
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,11 +40,12 @@ def shown(value: object) -> str:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, mode: int | None = None) -> Iterator[Path]:
     """Gives the path of a new file beside `path`, of the same suffix, and renames it to `path` at the end.
 
-    Readers see the old file or the whole new one, whenever the process ends. Permissions are those of a file that
-    `open` makes, or of the file that is replaced; a link stays a link. Devices and pipes are written in place.
+    Readers see the old file or the whole new one, whenever the process ends. Permissions are `mode`; without it, those
+    of the file that is replaced, or of one that `open` makes. A link stays a link. Devices and pipes are written in
+    place.
 
     Raises OSError if the file cannot be written.
     """
@@ -50,7 +58,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         partial.touch(exist_ok=False)
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(path)) from None  # of the file that somebody asked for
-    mode = (target if target.exists() else partial).stat().st_mode & 0o777
+    if mode is None:
+        mode = (target if target.exists() else partial).stat().st_mode & 0o777
     try:
         yield partial
         partial.chmod(mode)  # a writer may have made the file anew, with other permissions
@@ -67,15 +76,110 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Whole or not there."""
-    with replacing(path) as partial:
+def write_bytes(path: str | Path, content: bytes, mode: int | None = None) -> None:
+    """Whole or not there. mode: permissions, as of `replacing`."""
+    with replacing(path, mode) as partial:
         partial.write_bytes(content)
 
 
 def write_json(path: str | Path, content: object, indent: int | None = None) -> None:
     """One line, or indented; whole or not there."""
     write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def read_json(path: str | Path, what: str) -> object:
+    """The content of a JSON file; `what` names its kind in errors, as in `config file`.
+
+    Raises ValueError for what is not JSON or nests too deeply to be read, OSError if the file cannot be opened.
+    """
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} {path} is not valid JSON: {error}") from None
+
+
+class InUse(ValueError):
+    """Another process is at work on a file."""
+
+
+@contextmanager
+def locked(path: str | Path, seconds: float = 0.0) -> Iterator[None]:
+    """Keeps other processes from work on `path`, by a lock on a file beside it, which is removed at the end.
+
+    The lock of a process that has ended, however it ended, is free. On a file system without locks nothing is held.
+
+    Raises InUse if another process holds the lock for more than `seconds`, OSError if its file cannot be opened.
+    """
+    lock, deadline = _lock_of(path), time.monotonic() + seconds
+    while True:
+        with os.fdopen(open_own(lock, os.O_RDWR | os.O_CREAT), "rb") as file:
+            if _take(file.fileno(), fcntl.LOCK_EX):
+                if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+                    try:
+                        os.ftruncate(file.fileno(), 0)
+                        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+                        yield
+                    finally:
+                        lock.unlink(missing_ok=True)
+                    return
+                # Its last holder has removed the file that this lock is on, and others look at a new one.
+            elif time.monotonic() >= deadline:
+                raise _in_use(path, file.read(200))
+        time.sleep(0.05)
+
+
+def check_free(path: str | Path) -> None:
+    """Raises InUse if another process holds the lock of `path`."""
+    with suppress(FileNotFoundError), os.fdopen(open_own(_lock_of(path)), "rb") as file:
+        if not _take(file.fileno(), fcntl.LOCK_SH):
+            raise _in_use(path, file.read(200))
+
+
+def _lock_of(path: str | Path) -> Path:
+    target = Path(os.path.realpath(path))
+    return target.with_name(f".{target.name[:100]}.lock")
+
+
+def _take(file: int, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def _in_use(path: str | Path, holder: bytes) -> InUse:
+    return InUse(f"{path}: {holder.decode(errors='replace') or 'another process'} is at work on it")
+
+
+def open_own(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """The descriptor of a plain file that belongs to this user, opened through no link.
+
+    Raises PermissionError for any other file: somebody may have put it there, or may change it. OSError as `os.open`.
+    """
+    file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    status = os.fstat(file)
+    others_write = status.st_mode & 0o022
+    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink <= 1 and not others_write:
+        return file
+    os.close(file)
+    raise PermissionError(errno.EPERM, "not a plain file of this user that nobody else can write", str(path))
+
+
+def private_folder(path: Path) -> Path:
+    """The folder, which only this user can write; whatever the umask is, it is made so if it is missing.
+
+    Raises PermissionError if it is another user's or others can write it, OSError if it cannot be made.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.stat()
+    if status.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "belongs to another user", str(path))
+    if status.st_mode & 0o022:
+        raise PermissionError(errno.EPERM, "other users can write it (`chmod 700` ends that)", str(path))
+    return path
 
 
 def cache_folder() -> Path:
@@ -95,7 +199,8 @@ def read_yaml(path: str | Path, what: str) -> object:
     """The content of a small YAML file; `what` names its kind in errors, as in `policy file`.
 
     Stricter than YAML: a mapping may name a key once (one that it merges by `<<` may be overruled), and a file may
-    neither be large nor nest deeply, nor stand for more than 200,000 values once its aliases are resolved.
+    neither be large nor nest deeply, nor stand for more than 200,000 values once its aliases are resolved. Numbers are
+    plain decimals.
 
     Raises ValueError for what cannot be read so, OSError if the file cannot be opened.
     """
@@ -157,11 +262,26 @@ class _Loader(yaml.SafeLoader):
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         if len(node.value) > MAX_DIGITS:  # more than a float can hold, and more than a message should
             raise _error(f"a number of {len(node.value)} digits", node)
-        return super().construct_yaml_int(node)
+        return self._plain(node, super().construct_yaml_int(node))
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        return self._plain(node, super().construct_yaml_float(node))
+
+    def _plain(self, node: yaml.ScalarNode, value: float) -> float:
+        """The value, unless people read other digits: YAML takes 010 for 8, 0x10 for 16 and 1:30 for 90."""
+        if not _PLAIN.fullmatch(node.value):
+            raise _error(
+                f"{node.value} stands for {value} in YAML: write {value}, or quotes around what is no number", node
+            )
+        return value
 
 
 _MERGE = "tag:yaml.org,2002:merge"
+_PLAIN = re.compile(
+    r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][-+]?[0-9]+)?|-?\.[0-9]+([eE][-+]?[0-9]+)?|[-+]?\.(inf|nan)", re.I
+)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
 def _error(problem: str, place: yaml.Node | yaml.Event) -> yaml.YAMLError:

@@ -1,17 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
 """`CompressionPolicy`: which site of which layer sends in which codec, and when it does not."""
 
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 from .files import read_yaml, shown
+from .wire.calibration import ASSUMED, Calibration
 from .wire.codec import Codec, CodecPair, parse_codec
 from .wire.cost import ALGORITHMS, pays, step_codecs
-from .wire.figures import ASSUMED, Figures
+from .wire.topology import Islands
 
 SITES = ("attention", "mlp", "experts", "shared_experts")
 PHASES = ("prefill", "decode")
@@ -47,10 +50,11 @@ class CompressionPolicy:
     codec: str = "none"
     """Default of every site."""
     algorithm: str = "auto"
-    """`gather_sum`, `two_step`, or `auto`: whichever is predicted faster."""
+    """`gather_sum`, `two_step`, `hierarchical`, or `auto`: whichever is predicted faster."""
     min_bytes: int | str = "auto"
-    """Messages of fewer bytes, uncompressed, stay uncompressed. `auto`: those that the figures of `megatron-comp
-    calibrate` predict to be slower compressed; where nothing was measured, those of fewer than 262144 bytes."""
+    """Messages of fewer bytes, uncompressed, stay uncompressed; `64k` and `1M` count in steps of 1024. `auto`: those
+    that the calibration of `megatron-comp calibrate` predicts to be slower compressed; where nothing was measured,
+    those of fewer than 262144 bytes."""
     phases: Mapping[str, str] = field(default_factory=dict)
     """Codecs of `prefill` and `decode`."""
     sites: Mapping[str, str] = field(default_factory=dict)
@@ -58,14 +62,30 @@ class CompressionPolicy:
     layers: Mapping[int | str, str | Mapping[str, str]] = field(default_factory=dict)
     """Codecs of layers `3` or `0-2` (numbered from 0 over the whole model), or of their sites. `{attention: drop}`:
     those layers do without attention's sum, see `layers/sync_drop.py`."""
+    islands: int | Sequence[Sequence[int]] | None = None
+    """What `hierarchical` goes by: ranks of a tensor-parallel group that are near one another, as a list of lists of
+    ranks, or as the number of neighbours. None: those of one machine."""
+    logits: int | None = None
+    """In decode each rank sends so many of its largest logits for each token, not all of them; None: all. For greedy
+    decoding, and for sampling among at most so many tokens: see `layers/logits.py`."""
 
     def __post_init__(self) -> None:
+        for each in ("codec", "algorithm", "phases", "sites", "layers"):
+            object.__setattr__(self, each, _stripped(getattr(self, each)))
+        object.__setattr__(self, "min_bytes", _bytes(self.min_bytes))
         self._check_codec("codec", self.codec)
         _check_choice("algorithm", self.algorithm, ALGORITHMS)
         if self.min_bytes != "auto" and (type(self.min_bytes) is not int or self.min_bytes < 0):
-            raise ValueError(f"policy: min_bytes: {shown(self.min_bytes)} is neither 'auto' nor a number of bytes >= 0")
+            raise ValueError(
+                f"policy: min_bytes: {shown(self.min_bytes)} is neither 'auto' nor a number of bytes >= 0 (65536, 64k)"
+            )
+        self._check_islands()
         self._check_codecs("phases", self.phases, PHASES)
         self._check_codecs("sites", self.sites, SITES)
+        if self.logits is not None and (type(self.logits) is not int or self.logits < 1):
+            raise ValueError(
+                f"policy: logits: {shown(self.logits)} is not a number >= 1 of candidates that each rank sends"
+            )
         self._codecs_of_layers  # noqa: B018 - parsed now, so that mistakes are raised now
 
     @classmethod
@@ -78,7 +98,23 @@ class CompressionPolicy:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
-    def from_dict(cls, content: Mapping) -> "CompressionPolicy":
+    def of(cls, given: "CompressionPolicy | str | Path") -> "CompressionPolicy":
+        """A policy itself, the one of a file, or the one that uses a codec for every sum.
+
+        Text is a path if it ends in `.yaml` or `.yml`, else a codec's name.
+
+        Raises ValueError for what is neither, OSError if the file cannot be read, TypeError for anything else.
+        """
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, Path) or (isinstance(given, str) and given.endswith((".yaml", ".yml"))):
+            return cls.from_file(given)
+        if isinstance(given, str):
+            return cls(codec=given)
+        raise TypeError(f"a policy is a CompressionPolicy, a policy file or a codec's name, not {type(given).__name__}")
+
+    @classmethod
+    def from_dict(cls, content: object) -> "CompressionPolicy":
         keys = [each.name for each in fields(cls)]
         if not isinstance(content, Mapping):
             raise ValueError(f"policy: expected keys ({', '.join(keys)}), got {shown(content)}")
@@ -95,15 +131,16 @@ class CompressionPolicy:
         shape: Sequence[int],
         itemsize: int,
         world_size: int,
-        figures: Figures = ASSUMED,
+        calibration: Calibration = ASSUMED,
         scatter: bool = False,
+        islands: Islands | None = None,
     ) -> Decision:
-        """What a reduction of a `shape` tensor, `itemsize` bytes a value, over `world_size` ranks does.
+        """What a reduction of a `shape` tensor, `itemsize` bytes per value, over `world_size` ranks does.
 
-        figures: of the group, the same on all its ranks. scatter: a reduce-scatter instead of an all-reduce.
+        calibration, islands: of the group, the same on all its ranks. scatter: a reduce-scatter, not an all-reduce.
         """
         name = self.word(layer, site, phase)
-        return self.decide_message(name, shape, itemsize, world_size, figures, scatter)
+        return self.decide_message(name, shape, itemsize, world_size, calibration, scatter, islands)
 
     def decide_message(
         self,
@@ -111,8 +148,9 @@ class CompressionPolicy:
         shape: Sequence[int],
         itemsize: int,
         world_size: int,
-        figures: Figures = ASSUMED,
+        calibration: Calibration = ASSUMED,
         scatter: bool = False,
+        islands: Islands | None = None,
     ) -> Decision:
         """The same for a place of which the policy says `word`: a codec's name, `none`, or `drop`."""
         if word == "none":
@@ -122,12 +160,12 @@ class CompressionPolicy:
         if word == DROP:
             return Decision(None, reason=DROP)
         codec = _parsed(word)
-        if self.min_bytes == "auto" and not figures.compresses:
+        if self.min_bytes == "auto" and not calibration.compresses:
             return Decision(None, reason="fast link, not calibrated")
-        if self.min_bytes == "auto" and figures.measured:
-            if not pays(shape, itemsize, codec, world_size, self.algorithm, figures, scatter):
+        if self.min_bytes == "auto" and calibration.measured:
+            if not pays(shape, itemsize, codec, world_size, self.algorithm, calibration, scatter, islands):
                 return Decision(None, reason="predicted slower")
-        elif math.prod(shape) * itemsize < (DEFAULT_MIN_BYTES if self.min_bytes == "auto" else self.min_bytes):
+        elif math.prod(shape) * itemsize < (DEFAULT_MIN_BYTES if self.min_bytes == "auto" else int(self.min_bytes)):
             return Decision(None, reason="min_bytes")
         return Decision(codec, self.algorithm)
 
@@ -157,6 +195,25 @@ class CompressionPolicy:
     def predicts(self) -> bool:
         """Whether decisions rest on predicted times."""
         return "auto" in (self.min_bytes, self.algorithm) and bool(self.codecs())
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether sums may be hierarchical, where the ranks of a group are on several islands."""
+        return self.algorithm in ("auto", "hierarchical") and bool(self.codecs())
+
+    def islands_of(self, hosts: Sequence[str]) -> Islands:
+        """Of a group whose ranks are on these machines. Raises ValueError if `islands` does not fit so many ranks."""
+        if self.islands is None:
+            return Islands.of_names(hosts)
+        try:
+            if isinstance(self.islands, int):
+                return Islands.of_size(len(hosts), self.islands)
+            islands = Islands(self.islands)
+            if islands.ranks != len(hosts):
+                raise ValueError(f"{islands} are of {islands.ranks} ranks, the group is of {len(hosts)}")
+        except ValueError as error:
+            raise ValueError(f"policy: islands: {error}") from None
+        return islands
 
     def check_layers(self, count: int) -> None:
         """Raises ValueError that names a key under `layers` that a model of `count` layers does not have."""
@@ -193,6 +250,20 @@ class CompressionPolicy:
                 by_layer[layer] = dict(value)
         return by_layer
 
+    def _check_islands(self) -> None:
+        if self.islands is None or type(self.islands) is int and self.islands > 0:
+            return
+        try:
+            if isinstance(self.islands, int) or not all(type(rank) is int for each in self.islands for rank in each):
+                raise TypeError
+            Islands(self.islands)
+        except TypeError:
+            raise ValueError(
+                f"policy: islands: {shown(self.islands)} is neither a number of ranks > 0 nor a list of lists of ranks"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"policy: islands: {error}") from None
+
     def _check_codecs(
         self, where: str, codecs: Mapping[str, str], allowed: Sequence[str], drop: str | None = None
     ) -> None:
@@ -227,14 +298,31 @@ def _with_text_keys(value: object) -> object:
     return {str(k): _with_text_keys(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
+def _stripped(value: object) -> object:
+    """Words without spaces around them, inside of mappings too; keys as they are."""
+    if isinstance(value, Mapping):
+        return {key: _stripped(each) for key, each in value.items()}
+    return value.strip() if isinstance(value, str) else value
+
+
+def _bytes(value: object) -> object:
+    """The number that `64k`, `64KiB`, `1M` or `1MiB` stands for; anything else as it is."""
+    match = re.fullmatch(r"\s*([0-9]{1,9}) ?([kKM])(iB)?\s*", value) if isinstance(value, str) else None
+    return int(match[1]) * {"k": 1 << 10, "m": 1 << 20}[match[2].lower()] if match else _stripped(value)
+
+
 def _check_choice(where: str, given: object, allowed: Sequence[str]) -> None:
     if given not in allowed:
         raise ValueError(f"policy: {where}: {shown(given)} is unknown; allowed are {', '.join(allowed)}")
 
 
+def _is_decimal(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
 def _layer_range(key: int | str) -> range:
     first, dash, last = str(key).partition("-")
-    if isinstance(key, bool) or not first.isdecimal() or (dash and not last.isdecimal()):
+    if isinstance(key, bool) or not _is_decimal(first) or (dash and not _is_decimal(last)):
         raise ValueError(f"policy: layers: {shown(key)} is neither a layer number, as in 3, nor a range, as in 0-2")
     if max(len(first), len(last)) > 5:
         raise ValueError(f"policy: layers: {shown(key)} is beyond any model's number of layers")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a Megatron script, or module, as it is, with compressed communication.
 
     python -m megatron_comp.run --codec mxfp4 script.py its own arguments
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
     hook = Hook(policy)
     hook.install()
+    hook.report_before_the_process_ends()
     sys.argv = [target, *script_arguments]
     try:
         if args.module:

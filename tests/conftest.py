@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fixtures for real weights and text. They are fetched once per machine and kept in the cache folder:
 MEGATRON_COMP_CACHE, or `.cache` in the repository."""
 
@@ -140,6 +141,23 @@ def transformer_engine_wheel():
         return cached(f"transformer-engine-{real_te.VERSION}", real_te.fetch)
     except subprocess.CalledProcessError:
         pytest.skip(f"pip could not fetch transformer-engine=={real_te.VERSION}")
+
+
+@pytest.fixture(scope="session")
+def modelopt_packages():
+    """Folder with NVIDIA's ModelOpt and what it imports beyond the project's own packages, for a path's end."""
+    packages = [
+        "nvidia-modelopt==0.47.0",
+        "omegaconf==2.3.0",
+        "antlr4-python3-runtime==4.9.3",
+        "pulp<4",
+        "nvidia-ml-py",
+    ]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *packages, "scipy", "--target"]
+    try:
+        return cached("modelopt-0.47.0", lambda path: subprocess.run([*install, path], check=True))
+    except subprocess.CalledProcessError:
+        pytest.skip("pip could not fetch nvidia-modelopt==0.47.0")
 
 
 @pytest.fixture(scope="session")

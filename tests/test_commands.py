@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Command lines in forked processes: what they see and leave is what a process of its own would."""
 
 import os

@@ -1,18 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that are whole or not there, and YAML that costs no more than its size."""
 
+import ast
 import os
 import signal
 import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_comp import files
 from megatron_comp.policy import CompressionPolicy
-from megatron_comp.wire.figures import Figures
+from megatron_comp.wire.calibration import Calibration
 
 ALIASES = "\n".join(
     ["a0: &a0 [x, x, x, x, x, x, x, x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 11)]
@@ -34,7 +37,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("read", [CompressionPolicy.from_file, Figures.from_file])
+@pytest.mark.parametrize("read", [CompressionPolicy.from_file, Calibration.from_file])
 @pytest.mark.parametrize("text, told", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_yaml_is_refused_in_few_words(tmp_path, read, text, told):
     (tmp_path / "file.yaml").write_text(text)
@@ -44,7 +47,7 @@ def test_hostile_yaml_is_refused_in_few_words(tmp_path, read, text, told):
     assert time.process_time() - start < 5 and len(str(error.value)) < 1000
 
 
-@pytest.mark.parametrize("read", [CompressionPolicy.from_file, Figures.from_file])
+@pytest.mark.parametrize("read", [CompressionPolicy.from_file, Calibration.from_file])
 def test_errors_show_little_of_a_large_value(tmp_path, read):
     """Within bounds, yet 100,000 values under a key that takes none of them."""
     (tmp_path / "file.yaml").write_text(f"codec: {['x' * 9] * 40_000}\nschema: {['y' * 9] * 40_000}\n")
@@ -79,7 +82,7 @@ def test_merge_keys(tmp_path):
 def test_a_key_is_given_once(tmp_path):
     (tmp_path / "file.yaml").write_text("links:\n  a: 1\n  'a': 2\n")
     with pytest.raises(ValueError, match="'a' is given more than once"):
-        Figures.from_file(tmp_path / "file.yaml")
+        Calibration.from_file(tmp_path / "file.yaml")
 
 
 WRITER = """
@@ -148,3 +151,108 @@ def test_caches_of_a_user_without_a_home(monkeypatch, tmp_path):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # neither HOME nor a passwd entry
     monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
     assert files.cache_folder() == tmp_path / f"megatron_comp-{os.getuid()}"
+
+
+HOLDER = """
+import sys, time
+from megatron_comp import files
+with files.locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the lock of `file`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "file"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_lock_has_one_holder(tmp_path, holder):
+    (tmp_path / "link").symlink_to("file")
+    for name in ("file", "link"):
+        with pytest.raises(files.InUse, match=f"{name}: process {holder.pid} on .* is at work on it"):
+            files.check_free(tmp_path / name)
+        start = time.monotonic()
+        with pytest.raises(files.InUse, match=f"{name}: process {holder.pid} on"), files.locked(tmp_path / name, 0.3):
+            pass
+        assert 0.3 <= time.monotonic() - start < 5
+    files.check_free(tmp_path / "another")
+
+
+def test_a_killed_process_holds_no_lock(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / ".file.lock").exists()
+    files.check_free(tmp_path / "file")
+    with files.locked(tmp_path / "file"), pytest.raises(files.InUse, match=f"process {os.getpid()}"):
+        files.check_free(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+COUNTER = """
+import sys, time
+from pathlib import Path
+from megatron_comp import files
+for _ in range(25):
+    with files.locked(sys.argv[1], 60):
+        count = int(Path(sys.argv[1]).read_text())
+        time.sleep(0.001)
+        Path(sys.argv[1]).write_text(str(count + 1))
+"""
+
+
+def test_holders_take_turns(tmp_path):
+    """Though each removes the file of the lock that the others wait for."""
+    (tmp_path / "file").write_text("0")
+    processes = [subprocess.Popen([sys.executable, "-c", COUNTER, tmp_path / "file"]) for _ in range(4)]
+    assert [process.wait(120) for process in processes] == [0] * 4
+    assert (tmp_path / "file").read_text() == "100" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_lock_is_taken_through_no_link(tmp_path, link):
+    (tmp_path / "victim").write_text("precious")
+    link(tmp_path / "victim", tmp_path / ".file.lock")
+    for use in (files.check_free, lambda path: files.locked(path).__enter__()):
+        with pytest.raises(OSError, match=r"\.file\.lock"):
+            use(tmp_path / "file")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, f'{{"a": {"9" * 5000}}}', "\xff\x00"])
+def test_json_that_cannot_be_read(tmp_path, text):
+    (tmp_path / "file.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match="config .*file.json is not valid JSON") as error:
+        files.read_json(tmp_path / "file.json", "config")
+    assert len(str(error.value)) < 500
+
+
+# Calls that write a file. Those of `files` write it whole; so does what stands in a `with files.replacing(...)`.
+WRITERS = {"write_text", "write_bytes", "savefig", "save_file", "dump"}
+ELSEWHERE = {
+    ("commands/convert.py", "write_text"),  # into a folder that is renamed as a whole
+    ("launcher/ranks.py", "write_text"),  # a rank's last words, in a folder of this run
+}
+
+
+def test_nothing_is_written_in_place():
+    package, found = Path(files.__file__).parent, set()
+    for file in package.rglob("*.py"):
+        if file.name == "files.py":
+            continue
+        whole: set[ast.AST] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.With) and any("replacing(" in ast.unparse(item) for item in node.items):
+                whole |= set(ast.walk(node))
+            if not isinstance(node, ast.Call) or node in whole:
+                continue
+            owner, _, name = ast.unparse(node.func).rpartition(".")
+            opens = name == "open" and any(isinstance(a, ast.Constant) and "w" in str(a.value) for a in node.args[1:])
+            if opens or (owner not in ("", "files") and name in WRITERS) or name == "save_file":
+                found.add((file.relative_to(package).as_posix(), name))
+    assert found == ELSEWHERE

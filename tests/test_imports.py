@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Imports run one way: a room knows only the rooms below it, and only some know Megatron or torch.distributed.
 
 Files are parsed, not imported, so an import inside a function or under TYPE_CHECKING counts as well.
@@ -12,6 +13,7 @@ REPO = Path(__file__).parents[1]
 
 # Rooms from top to bottom, each with the modules that belong to it (and everything inside them).
 ROOMS = {
+    "research": ["research"],  # not in the wheel
     "examples": ["examples"],
     "commands": ["megatron_comp.cli", "megatron_comp.commands", "megatron_comp.run", "megatron_comp.auto"],
     "search": ["megatron_comp.search"],
@@ -28,14 +30,15 @@ ROOMS = {
     "kernels": ["megatron_comp.kernels"],
     "version": ["megatron_comp.version"],
     "files": ["megatron_comp.files"],
+    "notices": ["megatron_comp.notices"],
 }
 ORDER = list(ROOMS)
 
 # Packages that only some rooms may know.
 OUTSIDE = {
-    "megatron": {"examples", "commands", "inference", "layers"},
+    "megatron": {"research", "examples", "commands", "inference", "layers"},
     "torch.distributed": {
-        *("examples", "commands", "search", "bench", "quality", "launcher"),
+        *("research", "examples", "commands", "search", "bench", "quality", "launcher"),
         *("public face", "inference", "layers", "wire"),
     },
 }
@@ -53,7 +56,12 @@ def room_of(module):
 
 def project_files(repo):
     """(file, module name) of every Python file that has a room. kernels/ counts as what its link makes it."""
-    folders = {"examples": "examples", "megatron_comp": "megatron_comp", "kernels": "megatron_comp.kernels"}
+    folders = {
+        "research": "research",
+        "examples": "examples",
+        "megatron_comp": "megatron_comp",
+        "kernels": "megatron_comp.kernels",
+    }
     for folder, package in folders.items():
         for file in sorted((repo / folder).rglob("*.py")):
             if "megatron_comp/kernels/" not in file.as_posix():  # some Pythons follow the link
@@ -140,7 +148,7 @@ def test_no_package_holds_logic():
 
 def test_files_are_seen():
     modules = {module for _, module in project_files(REPO)}
-    assert {"examples.fetch", "megatron_comp.wire.formats"} <= modules
+    assert {"research.published", "examples.fetch", "megatron_comp.wire.formats"} <= modules
 
 
 @pytest.mark.parametrize(
@@ -160,6 +168,7 @@ def test_files_are_seen():
         ("megatron_comp/spd/weights.py", "from ..predict import models", "predict above it"),
         ("megatron_comp/predict/models.py", "from ..search import solve", "search above it"),
         ("megatron_comp/search/solve.py", "from ..commands import options", "commands above it"),
+        ("megatron_comp/commands/plan.py", "from research import published", "research above it"),
         ("megatron_comp/launcher/ranks.py", "from ..quality import metrics", "quality above it"),
         ("megatron_comp/search/solve.py", "import megatron.core", "search must not know megatron"),
         ("megatron_comp/__init__.py", "import megatron.core", "public face must not know megatron"),

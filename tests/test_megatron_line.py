@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which Megatron-Core the tests run on: what launch/test.sh was told in MEGATRON_CORE, in ranks and scripts too."""
 
 import os

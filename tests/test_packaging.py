@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The built wheel carries the linked kernels/ folder, and the name `kernels` is left to the package that owns it."""
 
 import os
@@ -161,3 +162,13 @@ def test_sums_need_torch_and_yaml_alone(tmp_path):
             errors
         )
     assert [rank.returncode for rank in ranks] == [0, 0]
+
+
+def test_the_command_line_without_its_extra():
+    """Names the missing package and the extra in one line; `--version` needs none."""
+    code = "import sys; sys.modules['tqdm'] = None; from megatron_comp import cli; sys.exit(cli.main(sys.argv[1:]))"
+    generate = ["generate", "--model", "nowhere", "--tp", "2", "--prompt", "Hello"]
+    done = subprocess.run([sys.executable, "-c", code, *generate], cwd=REPO, capture_output=True, text=True)
+    said = "megatron-comp: the Python package tqdm is missing: pip install 'megatron-comp[cli]'\n"
+    assert (done.returncode, done.stderr) == (1, said)
+    assert python("-c", code, "--version", cwd=REPO).startswith("megatron_comp ")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Policies: what YAML becomes, which word counts where, and what every mistake is told."""
 
 import subprocess
@@ -153,7 +154,10 @@ def test_a_pair_has_a_codec_for_each_phase_of_the_sum(algorithm):
 
 
 MISTAKES = {
-    "key": ("codecs: mxfp4", ["'codecs' is unknown", "codec, algorithm, min_bytes, phases, sites, layers"]),
+    "key": (
+        "codecs: mxfp4",
+        ["'codecs' is unknown", "codec, algorithm, min_bytes, phases, sites, layers, islands, logits"],
+    ),
     "key_number": ("3: mxfp4", ["3 is unknown", "codec, algorithm"]),
     "codec": ("codec: mxfp5", ["codec: codec 'mxfp5'", "mxfp4", "element:block:scale", "'none'"]),
     "codec_element": ("codec: int9:32:fp16", ["codec: ", "'int9'", "int8"]),
@@ -166,10 +170,27 @@ MISTAKES = {
     "pair_none": ("codec: mxfp4>none", ["codec: ", "'none' is neither a preset"]),
     "algorithm": ("algorithm: ring", ["algorithm: 'ring' is unknown", "auto, gather_sum, two_step"]),
     "algorithm_list": ("algorithm: [auto]", ["algorithm: ['auto'] is unknown", "auto, gather_sum, two_step"]),
-    "min_bytes_text": ("min_bytes: 64k", ["min_bytes: '64k'", "'auto'", "a number of bytes"]),
+    "min_bytes_text": ("min_bytes: 64q", ["min_bytes: '64q'", "'auto'", "a number of bytes"]),
+    "min_bytes_decimal_unit": ("min_bytes: 64kB", ["min_bytes: '64kB'", "(65536, 64k)"]),
+    "octal": ("min_bytes: 0777", ["0777 stands for 511 in YAML", "line 1"]),
+    "hexadecimal": ("min_bytes: 0x10", ["0x10 stands for 16"]),
+    "binary": ("min_bytes: 0b11", ["0b11 stands for 3"]),
+    "base_60": ("min_bytes: 1:00:00", ["1:00:00 stands for 3600"]),
+    "base_60_float": ("min_bytes: 1:30.5", ["1:30.5 stands for 90.5"]),
+    "underscores": ("min_bytes: 1_000", ["1_000 stands for 1000"]),
+    "plus": ("min_bytes: +5", ["+5 stands for 5"]),
+    "layer_octal": ("layers: {010: mxfp4}", ["010 stands for 8"]),
+    "layer_hexadecimal": ("layers: {0x10: mxfp4}", ["0x10 stands for 16"]),
+    "layer_base_60": ("layers:\n  1:30: mxfp4", ["1:30 stands for 90", "line 2"]),
+    "layer_underscores": ("layers: {1_0: mxfp4}", ["1_0 stands for 10"]),
+    "layer_of_another_script": ("layers: {'\u0663': mxfp4}", ["layers: '\u0663'", "as in 3"]),
     "min_bytes_negative": ("min_bytes: -1", ["min_bytes: -1", ">= 0"]),
     "min_bytes_bool": ("min_bytes: true", ["min_bytes: True", "'auto'"]),
     "min_bytes_float": ("min_bytes: 0.5", ["min_bytes: 0.5", "'auto'"]),
+    "logits_zero": ("logits: 0", ["logits: 0 is not a number >= 1 of candidates"]),
+    "logits_bool": ("logits: true", ["logits: True", ">= 1"]),
+    "logits_word": ("logits: all", ["logits: 'all'", ">= 1"]),
+    "logits_float": ("logits: 4.0", ["logits: 4.0", ">= 1"]),
     "phase": ("phases: {train: none}", ["phases: 'train' is unknown", "prefill, decode"]),
     "phase_codec": ("phases: {decode: mxfp5}", ["phases: decode: ", "'mxfp5'", "'none'"]),
     "phases_text": ("phases: none", ["phases: expected codecs by prefill, decode", "'none'"]),
@@ -224,6 +245,37 @@ def test_mistakes_name_the_file_the_key_and_what_is_allowed(tmp_path, text, told
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("text, number", [("64k", 65536), ("64K", 65536), ("64 KiB", 65536), ("1M", 1 << 20), ("0", 0)])
+def test_bytes_in_steps_of_1024(tmp_path, text, number):
+    assert from_text(tmp_path, f"min_bytes: {text}") == CompressionPolicy(min_bytes=number)
+
+
+@pytest.mark.parametrize(
+    "spaced, plain",
+    [
+        ("codec: 'none '", "codec: none"),
+        ("codec: ' mxfp4'\nalgorithm: 'two_step '\nmin_bytes: ' auto '", "codec: mxfp4\nalgorithm: two_step"),
+        ("sites: {mlp: 'none '}", "sites: {mlp: none}"),
+        ("phases: {decode: ' none'}", "phases: {decode: none}"),
+        ("layers: {3: 'mxfp8 ', 4: {attention: 'drop '}}", "layers: {3: mxfp8, 4: {attention: drop}}"),
+    ],
+)
+def test_spaces_around_words_mean_nothing(tmp_path, spaced, plain):
+    spaced, plain = from_text(tmp_path, spaced), from_text(tmp_path, plain)
+    assert spaced == plain and spaced.digest() == plain.digest()
+
+
+def test_merged_mappings(tmp_path):
+    """YAML's merge key, with anchors, at each level that a policy has."""
+    policy = from_text(
+        tmp_path,
+        "codec: mxfp4\nsites: &sites {mlp: mxfp8}\nlayers:\n  0: &first {<<: *sites, attention: none}\n"
+        "  1: {<<: *first, mlp: mxfp6}\n  2: {<<: [*first, *sites]}\n",
+    )
+    names = [[policy.codec_name(layer, site, "prefill") for site in ("attention", "mlp")] for layer in range(4)]
+    assert names == [["none", "mxfp8"], ["none", "mxfp6"], ["none", "mxfp8"], ["mxfp4", "mxfp8"]]
+
+
 def test_a_file_that_is_not_text_or_not_there(tmp_path):
     (tmp_path / "policy.yaml").write_bytes(b"codec: \xff\xfe")
     with pytest.raises(ValueError, match="policy.yaml is not YAML"):
@@ -265,6 +317,7 @@ def test_digest_differs_for_different_policies(tmp_path):
         "{codec: mxfp4, algorithm: two_step}",
         "{codec: mxfp4, min_bytes: 0}",
         "{codec: mxfp4, min_bytes: 1}",
+        "{codec: mxfp4, logits: 1}",
         "{codec: mxfp4, phases: {decode: none}}",
         "{codec: mxfp4, phases: {prefill: none}}",
         "{codec: mxfp4, sites: {mlp: none}}",
@@ -303,3 +356,70 @@ def test_policies_need_no_megatron_and_no_processes():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_stands_for_a_policy(tmp_path):
+    file = tmp_path / "policy.yaml"
+    file.write_text("codec: mxfp4\nmin_bytes: 0\n")
+    policy = CompressionPolicy(codec="mxfp4", min_bytes=0)
+    assert CompressionPolicy.of(policy) is policy
+    assert CompressionPolicy.of(str(file)) == CompressionPolicy.of(file) == policy
+    assert CompressionPolicy.of("int8:32:fp16") == CompressionPolicy(codec="int8:32:fp16")
+    with pytest.raises(ValueError, match="codec: codec 'policy' is neither"):
+        CompressionPolicy.of("policy")
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+        CompressionPolicy.of("absent.yaml")
+    with pytest.raises(TypeError, match="not dict"):
+        CompressionPolicy.of({"codec": "mxfp4"})
+
+
+# Islands.
+
+
+def test_islands_are_machines_or_what_the_policy_names():
+    hosts = ["one", "two", "one", "two"]
+    assert CompressionPolicy("mxfp4").islands_of(hosts).members == ((0, 2), (1, 3))
+    assert CompressionPolicy("mxfp4", islands=2).islands_of(hosts).members == ((0, 1), (2, 3))
+    assert CompressionPolicy("mxfp4", islands=[[3, 0, 1], [2]]).islands_of(hosts).members == ((0, 1, 3), (2,))
+
+
+@pytest.mark.parametrize(
+    "islands, told",
+    [
+        (3, "policy: islands: islands of 3 ranks do not divide 4 ranks"),
+        ([[0, 1], [2]], r"policy: islands: \[\[0, 1\], \[2\]\] are of 3 ranks, the group is of 4"),
+    ],
+)
+def test_islands_that_do_not_fit_a_group(islands, told):
+    with pytest.raises(ValueError, match=told):
+        CompressionPolicy("mxfp4", islands=islands).islands_of(["a"] * 4)
+
+
+@pytest.mark.parametrize(
+    "islands, told",
+    [
+        (0, "0 is neither a number of ranks > 0 nor a list of lists of ranks"),
+        (True, "True is neither"),
+        (2.0, "2.0 is neither"),
+        ("machines", "'machines' is neither"),
+        ([0, 1], r"\[0, 1\] is neither"),
+        ([["0"], ["1"]], ".* is neither"),
+        ([[0, 1], [1]], r"islands \[\[0, 1\], \[1\]\] do not hold each of ranks 0 to 1 once"),
+        ([[0], []], ".* do not hold each of ranks 0 to 0 once"),
+        ([], ".* do not hold each"),
+    ],
+)
+def test_what_are_no_islands(islands, told):
+    with pytest.raises(ValueError, match=f"policy: islands: {told}"):
+        CompressionPolicy("mxfp4", islands=islands)
+
+
+def test_islands_from_a_file(tmp_path):
+    policy = from_text(tmp_path, "codec: mxfp4\nalgorithm: hierarchical\nislands: [[0, 1], [2, 3]]\n")
+    assert policy.islands_of(["a"] * 4).members == ((0, 1), (2, 3))
+    assert policy.digest() != CompressionPolicy("mxfp4", algorithm="hierarchical").digest()
+
+
+def test_levels_only_where_a_sum_may_have_them():
+    assert CompressionPolicy("mxfp4").has_levels and CompressionPolicy("mxfp4", algorithm="hierarchical").has_levels
+    assert not CompressionPolicy("mxfp4", algorithm="two_step").has_levels and not CompressionPolicy().has_levels

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`import megatron_comp as mc`: its names, and what importing it costs."""
 
 import subprocess

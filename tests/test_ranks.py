@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The helper that starts ranks: results by rank, first failure, time limit, dead ranks, nothing left behind."""
 
 import os

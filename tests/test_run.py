@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron scripts as they are, compressed by `python -m megatron_comp.run` or `import megatron_comp.auto`."""
 
 import os
@@ -60,10 +61,10 @@ def test_a_script_is_compressed_as_it_is(stock, policy):
     result = really_started(*TORCHRUN, "-m", "megatron_comp.run", "--policy", policy, SCRIPT, "--new-tokens", "8")
     assert tokens(result) == stock  # int8 leaves the greedy tokens of this model alone
     built, sent = said(result)
-    assert built.startswith("megatron_comp: GPTModel: 3 of 4 sums compressed, policy {")
+    assert built.startswith("megatron_comp: GPTModel: 3 of 4 sums have a codec, policy {")
     assert "int8:32:fp16" in built
     # One prefill and seven steps of decoding; hidden 96 as 3 blocks: 96 + 3 * 2 bytes a token and sum, 16-byte padding.
-    assert sent.startswith("megatron_comp: GPTModel: 24 sums compressed, 8 kept ({'policy': 8}), ")
+    assert sent.startswith("megatron_comp: GPTModel: 24 sums compressed (gather_sum 24), 8 uncompressed (policy 8), ")
 
 
 def test_another_codec_gives_another_text(stock):
@@ -88,7 +89,7 @@ def test_an_import_does_the_same(stock, policy, tmp_path):
     script.write_text("import megatron_comp.auto\n" + SCRIPT.read_text())
     result = started(script, ranks=RANKS, MEGATRON_COMP_POLICY=str(policy))
     assert tokens(result) == stock
-    assert said(result)[0].startswith("megatron_comp: GPTModel: 3 of 4 sums compressed")
+    assert said(result)[0].startswith("megatron_comp: GPTModel: 3 of 4 sums have a codec")
 
 
 def test_a_policy_that_the_model_cannot_follow_ends_every_rank(tmp_path):
@@ -97,6 +98,52 @@ def test_a_policy_that_the_model_cannot_follow_ends_every_rank(tmp_path):
     result = started("-m", "megatron_comp.run", "--policy", path, SCRIPT, ranks=RANKS)
     assert result.returncode != 0
     assert "policy: layers: 7 is out of range; the model has layers 0 to 1" in result.stderr
+
+
+ENDS = {
+    "os._exit": "import os; os._exit(0)",
+    "SIGTERM": "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
+    "a signal that the script handles": (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+        "os.kill(os.getpid(), signal.SIGTERM)"
+    ),
+    "groups that are left as they are": "",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_was_sent_is_said_however_the_script_ends(policy, tmp_path, end):
+    """As servers end, and scripts with CUDA graphs: neither returns to whoever started it."""
+    script = tmp_path / "ends.py"
+    main = SCRIPT.read_text().replace("    parallel_state.destroy_model_parallel()\n", "")
+    script.write_text(main.replace("    dist.destroy_process_group()\n", "") + ENDS[end])
+    result = really_started(*TORCHRUN, "-m", "megatron_comp.run", "--policy", policy, script, "--new-tokens", "2")
+    assert result.returncode == (1 if end == "SIGTERM" else 0), result.stderr
+    sent = [line for line in said(result) if line.startswith("megatron_comp: ")][-1]  # torchrun has a line, too
+    assert sent.startswith("megatron_comp: GPTModel: 6 sums compressed (gather_sum 6), 2 uncompressed (policy 2)")
+
+
+def test_a_model_that_is_gone_is_still_counted(policy, tmp_path):
+    script = tmp_path / "forgets.py"
+    script.write_text(SCRIPT.read_text() + "    import gc; gc.collect()\n")
+    result = started("-m", "megatron_comp.run", "--policy", policy, script, "--new-tokens", "2", ranks=RANKS)
+    assert said(result)[-1].startswith("megatron_comp: GPTModel: 6 sums compressed")
+
+
+def test_a_helper_that_a_program_spawns_may_build_no_model(tmp_path, policy):
+    script = tmp_path / "spawns.py"
+    script.write_text(
+        "import multiprocessing, sys\n"
+        "import megatron_comp.auto\n"
+        "def help_out(): print('helped', flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=help_out)\n"
+        "    process.start(); process.join(); print(process.exitcode)\n"
+    )
+    result = really_started(sys.executable, script, MEGATRON_COMP_POLICY=str(policy))
+    assert result.stdout.split() == ["helped", "0"]
+    assert said(result) == [f"megatron_comp.auto: {NOTHING}"]  # of the program itself
 
 
 NOTHING = "no Megatron language model was built in this process: nothing was compressed"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times of a group's collectives and codecs, all of them in turn, each sample that of the slowest rank."""
 
 import time
@@ -10,11 +11,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from ..launcher import output
+from ..wire.calibration import LEVEL_LINKS
 from ..wire.codec import Codec
 from ..wire.collectives import all_reduce
-
-ALGORITHMS = ("gather_sum", "two_step")
-DTYPES = ("float32", "bfloat16", "float16")
+from ..wire.cost import FLAT
+from ..wire.topology import Islands, Topology
 
 # Tensors below this are over in microseconds and noisy: they are timed so many times a round.
 SMALL_BYTES = 256 * 1024
@@ -25,12 +26,22 @@ CHUNKS = 4
 
 @dataclass(frozen=True)
 class Scope:
-    """What is timed. shapes: `(tokens, hidden)`, ascending."""
+    """What is timed. shapes: `(tokens, hidden)`, ascending. topology: of the ranks, where they are in two levels."""
 
     codecs: dict[str, Codec]
     shapes: list[tuple[int, int]]
     dtype: str
     rounds: int
+    topology: Topology | None = None
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """The algorithms of whole sums."""
+        return FLAT if self.topology is None else (*FLAT, "hierarchical")
+
+    @property
+    def islands(self) -> Islands | None:
+        return self.topology and self.topology.islands
 
     @property
     def itemsize(self) -> int:
@@ -63,7 +74,7 @@ def measure(setting: Scope, device: torch.device) -> Timings:
     steps = [step for step in calls for _ in range(SMALL_SAMPLES if setting.nbytes(step[1]) < SMALL_BYTES else 1)]
     for call in calls.values():
         call()  # compiles, connects, fills caches
-    bar = tqdm(total=setting.rounds * len(steps), desc="calibrate", unit="call", disable=not output.is_first_rank())
+    bar = tqdm(total=setting.rounds * len(steps), desc="calibrate", unit="call", disable=output.bar_disabled())
     with bar:
         for _ in range(setting.rounds):
             for what in steps:
@@ -94,12 +105,31 @@ def _calls(setting: Scope, shape: tuple[int, int], device: torch.device) -> dict
         messages = codec.encode(x).expand(ranks, -1).contiguous()
         calls["encode", shape, name] = lambda codec=codec: codec.encode(x)
         calls["decode", shape, name] = lambda codec=codec, messages=messages: codec.decode_sum(messages, shape, x.dtype)
-        for way in ALGORITHMS:
-            calls["sum", shape, name, way] = lambda codec=codec, way=way: all_reduce(x, codec, None, way)
+        for way in setting.ways:
+            how = {"algorithm": way, "topology": setting.topology}
+            calls["sum", shape, name, way] = lambda codec=codec, how=how: all_reduce(x, codec, **how)
             for chunks in (1, CHUNKS) if shape == setting.shapes[-1] else ():
-                calls["pieces", shape, name, way, chunks] = lambda codec=codec, way=way, chunks=chunks: all_reduce(
-                    x, codec, None, way, chunks=chunks
+                calls["pieces", shape, name, way, chunks] = lambda codec=codec, how=how, chunks=chunks: all_reduce(
+                    x, codec, chunks=chunks, **how
                 )
+    if setting.topology is not None:
+        calls |= _level_calls(setting.topology, shape, sent[: setting.message_bytes(shape)])
+    return calls
+
+
+def _level_calls(topology: Topology, shape: tuple[int, int], sent: torch.Tensor) -> dict[tuple, Callable[[], object]]:
+    """The collectives of both levels, all sub-groups of a level at once; nothing on ranks without a share."""
+    calls: dict[tuple, Callable[[], object]] = {}
+    for level, group in (("inside", topology.inside), ("across", topology.across)):
+        if group is None:
+            calls |= {(f"{level} {name}", shape): lambda: None for name in LEVEL_LINKS}
+            continue
+        ranks = group.size()
+        received, scattered = sent.new_empty(ranks * sent.numel()), sent.new_empty(sent.numel() // ranks * ranks)
+        calls[f"{level} all_gather", shape] = lambda r=received, g=group: _all_gather(r, sent, group=g)
+        calls[f"{level} all_to_all", shape] = lambda s=scattered, g=group: dist.all_to_all_single(
+            s, sent[: s.numel()], group=g
+        )
     return calls
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dtypes that benches take, and what a row's figures hold for."""
 
 import datetime

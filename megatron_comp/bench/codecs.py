@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rows of `megatron-comp bench codec`: what is measured on one shape, and what follows from the times."""
 
 from collections.abc import Callable, Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Before anything is timed: the same bytes, and sums of the same bits, as the reference, on the tensors to be timed."""
 
 from collections.abc import Iterator

@@ -1,14 +1,17 @@
-"""From times to figures: links as they were measured, a line through each codec's medians, and a margin for what the
+# SPDX-License-Identifier: Apache-2.0
+"""From times to a calibration: links as measured, a line through each codec's medians, and a margin for what the
 sum of these gets wrong."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..wire import exchange
+from ..wire.calibration import LEVEL_LINKS, LINKS, MARGIN, Calibration, CodecCost, Link
 from ..wire.codec import Codec
 from ..wire.cost import pays, ring_bytes, stock_seconds, sum_seconds, wire_and_work
-from ..wire.figures import LINKS, MARGIN, CodecCost, Figures, Link
-from .calibration import ALGORITHMS, CHUNKS, Scope, Timings
+from ..wire.topology import Islands
+from .calibration import CHUNKS, Scope, Timings
 
 # Where the search for the size that pays ends; also a prefill of 16k tokens of an 8k-wide model stays below.
 LARGEST_BYTES = 256 << 20
@@ -42,25 +45,45 @@ def line_to_largest(points: Sequence[tuple[float, float]]) -> tuple[float, float
     return fixed, (longest - fixed) / largest
 
 
-def figures(setting: Scope, timings: Timings, about: Mapping[str, object]) -> Figures:
+def calibration(setting: Scope, timings: Timings, about: Mapping[str, object]) -> Calibration:
     ranks, links = about["ranks"], {}
     for name in LINKS:
         # By size, since very small shapes send messages of one and the same least size.
         taken = {_received(setting, name, shape, ranks): timings.median(name, shape) for shape in setting.shapes}
-        points = sorted((float(size), seconds) for size, seconds in taken.items())
-        latency, per_byte = line_to_largest(points)
-        # A link whose time does not grow with size still has some rate: it took no more than a tenth of the largest.
-        links[name] = Link(1 / max(per_byte, 0.1 * points[-1][1] / points[-1][0]), latency, tuple(points))
+        links[name] = _link(taken)
+    levels: dict[str, dict[str, Link]] = {"inside": {}, "across": {}}
+    if islands := setting.islands:
+        sizes = {"inside": max(map(len, islands.members)), "across": len(islands.members)}
+        for level, name in itertools.product(levels, LEVEL_LINKS):
+            levels[level][name] = _link(
+                {
+                    _received_in_level(setting, name, shape, sizes[level]): timings.median(f"{level} {name}", shape)
+                    for shape in setting.shapes
+                }
+            )
     codecs = {}
     for name, codec in setting.codecs.items():
         parts = []
         for operation, messages in (("encode", 1), ("decode", ranks)):
             parts += line([(s[0] * s[1] * messages, timings.median(operation, s, name)) for s in setting.shapes])
         codecs[str(codec)] = CodecCost(*parts)
-    unproven = Figures(links, codecs, 0.0, about, "just measured")
+    unproven = Calibration(links, codecs, 0.0, about, "just measured", **levels)
     unproven = replace(unproven, hidden=_hidden(setting, timings, unproven))
     margin = max(MARGIN, *(_lost(setting, timings, unproven, shape) for shape in setting.shapes))
     return replace(unproven, margin=margin)
+
+
+def _link(taken: Mapping[float, float]) -> Link:
+    """taken: seconds by bytes."""
+    points = sorted((float(size), seconds) for size, seconds in taken.items())
+    latency, per_byte = line_to_largest(points)
+    # A link whose time does not grow with size still has some rate: it took no more than a tenth of the largest.
+    return Link(1 / max(per_byte, 0.1 * points[-1][1] / points[-1][0]), latency, tuple(points))
+
+
+def _received_in_level(setting: Scope, name: str, shape: tuple[int, int], ranks: int) -> float:
+    count = setting.message_bytes(shape)
+    return (ranks - 1) * (count if name == "all_gather" else count // ranks)
 
 
 def _received(setting: Scope, name: str, shape: tuple[int, int], ranks: int) -> float:
@@ -70,34 +93,38 @@ def _received(setting: Scope, name: str, shape: tuple[int, int], ranks: int) -> 
     return (ranks - 1) * (count if name == "all_gather" else count / ranks)
 
 
-def _hidden(setting: Scope, timings: Timings, unproven: Figures) -> float:
+def _hidden(setting: Scope, timings: Timings, unproven: Calibration) -> float:
     """What chunks saved of the shorter of codec and wire, as a share of what they could hide: over all codecs and both
     algorithms, of the largest size. 1 where that has too few rows to be cut."""
     saved = could = 0.0
     shape, ranks = setting.shapes[-1], unproven.ranks
     for name, codec in setting.codecs.items():
-        count = len(exchange.chunk_rows(shape[0], ranks, CHUNKS))
-        for way in ALGORITHMS:
+        for way in setting.ways:
+            slices = ranks if way != "hierarchical" else setting.islands.shares * len(setting.islands.members)
+            count = len(exchange.chunk_rows(shape[0], slices, CHUNKS))
             whole, cut = (timings.median("pieces", shape, name, way, chunks) for chunks in (1, CHUNKS))
             how = shape, codec, ranks, way, unproven
-            (_, work), (wire, longer) = wire_and_work(*how, 1), wire_and_work(*how, count)
+            (_, work), (wire, longer) = (wire_and_work(*how, pieces, setting.islands) for pieces in (1, count))
             saved += whole - cut + longer - work
             could += min(wire, longer) * (1 - 1 / count)
     return min(max(saved / could, 0.0), 1.0) if could else 1.0
 
 
-def _lost(setting: Scope, timings: Timings, unproven: Figures, shape: tuple[int, int]) -> float:
+def _lost(setting: Scope, timings: Timings, unproven: Calibration, shape: tuple[int, int]) -> float:
     """What the predictions promised to gain, as a share, for the sums of a shape that took longer than stock."""
     ranks, worst = unproven.ranks, 0.0
     predicted_stock = stock_seconds(setting.nbytes(shape), ranks, unproven)
     for name, codec in setting.codecs.items():
-        for way in ALGORITHMS:
+        for way in setting.ways:
             if timings.median("sum", shape, name, way) > timings.median("all_reduce", shape):
-                worst = max(worst, predicted_stock / sum_seconds(shape, codec, ranks, way, unproven) - 1)
+                predicted = sum_seconds(shape, codec, ranks, way, unproven, setting.islands)
+                worst = max(worst, predicted_stock / predicted - 1)
     return worst
 
 
-def compressed_sizes(codec: Codec, itemsize: int, known: Figures, hidden: int = 4096) -> list[tuple[int, int | None]]:
+def compressed_sizes(
+    codec: Codec, itemsize: int, known: Calibration, hidden: int = 4096, islands: Islands | None = None
+) -> list[tuple[int, int | None]]:
     """Sizes that `min_bytes: auto` compresses: (first, last) bytes of uncompressed messages, each range ascending.
 
     None as the last: all larger ones too. Sizes go by rows of `hidden` values, and are looked at at powers of two; a
@@ -105,7 +132,7 @@ def compressed_sizes(codec: Codec, itemsize: int, known: Figures, hidden: int = 
     """
 
     def compressed(rows: int) -> bool:
-        return pays((rows, hidden), itemsize, codec, known.ranks, "auto", known)
+        return pays((rows, hidden), itemsize, codec, known.ranks, "auto", known, islands=islands)
 
     def turn(low: int, high: int) -> int:
         """The first rows in (low, high] that are treated as `high` is; `low` is treated otherwise."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What others have for the same job, on the same buffers: MX casts.
 
 A peer offers some of a backend's functions for some formats, and passes the same check of bytes before it is timed.

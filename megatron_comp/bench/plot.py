@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The figures of `megatron-comp bench`, drawn from its rows and nothing else."""
 
 from collections.abc import Callable

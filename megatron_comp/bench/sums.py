@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp bench collective`: what is measured of one tensor and one group, and what follows from the times."""
 
 import hashlib
@@ -13,10 +14,11 @@ from tqdm import tqdm
 
 from ..launcher import output
 from ..wire import exchange
-from ..wire.codec import CodecPair
+from ..wire.calibration import Calibration, find_calibration
+from ..wire.codec import Codec, CodecPair
 from ..wire.collectives import all_reduce
-from ..wire.cost import choose_algorithm, choose_chunks, received_bytes, ring_bytes
-from ..wire.figures import Figures, find_figures
+from ..wire.cost import choose_algorithm, choose_chunks, received_by_level, ring_bytes, two_step_bytes
+from ..wire.topology import Islands, Topology, connect
 from . import links, timing
 
 # Renamed in torch 2.13, where the old name warns.
@@ -30,6 +32,7 @@ class Entry:
     codec: str
     algorithm: str
     bytes_on_wire: int
+    bytes_across: int
     call: Callable[[], torch.Tensor]
     ready: Callable[[], object] = lambda: None
 
@@ -38,14 +41,20 @@ def measure(setting, shape: tuple[int, int], ranks: int, group, device: torch.de
     """The rows of one shape over the first `ranks` ranks, which are `group`. All ranks call this together."""
     x = partial_sum(dist.get_rank(), shape, setting.dtype, device)
     member = dist.get_rank() < ranks
-    entries = list(_entries(setting, x, ranks, group, _figures(ranks, device)))
+    hosts = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    islands = Islands.of_names(hosts[:ranks])
+    topology = connect({group: islands} if member else {}).get(group)
+    calibration = _calibration(ranks, len(islands.members), device)
+    entries = list(_entries(setting, x, islands, topology, group, calibration))
     errors = [_error(entry, ranks, group, x) if member else 0.0 for entry in entries]  # also what warms up
     seconds = []
-    quiet = not output.is_first_rank()
-    for _ in tqdm(range(setting.repeats), desc=f"{ranks} ranks, {list(shape)}", unit="round", disable=quiet):
+    for _ in tqdm(
+        range(setting.repeats), desc=f"{ranks} ranks, {list(shape)}", unit="round", disable=output.bar_disabled()
+    ):
         seconds.append([_seconds(entry, device) if member else _wait() for entry in entries])
     samples = zip(*links.slowest(seconds, device))
-    return _rows(entries, list(samples), errors, x, ranks)
+    return _rows(entries, list(samples), errors, x, ranks, len(islands.members))
 
 
 def partial_sum(rank: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -53,34 +62,63 @@ def partial_sum(rank: int, shape: tuple[int, int], dtype: torch.dtype, device: t
     return torch.empty(shape, dtype=dtype).normal_(generator=torch.Generator().manual_seed(rank)).to(device)
 
 
-def _figures(ranks: int, device: torch.device) -> Figures:
+def _calibration(ranks: int, hosts: int, device: torch.device) -> Calibration:
     """Those that layers would go by, the same on all ranks: what `calibrate` left for such a group, else assumed."""
-    hosts = [""] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
-    found = [find_figures(ranks, len(set(hosts[:ranks])), dist.get_backend(), device.type)]
+    found = [find_calibration(ranks, hosts, dist.get_backend(), device.type)]
     dist.broadcast_object_list(found)
     return found[0]
 
 
-def _entries(setting, x: torch.Tensor, ranks: int, group, figures: Figures) -> Iterator[Entry]:
+def _entries(
+    setting, x: torch.Tensor, islands: Islands, topology: Topology | None, group, calibration: Calibration
+) -> Iterator[Entry]:
+    """topology: None on ranks that do not take part."""
+    ranks = islands.ranks
     summed = x.clone()  # in place, as Megatron does it
 
     def stock() -> torch.Tensor:
         dist.all_reduce(summed, group=group)
         return summed
 
-    yield Entry("none", "all_reduce", ring_bytes(x.nbytes, ranks), stock, partial(summed.copy_, x))
+    ring = ring_bytes(x.nbytes, ranks)
+    yield Entry("none", "all_reduce", ring, _entries_of_a_ring(islands) * ring, stock, partial(summed.copy_, x))
     name = "fp16" if x.dtype == torch.float16 else "bf16"
-    yield Entry(name, "gather_sum", (ranks - 1) * 2 * x.numel(), partial(_gather_sum_16, x, ranks, group))
+    gathered = (ranks - 1) * 2 * x.numel()
+    across = _entries_of_a_ring(islands) * gathered
+    yield Entry(name, "gather_sum", gathered, across, partial(_gather_sum_16, x, ranks, group))
     for name, codec in setting.codecs.items():
         for algorithm in setting.algorithms:
             if isinstance(codec, CodecPair) and algorithm == "gather_sum":
                 continue
-            chosen = choose_algorithm(x.shape, codec, ranks, algorithm, figures)
-            # The first rank's slice is as long as any, and so is what it receives.
-            bytes_on_wire = received_bytes(x.shape, codec, ranks, chosen, 0)
-            chunks = choose_chunks(x.shape, codec, ranks, chosen, figures, exchange.chunk_bytes(x.device.type))
-            yield Entry(name, chosen, bytes_on_wire, partial(all_reduce, x, codec, group, chosen, chunks=chunks))
+            if algorithm == "hierarchical" and not islands.have_two_levels:
+                continue
+            chosen = choose_algorithm(x.shape, codec, ranks, algorithm, calibration, islands)
+            of_bytes = exchange.chunk_bytes(x.device.type)
+            chunks = choose_chunks(x.shape, codec, ranks, chosen, calibration, of_bytes, islands)
+            call = partial(all_reduce, x, codec, group, chosen, chunks=chunks, topology=topology)
+            yield Entry(name, chosen, *_received(x, codec, chosen, islands), call)
+
+
+def _received(x: torch.Tensor, codec: Codec | CodecPair, algorithm: str, islands: Islands) -> tuple[int, int]:
+    """By the busiest rank, and by the busiest machine from others, where all-gathers are rings."""
+    ranks = islands.ranks
+    of_ranks = [received_by_level(x.shape, codec, algorithm, islands, rank, x.itemsize) for rank in range(ranks)]
+    busiest = max(map(sum, of_ranks))
+    entries = _entries_of_a_ring(islands)
+    if algorithm == "gather_sum":
+        return busiest, entries * busiest
+    if algorithm == "two_step":
+        scattered, gathered = two_step_bytes(x.shape, codec, ranks)
+        sent = max(len(island) * (ranks - len(island)) for island in islands.members)
+        return busiest, sent * (scattered // (ranks - 1)) + entries * gathered
+    return busiest, max(sum(of_ranks[rank][1] for rank in island) for island in islands.members)
+
+
+def _entries_of_a_ring(islands: Islands) -> int:
+    """How often a ring of all ranks, in their order, enters the machine that it enters most often."""
+    if len(islands.members) == 1:
+        return 0
+    return max(sum((rank - 1) % islands.ranks not in island for rank in island) for island in islands.members)
 
 
 def _gather_sum_16(x: torch.Tensor, ranks: int, group) -> torch.Tensor:
@@ -124,7 +162,9 @@ def _wait() -> float:
     return 0.0
 
 
-def _rows(entries: list[Entry], samples: list, errors: list[float], x: torch.Tensor, ranks: int) -> list[dict]:
+def _rows(
+    entries: list[Entry], samples: list, errors: list[float], x: torch.Tensor, ranks: int, machines: int
+) -> list[dict]:
     """`samples`: seconds of all rounds, by entry; the first is the stock all-reduce."""
     rate = links.bytes_per_second()
     rows = []
@@ -137,9 +177,11 @@ def _rows(entries: list[Entry], samples: list, errors: list[float], x: torch.Ten
                 "ranks": ranks,
                 "message_bytes": x.nbytes,
                 "bytes_on_wire": entry.bytes_on_wire,
+                "machines": machines,
+                "bytes_across": entry.bytes_across,
                 "link": links.here(),
                 **times,
-                "share_of_wire_limit": entry.bytes_on_wire / rate * 1e3 / times["median_ms"] if rate else None,
+                "share_of_wire_limit": entry.bytes_across / rate * 1e3 / times["median_ms"] if rate else None,
                 "speedup_vs_all_reduce": (rows[0]["median_ms"] if rows else times["median_ms"]) / times["median_ms"],
                 "relative_error": error,
                 "rows": x.shape[0],

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long calls take: on a CPU by the wall clock, on a GPU by events around the replays of a CUDA graph.
 
 Both clocks `prepare` each call once and then measure `round` after round, all calls in turn, so that a slow moment of

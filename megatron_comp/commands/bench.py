@@ -1,10 +1,12 @@
-"""`megatron-comp bench`: how fast it is here, beside what it is compared to, in one run."""
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp bench`: the subcommands that measure times."""
 
 import argparse
 
 from .subcommands import Subcommands
 
-EPILOG = None  # each bench has its own
+DESCRIPTION = "Measure how fast codecs, sums and models are here, each beside an uncompressed baseline of the same run."
+EPILOG = "Example: megatron-comp bench codec --codec mxfp4"
 
 BENCHES = Subcommands(
     "bench",

@@ -1,4 +1,5 @@
-"""`megatron-comp bench codec`: times of encode, decode and sum, by codec, backend, shape and ranks, on one device."""
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp bench codec`: times of encode, decode and sum on one device."""
 
 import argparse
 import os
@@ -7,12 +8,12 @@ from types import ModuleType
 import torch
 
 from ..bench import peers, plot, timing
-from ..bench.circumstances import DTYPES, circumstances
+from ..bench.circumstances import circumstances
 from ..bench.codecs import CodecTiming, measure
 from ..launcher import output
 from ..wire import backends
 from ..wire.codec import Codec
-from . import bench_options
+from . import options
 
 CODECS = ("mxfp4", "mxfp8", "nvfp4", "int4:32:fp16", "int8:32:fp16", "int4:32:fp16:hadamard")
 SHAPE = "1024x4096"
@@ -32,7 +33,12 @@ COLUMNS = {
 }
 ON_GPU = {"times_empty": ("x empty", ".1f")}
 
+DESCRIPTION = "Time encode, decode and sum on one device, by codec, backend, shape and number of messages."
+RENAMED = {"--ranks": "--tp", "--repeats": "--runs"}
 EPILOG = f"""\
+Example:
+  megatron-comp bench codec --codec mxfp4 --shape 1024x4096 --csv codecs.csv
+
 Before anything is timed, every backend's messages and sums are compared with the reference's, bit for bit, on the
 tensors to be timed; on a difference the command fails and names the first byte that differs.
 
@@ -65,45 +71,52 @@ quality of a codec, for which see `megatron-comp evaluate`.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    again = "give it again for more"
-    add("--codec", action="append", metavar="C", help=f"a codec or preset; {again} (default: {' '.join(CODECS)})")
-    add("--shape", action="append", metavar="ROWSxHIDDEN", help=f"of a rank's tensor; {again} (default {SHAPE})")
-    add("--dtype", choices=DTYPES, default="bf16", help="of the tensors (default bf16)")
+    again = "Repeat it for more"
+    add("--codec", action="append", metavar="C", help=f"A codec or preset. {again} (default: {' '.join(CODECS)}).")
+    add("--shape", action="append", metavar="ROWSxHIDDEN", help=f"Of a rank's tensor. {again} (default {SHAPE}).")
+    options.add_dtype(parser, "Of the tensors (default bf16).", "bf16")
     add(
-        "--ranks", action="append", type=int, metavar="N", help=f"messages to sum; {again} (default: 2 4; on a GPU 2 8)"
+        "--tp",
+        dest="ranks",
+        action="append",
+        type=int,
+        metavar="N",
+        help=f"Number of ranks whose messages are summed. {again} (default: 2 4; on a GPU 2 8).",
     )
-    add("--backend", action="append", metavar="NAME", help=f"{again} (default: all that serve the device)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--threads", type=int, default=1, metavar="N", help="of torch, on a CPU (default 1)")
-    add("--repeats", type=int, default=20, metavar="N", help="rounds (default 20)")
+    add("--backend", action="append", metavar="NAME", help=f"{again} (default: all that serve the device).")
+    add("--device", choices=("cpu", "cuda"), help="Default: cuda where there is one.")
+    add("--threads", type=int, default=1, metavar="N", help="Threads of torch on a CPU (default 1).")
+    options.add_runs(parser, 20)
     add(
         "--peers",
         action="store_true",
-        help="also time what others have for mxfp4 and mxfp8 on the same buffers: encode and decode_sum of plain torch "
-        "under torch.compile, and torchao's to_mx (compiled on a GPU); what does not run here gives a line, no row",
+        help="Also time what others have for mxfp4 and mxfp8 on the same buffers: encode and decode_sum of plain torch "
+        "under torch.compile, and torchao's to_mx (compiled on a GPU). What does not run here gives a line, no row.",
     )
-    bench_options.add_files(parser, "share_of_copy")
+    options.add_json(parser)
+    options.add_csv(parser)
+    options.add_figure(parser, "each row's share of the rate of a copy")
 
 
 def check(args: argparse.Namespace) -> CodecTiming:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("bench codec runs in one process: start it without torchrun or srun")
-    bench_options.at_least_one(args, "threads", "repeats")
-    bench_options.check_files(args)
+    options.at_least_one(args, "threads", "runs")
+    options.check_written(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     ranks = args.ranks or ([2, 8] if device.type == "cuda" else [2, 4])
     if min(ranks) < 1:
-        raise ValueError(f"--ranks {min(ranks)}: at least one is needed")
+        raise ValueError(f"--tp {min(ranks)}: at least one is needed")
     return CodecTiming(
         codecs={name: Codec.parse(name) for name in args.codec or CODECS},
-        shapes=[bench_options.shape(text, SHAPE) for text in args.shape or [SHAPE]],
+        shapes=[options.shape(text, SHAPE) for text in args.shape or [SHAPE]],
         dtype=args.dtype,
         ranks=sorted(set(ranks)),
         backends=_backends(args.backend, device),
         device=device,
-        repeats=args.repeats,
+        repeats=args.runs,
         peers=peers.load(device) if args.peers else {},
     )
 

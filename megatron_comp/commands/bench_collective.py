@@ -1,4 +1,5 @@
-"""`megatron-comp bench collective`: times of the sum over ranks, stock, in 16 bits and compressed, in one run."""
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp bench collective`: times of sums over ranks."""
 
 import argparse
 import os
@@ -9,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from ..bench import links, plot, sums
-from ..bench.circumstances import DTYPES, circumstances
+from ..bench.circumstances import circumstances
 from ..launcher import output
 from ..wire.codec import Codec, CodecPair, parse_codec
 from ..wire.cost import ALGORITHMS
-from . import bench_options, options
+from . import options
 
 CODECS = ("mxfp4", "int4:32:fp16:hadamard", "int8:32:fp16")
 SHAPE = "512x4096"
@@ -24,6 +25,8 @@ COLUMNS = {
     "ranks": ("ranks", "d"),
     "message_bytes": ("tensor bytes", ",d"),
     "bytes_on_wire": ("bytes on wire", ",d"),
+    "machines": ("machines", "d"),
+    "bytes_across": ("bytes across", ",d"),
     "link": ("link", ""),
     "median_ms": ("median ms", ".2f"),
     "p20_ms": ("p20", ".2f"),
@@ -33,7 +36,12 @@ COLUMNS = {
     "relative_error": ("error", ".5f"),
 }
 
+DESCRIPTION = "Time sums over ranks in one run: stock, in 16 bits, and compressed."
+RENAMED = {"--ranks": "--tp", "--repeats": "--runs"}
 EPILOG = f"""\
+Example:
+  megatron-comp bench collective --tp 2 --codec mxfp4 --link 100mbit
+
 Before anything is timed, all ranks compare their sums: a collective that leaves them with different bits is an error.
 
 One row a measurement, in the table and in the files:
@@ -43,11 +51,14 @@ One row a measurement, in the table and in the files:
   ranks          the first so many of the ranks; the others wait
   message_bytes  of one rank's tensor, uncompressed
   bytes_on_wire  what the busiest rank receives from the others; for all_reduce, that of a ring, 2(N-1)/N of the tensor
-  link           rate of each rank's link in each direction
+  machines       that the ranks are on
+  bytes_across   what the busiest machine's ranks receive from other machines, where all-reduces and all-gathers are
+                 rings in rank order, as those of gloo are
+  link           rate of each machine's link in each direction, and after @ the latency of a round trip
   median_ms, p20_ms, p80_ms
                  milliseconds a call, from a barrier to the last rank's end; half of the calls took less than the median
   share_of_wire_limit
-                 the time that bytes_on_wire alone take at the link's rate, over the median; empty where the rate is not
+                 the time that bytes_across alone take at the link's rate, over the median; empty where the rate is not
                  known. Headers of packets take 4 to 5 % of a rate; a first burst of some 256 KB goes for nothing
   speedup_vs_all_reduce
                  the median of none, all_reduce with the same ranks and tensor, over this one
@@ -76,33 +87,43 @@ class SumTiming:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    again = "give it again for more"
-    add("--ranks", action="append", type=int, metavar="N", help=f"to sum over; {again} (default: all joined, or 2)")
+    again = "Repeat it for more"
+    add(
+        "--tp",
+        dest="ranks",
+        action="append",
+        type=int,
+        metavar="N",
+        help=f"Number of ranks to sum over. {again} (default: all joined, or 2).",
+    )
     links.add_argument(parser)
-    add("--codec", action="append", metavar="C", help=f"a codec or preset; {again} (default: {' '.join(CODECS)})")
+    add("--codec", action="append", metavar="C", help=f"A codec or preset. {again} (default: {' '.join(CODECS)}).")
     add(
         "--algorithm",
         action="append",
         choices=ALGORITHMS,
-        help=f"of the codecs; {again} (default: gather_sum two_step; two codecs joined by '>' have the latter only)",
+        help=f"How codecs are summed. {again} (default: gather_sum two_step, and hierarchical where machines have "
+        "several ranks). Two codecs joined by '>' have no gather_sum.",
     )
-    add("--shape", action="append", metavar="ROWSxHIDDEN", help=f"of a rank's tensor; {again} (default {SHAPE})")
-    add("--dtype", choices=DTYPES, default="bf16", help="of the tensors (default bf16)")
-    add("--repeats", type=int, default=15, metavar="N", help="rounds (default 15)")
+    add("--shape", action="append", metavar="ROWSxHIDDEN", help=f"Of a rank's tensor. {again} (default {SHAPE}).")
+    options.add_dtype(parser, "Of the tensors (default bf16).", "bf16")
+    options.add_runs(parser, 15)
     options.add_timeout(parser)
-    bench_options.add_files(parser, "the times")
+    options.add_json(parser)
+    options.add_csv(parser)
+    options.add_figure(parser, "the times")
 
 
 def check(args: argparse.Namespace) -> SumTiming:
     links.check(args)
-    bench_options.check_files(args)
-    bench_options.at_least_one(args, "repeats")
+    options.check_written(args)
+    options.at_least_one(args, "runs")
     options.check_timeout(args)
     world = int(os.environ.get("WORLD_SIZE", 0))
     counts = sorted(set(args.ranks or [world or 2]))
     if counts[0] < 2 or world and counts[-1] > world:
         wrong = counts[0] if counts[0] < 2 else counts[-1]
-        raise ValueError(f"--ranks {wrong}: allowed are 2 {f'to {world}, which were started' if world else 'and more'}")
+        raise ValueError(f"--tp {wrong}: allowed are 2 {f'to {world}, which were started' if world else 'and more'}")
     names = [name for name in args.codec or CODECS if name != "none"]  # its row is there anyway
     algorithms = list(dict.fromkeys(args.algorithm or ALGORITHMS[1:]))
     codecs = {name: parse_codec(name) for name in names}
@@ -112,9 +133,9 @@ def check(args: argparse.Namespace) -> SumTiming:
         codecs=codecs,
         algorithms=algorithms,
         ranks=counts,
-        shapes=[bench_options.shape(text, SHAPE) for text in args.shape or [SHAPE]],
-        dtype=DTYPES[args.dtype],
-        repeats=args.repeats,
+        shapes=[options.shape(text, SHAPE) for text in args.shape or [SHAPE]],
+        dtype=getattr(torch, options.dtype_name(args)),
+        repeats=args.runs,
     )
 
 

@@ -1,4 +1,5 @@
-"""`megatron-comp bench ttft`: time to the first token and a token after it, stock and compressed, in one run."""
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp bench ttft`: times of prefill and decoding of a model."""
 
 import argparse
 
@@ -10,7 +11,7 @@ from ..bench import links, plot, timing
 from ..bench.circumstances import circumstances
 from ..launcher import output
 from ..policy import DROP
-from . import bench_options, options
+from . import options
 
 COLUMNS = {
     "policy": ("policy", ""),
@@ -32,7 +33,12 @@ DECODE_COLUMNS = {
     "decode_speedup_high": ("to", ".3f"),
 }
 
+DESCRIPTION = "Time a model's prefill, and with --new-tokens its decoding, in one run: stock and compressed."
+RENAMED = {"--tokens": "--prompt-tokens"}
 EPILOG = f"""\
+Example:
+  megatron-comp bench ttft --model llama --tp 2 --codec mxfp4 --link 100mbit
+
 One row a setting, in the table and in the files; the first is the model with stock communication:
   policy         codec of every reduction, or the policy file; none: stock
   algorithm      of the reductions that were compressed, all_reduce where none was
@@ -66,21 +72,25 @@ for which see `megatron-comp evaluate`.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
     add = parser.add_argument
-    add("--tokens", type=int, default=1024, metavar="K", help="of the prompt (default 1024)")
-    add("--codec", action="append", default=[], metavar="C", help="a codec or preset; give it again for more rows")
+    options.add_prompt_tokens(parser)
+    add("--codec", action="append", default=[], metavar="C", help="A codec or preset. Repeat it for more rows.")
     links.add_argument(parser)
     add(
-        "--new-tokens", type=int, default=1, metavar="K", help="of a run; more than one: times decoding too (default 1)"
+        "--new-tokens",
+        type=int,
+        default=1,
+        metavar="K",
+        help="Number of tokens to generate (default 1); with more than one, decoding is timed too.",
     )
-    add("--runs", type=int, default=5, metavar="N", help="of every setting, in turn (default 5)")
-    bench_options.add_files(parser, "the times", json=False)
+    options.add_runs(parser, 5, "How often every setting runs, in turn")
+    options.add_csv(parser)
+    options.add_figure(parser, "the times")
 
 
 def check(args: argparse.Namespace) -> list[options.Setting]:
     options.check_files(args)
     links.check(args)
-    bench_options.check_files(args)
-    bench_options.at_least_one(args, "tokens", "runs", "new_tokens")
+    options.at_least_one(args, "prompt_tokens", "runs", "new_tokens")
     return options.with_baseline(options.settings(args, args.codec))
 
 
@@ -91,7 +101,7 @@ def start(args: argparse.Namespace, argv: list[str]) -> int:
 def run(args: argparse.Namespace) -> None:
     settings = check(args)
     with options.opened(args, args.weights) as (model, _tokenizer):
-        rows = measure(model, settings, args.tokens, args.runs, args.new_tokens)
+        rows = measure(model, settings, args.prompt_tokens, args.runs, args.new_tokens)
         about = circumstances(model.embedding.word_embeddings.weight.device)
     links.hand_over(args, rows, about, report)
 
@@ -104,7 +114,7 @@ def measure(model, settings: list[options.Setting], tokens: int, runs: int, new_
     prompt = torch.randint(model.hf_config.vocab_size, (tokens,), generator=generator)
     ids = checked_prompt(model, prompt, new_tokens)
     count = len(settings)
-    bar = tqdm(total=(runs + 1) * count, desc="ttft", unit="run", disable=not output.is_first_rank())
+    bar = tqdm(total=(runs + 1) * count, desc="ttft", unit="run", disable=output.bar_disabled())
     traffic, seconds = [], []
     with bar:
         for setting in settings:  # warms up, and tells what one prefill sends
@@ -152,7 +162,7 @@ def _run(model, ids: torch.Tensor, policy, new_tokens: int):
 
 def report(args: argparse.Namespace, rows: list[dict], new: list[dict], circumstances: dict) -> None:
     columns = COLUMNS | (DECODE_COLUMNS if args.new_tokens > 1 else {})
-    what = f"TP={args.tp}, {args.tokens} tokens, {new[0]['dtype']}, {circumstances['device']}"
+    what = f"TP={args.tp}, {args.prompt_tokens} tokens, {new[0]['dtype']}, {circumstances['device']}"
     output.show(f"bench ttft: {args.model}, {what}", columns, new)
     everything = [row | circumstances for row in rows]
     output.write_json(args.json, vars(args) | {"device": circumstances["device"]}, rows)

@@ -1,19 +1,23 @@
-"""`megatron-comp calibrate`: what this group's link and codecs cost, kept in a file that later runs go by."""
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp calibrate`: a file of what this group's link and codecs cost."""
 
 import argparse
 import datetime
 import socket
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from ..bench import fit
-from ..bench.calibration import ALGORITHMS, CHUNKS, DTYPES, Scope, Timings, measure
+from ..bench.calibration import CHUNKS, Scope, Timings, measure
 from ..launcher import output
 from ..policy import CompressionPolicy
+from ..wire.calibration import VARIABLE, Calibration, Link, default_path
 from ..wire.codec import Codec
 from ..wire.cost import sum_seconds
-from ..wire.figures import VARIABLE, default_path
+from ..wire.topology import Islands, connect
 from . import options
 
 CODECS = ("mxfp4", "nvfp4", "int4:32:fp16", "int4:32:fp16:hadamard", "int5:32:fp16:hadamard", "int8:32:fp16")
@@ -36,12 +40,21 @@ CODEC_COLUMNS = {
     "speedup": ("speed-up", ".2f"),
 }
 
+DESCRIPTION = """\
+Measure what sums and codecs take on this group of ranks, and keep it in a file. Later runs of such a group go by it
+where a policy says `min_bytes: auto` or `algorithm: auto`.
+"""
+RENAMED = {"--ranks": "--tp", "--rounds": "--runs"}
 EPILOG = f"""\
+Example:
+  megatron-comp calibrate --tp 2 --codec mxfp4
+
 Each round times, in turn and from a common start, stock all-reduce and reduce-scatter, all-gather and all-to-all of
 bytes, and every codec's encode and decode, at tensors of [tokens, hidden] for each --tokens; and whole compressed sums,
 which the predictions are held against. A sample is the time of the slowest rank. Between the medians of collectives
 times are interpolated, beyond the largest they grow by a line; a codec's line (fixed cost, cost a value) is that of
-least relative error. Fixed costs include what Python takes.
+least relative error. Fixed costs include what Python takes. On several machines of several ranks also the collectives
+inside machines, and across them, are timed, and hierarchical sums.
 
 The file holds these, and the margin that a prediction must gain before `min_bytes: auto` compresses: so much that
 every whole sum that took longer than stock here would have been kept, at least 10 %; and what share of codec or wire,
@@ -56,55 +69,49 @@ the algorithm that was measured faster.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
     add = parser.add_argument
-    add("--ranks", dest="tp", type=int, required=True, metavar="N", help="ranks of the group")
+    options.add_tp(parser, what="Number of ranks in the group.")
+    again = "Repeat it for more"
     add(
         "--codec",
         action="append",
         default=[],
         metavar="C",
-        help=f"a codec; give it again for more (default, without --policy: {' '.join(CODECS)})",
+        help=f"A codec to measure. {again} (default, without --policy: {' '.join(CODECS)}).",
     )
     add(
         "--policy",
         action="append",
         default=[],
         metavar="FILE",
-        help="YAML policy whose codecs to measure, all of them; give it again for more",
+        help=f"A YAML policy, all codecs of which are measured. {again}.",
     )
     add(
         "--tokens",
         type=int,
         action="append",
         metavar="K",
-        help="rows of a tensor; give it again for more, at least two (default: 1 8 64 512)",
+        help=f"Rows of a tensor. {again}, at least two (default: 1 8 64 512).",
     )
-    add("--hidden", type=int, default=4096, metavar="H", help="values a row (default 4096)")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on a GPU, else float32")
-    add("--rounds", type=int, default=9, metavar="K", help="how often everything is timed (default 9)")
-    add("--out", metavar="FILE", help="write the figures there (default: where later runs of such a group look)")
+    add("--hidden", type=int, default=4096, metavar="H", help="Values per row (default 4096).")
+    options.add_dtype(parser, "Of the tensors; auto (the default) is bf16 on a GPU and fp32 on a CPU.")
+    options.add_runs(parser, 9)
+    add("--out", metavar="FILE", help="The file to write (default: where later runs of such a group look for it).")
     options.add_run_arguments(parser)
 
 
 def check(args: argparse.Namespace) -> Scope:
     if args.tp < 2:
-        raise ValueError(f"--ranks {args.tp}: a link needs at least two")
-    for option in ("hidden", "rounds"):
-        if getattr(args, option) < 1:
-            raise ValueError(f"--{option} {getattr(args, option)}: at least one is needed")
+        raise ValueError(f"--tp {args.tp}: a link needs at least two")
+    options.at_least_one(args, "hidden", "runs")
     tokens = sorted(set(args.tokens or (1, 8, 64, 512)))
     if len(tokens) < 2 or tokens[0] < 1:
         raise ValueError(f"--tokens {' '.join(map(str, tokens))}: two different sizes above 0 are needed at least")
     options.check_timeout(args)
-    output.check_file("--json", args.json)
-    output.check_file("--out", args.out)
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    options.check_written(args, "out")
     named = [*args.codec, *(str(codec) for file in args.policy for codec in CompressionPolicy.from_file(file).codecs())]
     codecs = {name: Codec.parse(name) for name in named or CODECS}
-    return Scope(codecs, [(count, args.hidden) for count in tokens], dtype, args.rounds)
+    return Scope(codecs, [(count, args.hidden) for count in tokens], options.dtype_name(args), args.runs)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -112,27 +119,29 @@ def run(args: argparse.Namespace) -> None:
 
     setting = check(args)
     init_parallel(args.tp, args.timeout)
+    hosts = [""] * args.tp
+    dist.all_gather_object(hosts, socket.gethostname())
+    if (islands := Islands.of_names(hosts)).have_two_levels:
+        setting = replace(setting, topology=connect({None: islands})[None])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     timings = measure(setting, device)
-    figures = fit.figures(setting, timings, _about(args, setting, device))
-    agreed = [figures]
+    calibration = fit.calibration(setting, timings, _about(args, setting, device, len(set(hosts))))
+    agreed = [calibration]
     dist.broadcast_object_list(agreed)  # all ranks go by one and the same
-    (figures,) = agreed
+    (calibration,) = agreed
     if output.is_first_rank():
-        about = figures.measured
+        about = calibration.measured
         path = args.out or default_path(about["ranks"], about["hosts"], about["backend"], about["device"])
-        figures.write(path)
-        _show(setting, timings, figures, args)
-        print(f"figures: {path}")
+        calibration.write(path)
+        _show(setting, timings, calibration, args)
+        print(f"calibration: {path}")
     destroy_parallel()
 
 
-def _about(args: argparse.Namespace, setting: Scope, device: torch.device) -> dict[str, object]:
-    hosts = [""] * args.tp
-    dist.all_gather_object(hosts, socket.gethostname())
+def _about(args: argparse.Namespace, setting: Scope, device: torch.device, hosts: int) -> dict[str, object]:
     return {
         "ranks": args.tp,
-        "hosts": len(set(hosts)),
+        "hosts": hosts,
         "backend": dist.get_backend(),
         "device": device.type,
         "device_name": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -142,7 +151,7 @@ def _about(args: argparse.Namespace, setting: Scope, device: torch.device) -> di
     }
 
 
-def _show(setting, timings, figures, args) -> None:
+def _show(setting, timings, calibration, args) -> None:
     links = [
         {
             "collective": name,
@@ -150,34 +159,40 @@ def _show(setting, timings, figures, args) -> None:
             "largest_ms": link.points[-1][1] * 1e3,
             "mbit_per_s": link.bytes_per_s * 8e-6,
         }
-        for name, link in figures.links.items()
+        for name, link in _named_links(calibration).items()
     ]
-    codecs = [_codec_row(name, codec, setting, timings, figures) for name, codec in setting.codecs.items()]
-    about = figures.measured
+    codecs = [_codec_row(name, codec, setting, timings, calibration) for name, codec in setting.codecs.items()]
+    about = calibration.measured
     title = f"calibrate: {about['ranks']} ranks, {about['hosts']} machine(s), {about['backend']}, {about['dtype']}"
     output.show(title, LINK_COLUMNS, links)
     largest = setting.nbytes(setting.shapes[-1])
     shown = [row | {"compressed_sizes": _sizes(row["compressed_sizes"])} for row in codecs]
     output.show(f"codecs; the largest message has {largest:,d} bytes", CODEC_COLUMNS, shown)
     output.write_json(args.json, vars(args), [*links, *codecs])
-    print(f"Chunks hide {figures.hidden:.0%} of codec or wire, whichever is shorter.")
-    print(_advice(codecs, figures.margin))
+    print(f"Chunks hide {calibration.hidden:.0%} of codec or wire, whichever is shorter.")
+    print(_advice(codecs, calibration.margin))
 
 
-def _codec_row(name, codec, setting, timings, figures) -> dict:
-    shape, ranks, cost = setting.shapes[-1], figures.ranks, figures.cost(codec)
-    times = {way: timings.median("sum", shape, name, way) for way in ALGORITHMS}
+def _named_links(calibration: Calibration) -> dict[str, Link]:
+    levels = {"inside": calibration.inside, "across": calibration.across}
+    named = {f"{name}, {level}": link for level, links in levels.items() for name, link in links.items()}
+    return {**calibration.links, **named}
+
+
+def _codec_row(name, codec, setting, timings, calibration) -> dict:
+    shape, ranks, cost = setting.shapes[-1], calibration.ranks, calibration.cost(codec)
+    times = {way: timings.median("sum", shape, name, way) for way in setting.ways}
     algorithm = min(times, key=times.get)
     stock = timings.median("all_reduce", shape)
-    gains = {each: _speedup(timings, each, name) for each in setting.shapes}
+    gains = {each: _speedup(timings, each, name, setting.ways) for each in setting.shapes}
     best = max(gains, key=gains.get)
     return {
         "codec": name,
         "encode_ns_per_value": cost.encode_s_per_value * 1e9,
         "decode_ns_per_value": cost.decode_s_per_value * 1e9,
-        "compressed_sizes": fit.compressed_sizes(codec, setting.itemsize, figures, shape[1]),
+        "compressed_sizes": fit.compressed_sizes(codec, setting.itemsize, calibration, shape[1], setting.islands),
         "algorithm": algorithm,
-        "predicted_ms": sum_seconds(shape, codec, ranks, algorithm, figures) * 1e3,
+        "predicted_ms": sum_seconds(shape, codec, ranks, algorithm, calibration, setting.islands) * 1e3,
         "measured_ms": times[algorithm] * 1e3,
         "stock_ms": stock * 1e3,
         "speedup": stock / times[algorithm],
@@ -186,9 +201,9 @@ def _codec_row(name, codec, setting, timings, figures) -> dict:
     }
 
 
-def _speedup(timings: Timings, shape: tuple[int, int], name: str) -> float:
-    """Of the faster algorithm over the stock all-reduce, as measured."""
-    return timings.median("all_reduce", shape) / min(timings.median("sum", shape, name, way) for way in ALGORITHMS)
+def _speedup(timings: Timings, shape: tuple[int, int], name: str, ways: Sequence[str]) -> float:
+    """Of the fastest algorithm over the stock all-reduce, as measured."""
+    return timings.median("all_reduce", shape) / min(timings.median("sum", shape, name, way) for way in ways)
 
 
 def _sizes(ranges: list[tuple[int, int | None]]) -> str:

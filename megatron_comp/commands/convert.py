@@ -1,15 +1,20 @@
-"""`megatron-comp convert`: a Hugging Face checkpoint as Megatron's distributed checkpoint."""
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp convert`: a distributed checkpoint of Megatron from one of Hugging Face."""
 
 import argparse
 import math
 import os
 import shutil
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from ..launcher import output
+from .. import files
+from ..launcher import output, ranks
+from ..notices import notice
 from . import options
 
 COLUMNS = {
@@ -34,31 +39,59 @@ COMPANIONS = (
 )
 
 
+# What Megatron's rule for Llama 3 takes besides a factor.
+MEGATRON_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+DESCRIPTION = "Write a Hugging Face checkpoint as a distributed checkpoint of Megatron-Core."
+EPILOG = """\
+Example:
+  megatron-comp convert --model llama --out llama-megatron
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="folder of a Hugging Face Llama or Mixtral checkpoint"
-    )
+    options.add_model(parser, "Folder of a Hugging Face Llama or Mixtral checkpoint.")
     parser.add_argument(
         "--out",
         required=True,
         metavar="DIR",
-        help="new folder, on storage that all ranks share: release/ and latest_checkpointed_iteration.txt as Megatron "
-        "loads them, config.json and the tokenizer's files as --model of the other subcommands wants them",
+        help="A new folder, on storage that all ranks share. It gets the weights as Megatron loads them, config.json "
+        "and the tokenizer's files, so that --model of the other subcommands takes it too.",
     )
     parser.add_argument(
-        "--tp", type=int, default=1, metavar="N", help="ranks that share the work and its memory; any number reads it"
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Number of ranks that share the work and its memory (default 1). Any number reads the result.",
     )
-    parser.add_argument("--dtype", choices=options.DTYPES, default="auto", help="auto: as the checkpoint's config says")
+    options.add_dtype(parser, "Of the written weights; auto (the default) is what the checkpoint's config.json says.")
     options.add_run_arguments(parser)
 
 
 def check(args: argparse.Namespace) -> None:
     options.check_files(args)
     out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: exists and is not an empty folder")
+    check_empty(out)
     if not out.resolve().parent.is_dir():
         raise ValueError(f"--out {out}: its folder does not exist")
+    files.check_free(out)
+
+
+def check_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: exists and is not an empty folder")
+
+
+def start(args: argparse.Namespace, argv: list[str]) -> int:
+    """Runs the ranks of this machine. Where they were killed, what they wrote is removed."""
+    out = Path(args.out).resolve()
+    try:
+        return ranks.start(args.tp, [sys.executable, "-m", "megatron_comp.cli", *argv])
+    finally:
+        with suppress(files.InUse), files.locked(out):  # else it is another command's
+            remove(partial_of(out))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -74,37 +107,59 @@ def run(args: argparse.Namespace) -> None:
 
 
 def convert(model_dir: str, out: Path, dtype_name: str) -> dict:
-    """Writes beside `out` and renames at the end, so that nothing half-written ever goes by its name."""
-    from ..inference import checkpoint, hf
+    """Writes beside `out` and renames at the end, so that nothing half-written ever goes by its name.
+
+    Raises ValueError, on every rank, if `out` is not free.
+    """
+    with ranks.alone(str(out)):
+        check_empty(out)  # another command may have been faster
+        return _convert(model_dir, out, dtype_name)
+
+
+def _convert(model_dir: str, out: Path, dtype_name: str) -> dict:
+    from ..inference import checkpoint, hf, model_files
     from ..inference.model import build_model
 
-    start = time.perf_counter()
+    began = time.perf_counter()
     config = hf.read_config(model_dir)
-    dtype = getattr(torch, dtype_name) if dtype_name != "auto" else config.dtype or torch.float32
+    dtype = getattr(torch, options.DTYPES[dtype_name]) if dtype_name != "auto" else config.dtype or torch.float32
     check_space(out, parameter_count(config) * dtype.itemsize)
-    partial, first = out.with_name(f".{out.name}.partial"), output.is_first_rank()
+    partial, first = partial_of(out), output.is_first_rank()
     if first:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        remove(partial)  # of a run that was killed
     model = build_model(model_dir, dtype=dtype)
     torch.distributed.barrier()
     try:
         common = {"checkpoint_version": 3.0, "iteration": 0, "args": megatron_args(model)}
-        checkpoint.save(model, partial / checkpoint.RELEASE, **common)
+        checkpoint.save(model, partial / model_files.RELEASE, **common)
         if first:
             copy_companions(Path(model_dir), partial)
-            (partial / checkpoint.TRACKER).write_text(checkpoint.RELEASE)
+            (partial / model_files.TRACKER).write_text(model_files.RELEASE)
             os.replace(partial, out)  # onto nothing, or onto an empty folder
         torch.distributed.barrier()
     finally:
         if first:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
     return {
         "tp": model.config.tensor_model_parallel_size,
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": parameter_count(config),
         "bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
-        "seconds": time.perf_counter() - start,
+        "seconds": time.perf_counter() - began,
     }
+
+
+def partial_of(out: Path) -> Path:
+    """Where it is written before it has its name."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def remove(path: Path) -> None:
+    """A folder with all in it, or a file; nothing if there is neither."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def parameter_count(config) -> int:
@@ -127,9 +182,36 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copy(file, target)
 
 
+def rope_args(rope: dict) -> dict[str, object]:
+    """Megatron's words for scaled rotary frequencies: one for positions, one for Llama 3's rule, whose parameters other
+    than the factor it fixes.
+
+    Raises ValueError for a rule that they cannot say.
+    """
+    kind = rope["rope_type"]
+    if kind == "default":
+        return {"use_rope_scaling": False}
+    if kind == "linear":
+        return {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": rope["factor"]}
+    given = {key: rope.get(key) for key in MEGATRON_ROPE}
+    if kind == "llama3" and given == MEGATRON_ROPE:
+        return {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    raise ValueError(f"Megatron has no words for the rope type {kind!r} with {given}; its own has {MEGATRON_ROPE}")
+
+
 def megatron_args(model) -> argparse.Namespace:
-    """The command line of Megatron's training for this model, which its scripts read from a checkpoint."""
+    """The command line of Megatron's training for this model, which its scripts read from a checkpoint.
+
+    Warns of what that command line cannot say.
+    """
     config = model.config
+    try:
+        rope = rope_args(model.hf_config.rope_parameters)
+    except ValueError as error:
+        notice(f"{error}. The checkpoint's args leave it out: a script that goes by them alone has other frequencies")
+        rope = {}
+    if config.moe_router_topk == 1 and config.num_moe_experts:
+        notice("Megatron's command line weights one expert per token by its share of all, not by 1 as this model does")
     return argparse.Namespace(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -143,6 +225,7 @@ def megatron_args(model) -> argparse.Namespace:
         position_embedding_type="rope",
         rotary_base=model.rotary_base,
         rotary_percent=1.0,
+        **rope,
         normalization=config.normalization,
         norm_epsilon=config.layernorm_epsilon,
         swiglu=True,

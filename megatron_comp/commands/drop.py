@@ -1,10 +1,19 @@
-"""`megatron-comp drop`: blocks without the sum after attention: which ones, and how to make up for it."""
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp drop`: the steps towards blocks without the sum after attention."""
 
 import argparse
 
 from .subcommands import Subcommands
 
-EPILOG = None  # each step has its own
+DESCRIPTION = """\
+Leave out the sum after attention in some blocks (sync-point drop, arXiv 2502.20727): `sensitivity` finds which blocks
+bear it, `distill` trains weights that make up for it, `group` helps where that is not enough, `curve` measures the
+result. `megatron-comp search --with-drop` then chooses blocks and codecs together.
+"""
+EPILOG = """\
+Example:
+  megatron-comp drop sensitivity --model llama --tp 2 --text calibration.txt --json sensitivity.json
+"""
 
 STEPS = Subcommands(
     "step",

@@ -1,19 +1,25 @@
-"""`megatron-comp drop curve`: quality and bytes against the share of dropped sums, on a text that nothing was tuned on.
-
-Blocks are dropped in the model's order and, with --sensitivity, from the least sensitive on; with --distilled also with
-those weights in the dropped blocks; each with every --codec in the sums that are left. The full model with its own
-weights and no codec is what all are compared to.
-"""
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp drop curve`: quality and bytes against the share of dropped sums."""
 
 import argparse
 
-from ..launcher import output
-from ..quality.origin import origin
+from ..launcher import output, ranks
+from ..quality.metrics import increase_pct, perplexity
+from ..quality.origin import settings
 from ..quality.windows import read_windows
 from ..spd.blocks import layers_that_drop, read_rows, share_of
 from . import drop_options, options
 
-EPILOG = "With --state an interrupted run goes on where it was."
+DESCRIPTION = """\
+Measure quality and bytes against the share of dropped sums, on a text that nothing was tuned on. Blocks are dropped in
+the model's order and, with --sensitivity, from the least sensitive on; with --weights also with those weights in the
+dropped blocks; each with every --codec for the sums that are left. All are compared to the full, uncompressed model.
+"""
+RENAMED = {"--distilled": "--weights"}
+EPILOG = """\
+Example:
+  megatron-comp drop curve --model llama --tp 2 --text prose.txt --sensitivity sensitivity.json --csv curve.csv
+"""
 
 COLUMNS = {
     "order": ("order", ""),
@@ -31,27 +37,32 @@ COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     drop_options.add_ranks(parser, tokens=6144)
-    parser.add_argument("--sensitivity", metavar="FILE", help="JSON of `megatron-comp drop sensitivity`")
-    parser.add_argument("--distilled", metavar="FILE", help="weights of `megatron-comp drop distill` or `drop group`")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--sensitivity", metavar="FILE", help="JSON of `megatron-comp drop sensitivity`.")
+    add("--weights", metavar="FILE", help="Weights of `megatron-comp drop distill` or `drop group`.")
+    add(
         "--percent",
         type=float,
         nargs="+",
         default=[0, 25, 50, 75, 100],
         metavar="P",
-        help="shares of the blocks (default 0 25 50 75 100)",
+        help="Shares of the blocks, in percent (default 0 25 50 75 100).",
     )
-    parser.add_argument(
-        "--codec", action="append", default=[], metavar="C", help="of the sums that are left (default none; repeatable)"
+    add(
+        "--codec",
+        action="append",
+        default=[],
+        metavar="C",
+        help="A codec or preset for the sums that are left. Repeat it for more rows (default none).",
     )
-    parser.add_argument("--in-order", action="store_true", help="with --sensitivity: in the model's order too")
-    parser.add_argument("--state", metavar="FILE", help="keep every measurement there, and go on from it")
-    parser.add_argument("--csv", metavar="FILE", help="write the rows there")
-    parser.add_argument("--figure", metavar="FILE", help="draw the increase of perplexity by share")
+    add("--in-order", action="store_true", help="With --sensitivity, also drop blocks in the model's order.")
+    options.add_state(parser)
+    options.add_csv(parser)
+    options.add_figure(parser, "the increase of perplexity by share")
 
 
 def check(args: argparse.Namespace) -> list[str]:
-    drop_options.check(args, "state", "csv", "figure")
+    drop_options.check(args)
     if outside := [percent for percent in args.percent if not 0 <= percent <= 100]:
         raise ValueError(f"--percent {outside[0]}: allowed are 0 to 100")
     codecs = args.codec or ["none"]
@@ -67,12 +78,15 @@ def policy(blocks: list[int], codec: str):
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..quality.judge import Judge, Measured
+    from ..inference.weight_overrides import WeightOverrides
+    from ..quality.journal import Journal
+    from ..quality.judge import Judge
 
     codecs = check(args)
-    with options.opened(args) as (model, tokenizer):
-        settings = {**origin(args), "tp": args.tp, "dtype": str(next(model.parameters()).dtype)}
-        judge = Judge(model, args.model, read_windows(args, tokenizer), Measured(args.state, settings))
+    with options.opened(args) as (model, tokenizer), ranks.alone(args.state):
+        journal = Journal(args.state, settings(args, next(model.parameters()).dtype))
+        overrides = WeightOverrides(model, args.model, args.weights) if args.weights else None
+        judge = Judge(model, read_windows(args, tokenizer), journal, overrides)
         rows = measure(args, judge, codecs)
     if output.is_first_rank():
         output.show(f"drop curve: TP={args.tp}, {args.tokens} tokens, windows of {args.context}", COLUMNS, rows)
@@ -86,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace, judge, codecs: list[str]) -> list[dict]:
     """A row for each order, codec and share."""
-    from ..inference.weight_overrides import blocks_in
+    from ..quality.judge import Trial
 
     in_order = list(range(judge.model.config.num_layers))
     orders: list[tuple[str, list[int], bool]] = []
@@ -97,17 +111,17 @@ def measure(args: argparse.Namespace, judge, codecs: list[str]) -> list[dict]:
         orders.append(("sensitivity", by_rank, False))
     if args.in_order or not args.sensitivity:
         orders.insert(0, ("in order", in_order, False))
-    if args.distilled:
+    if args.weights:
         orders += [(f"{name}, distilled", order, True) for name, order, _ in orders[-1:]]
-    full = judge.point("full", policy([], "none"))["perplexity"]
+    full = judge.point(Trial("full", policy([], "none")))["nll"]
     rows = []
     for name, order, distilled in orders:
         for codec in codecs:
             for percent in args.percent:
                 dropped = share_of(order, percent)
-                replaced = sorted(blocks_in(args.distilled) & set(dropped)) if distilled else []
-                weights = args.distilled if replaced else None
-                point = judge.point(f"{name} {percent:g} % {codec}", policy(dropped, codec), weights, replaced)
+                replaced = sorted(judge.overrides.blocks & set(dropped)) if distilled else []
+                trial = Trial(f"{name} {percent:g} % {codec}", policy(dropped, codec), tuple(replaced))
+                point = judge.point(trial)
                 rows.append(
                     {
                         "order": name,
@@ -115,8 +129,11 @@ def measure(args: argparse.Namespace, judge, codecs: list[str]) -> list[dict]:
                         "percent": percent,
                         "dropped": len(dropped),
                         "replaced": len(replaced),
-                        **point,
-                        "perplexity_increase_pct": 100 * (point["perplexity"] / full - 1),
+                        "perplexity": perplexity(point["nll"]),
+                        "kl": point["kl"],
+                        "top1_agreement": point["top1_agreement"],
+                        "received_bytes": point["received_bytes"],
+                        "perplexity_increase_pct": increase_pct(point["nll"], full),
                     }
                 )
     return rows

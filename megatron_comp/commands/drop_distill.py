@@ -1,20 +1,26 @@
-"""`megatron-comp drop distill`: teaches blocks without attention's sum to give what the stock blocks give.
-
-In one process: the model's layers pass through memory one by one, with the activations of the whole text. Every
-finished block is written; the same command goes on behind the last one.
-"""
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp drop distill`: weights for blocks without attention's sum."""
 
 import argparse
 
 import torch
 
+from .. import files
 from ..launcher import output
 from ..quality.origin import digest
 from ..spd.blocks import parse_blocks, write_policy
 from ..spd.criteria import LOSSES
 from . import drop_options
 
+DESCRIPTION = """\
+Train weights with which blocks without attention's sum give what the stock blocks give. This runs in one process: the
+model's layers pass through memory one by one, with the activations of the whole text. Every finished block is written;
+after an interruption the same command goes on behind the last one.
+"""
 EPILOG = """\
+Example:
+  megatron-comp drop distill --model llama --tp 2 --text calibration.txt --blocks 0,3-5 --out distilled.safetensors
+
 The weights go with a policy that drops the same blocks' sums, and only with it: in a stock block they are wrong.
 """
 
@@ -30,28 +36,27 @@ COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     drop_options.add_blocks(parser, tokens=65536)
-    parser.add_argument("--policy-out", metavar="FILE", help="write a policy there that drops those blocks' sums")
-    parser.add_argument(
-        "--start", metavar="FILE", help="weights to start from, as `megatron-comp drop group` writes them"
-    )
-    parser.add_argument("--epochs", type=int, default=10, metavar="E", help="passes over the text (default 10)")
-    parser.add_argument("--batch", type=int, default=4, metavar="B", help="windows a step (default 4)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--policy-out", metavar="FILE", help="Also write a policy that drops the sums of those blocks.")
+    add("--start", metavar="FILE", help="Weights to start from, as `megatron-comp drop group` writes them.")
+    add("--epochs", type=int, default=10, metavar="E", help="Number of passes over the text (default 10).")
+    add("--batch", type=int, default=4, metavar="B", help="Number of windows per step (default 4).")
+    add(
         "--learning-rate",
         type=float,
         default=1e-3,
         metavar="R",
-        help="of AdamW, falling to 0 as a cosine (default 1e-3, for a model of 135M; the paper: 5e-5 for Llama-2)",
+        help="Of AdamW; it falls to 0 as a cosine (default 1e-3, for a model of 135M; the paper: 5e-5 for Llama-2).",
     )
-    parser.add_argument(
+    add(
         "--loss",
         choices=LOSSES,
         default="relative",
-        help="of the difference from the full block's output: relative to each token's mean square (default), or mse, "
-        "the paper's",
+        help="Of the difference from the full block's output: relative to each token's mean square (default), or mse, "
+        "the paper's.",
     )
-    parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the order of windows (default 1)")
-    parser.add_argument("--log", metavar="FILE", help="write the loss there as CSV, a line an epoch")
+    add("--seed", type=int, default=1, metavar="S", help="Seed of the order of windows (default 1).")
+    add("--log", metavar="FILE", help="Write the loss there as CSV, a line per epoch.")
 
 
 def check(args: argparse.Namespace) -> list[int]:
@@ -65,12 +70,17 @@ def check(args: argparse.Namespace) -> list[int]:
 
 
 def run(args: argparse.Namespace) -> None:
+    blocks = check(args)
+    with files.locked(args.out):
+        _run(args, blocks)
+
+
+def _run(args: argparse.Namespace, blocks: list[int]) -> None:
     from ..inference import hf
     from ..spd.block import Block, stream
     from ..spd.training import Recipe, distill
     from ..spd.weights import begin
 
-    blocks = check(args)
     recipe = Recipe(args.ranks, args.epochs, args.batch, args.learning_rate, args.loss, args.seed)
     start = {"start": digest(args.start)} if args.start else {}
     config, file, missing = begin(args, blocks, {"recipe": str(recipe), **start})

@@ -1,17 +1,25 @@
-"""`megatron-comp drop group`: assigns heads to ranks anew in blocks that cannot do without attention's sum as they are.
-
-Without the sum each rank's part of the MLP sees its own heads only, so it matters which heads stand together, and
-beside which part. Only the order of heads changes: with the sum, the block computes what it did.
-"""
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp drop group`: heads assigned to ranks anew."""
 
 import argparse
 
+from .. import files
 from ..launcher import output
 from ..spd.blocks import parse_blocks
 from ..spd.criteria import CRITERIA
 from . import drop_options
 
-EPILOG = "`megatron-comp drop distill --start FILE` goes on from these weights."
+DESCRIPTION = """\
+Assign heads to ranks anew, in blocks that cannot do without attention's sum as they are. Without the sum each rank's
+part of the MLP sees its own heads only, so it matters which heads stand together, and beside which part. Only the order
+of heads changes: with the sum, the block computes what it did.
+"""
+EPILOG = """\
+Example:
+  megatron-comp drop group --model llama --tp 2 --text calibration.txt --blocks 0 --out grouped.safetensors
+
+`megatron-comp drop distill --start FILE` goes on from these weights.
+"""
 
 COLUMNS = {
     "block": ("block", "d"),
@@ -29,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--criterion",
         choices=("best", *CRITERIA),
         default="best",
-        help="heads of a rank far apart (diverse) or alike (similar), matched to the MLP by the largest norm (norm) or "
-        "the least change (error); best, the default: whichever leaves the least error on this text, or the own order",
+        help="Heads of a rank far apart (diverse) or alike (similar), matched to the MLP by the largest norm (norm) or "
+        "the least change (error). The default, best, takes what leaves the least error on this text, or no change.",
     )
 
 
@@ -40,12 +48,17 @@ def check(args: argparse.Namespace) -> list[int]:
 
 
 def run(args: argparse.Namespace) -> None:
+    blocks = check(args)
+    with files.locked(args.out):
+        _run(args, blocks)
+
+
+def _run(args: argparse.Namespace, blocks: list[int]) -> None:
     from ..inference import hf
     from ..spd.block import stream
     from ..spd.heads import candidates, permuted_attention
     from ..spd.weights import begin
 
-    blocks = check(args)
     config, file, missing = begin(args, blocks, {"criterion": args.criterion})
     with hf.Checkpoint(args.model) as own:
         for block, x, target, rope in stream(own, config, drop_options.windows(args), missing):

@@ -1,25 +1,21 @@
-"""What the subcommands of `megatron-comp drop` share: arguments, their checks, and the text as tokens."""
+# SPDX-License-Identifier: Apache-2.0
+"""What the steps of `megatron-comp drop` share: options, their checks, and the text as tokens."""
 
 import argparse
-import importlib.util
 from pathlib import Path
 
-from ..launcher import output
+from ..inference.text import read_tokenizer
 from ..quality.windows import read_windows
 from . import options
 
-CALIBRATION_TEXT = "calibration text: not the one to be judged by"
-
-
-def add_model(parser: argparse.ArgumentParser, dest: str) -> None:
-    """dest: `tp` for what runs on that many ranks, another name for what only reckons with them in one process."""
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a Hugging Face Llama checkpoint")
-    parser.add_argument("--tp", dest=dest, type=int, required=True, metavar="N", help="tensor-parallel ranks")
+MODEL = "Folder of a Hugging Face Llama checkpoint."
+CALIBRATION_TEXT = "A calibration text. Judge the result by another one."
 
 
 def add_ranks(parser: argparse.ArgumentParser, tokens: int) -> None:
     """Of a step that measures on ranks. tokens: of the text, if not told."""
-    add_model(parser, "tp")
+    options.add_model(parser, MODEL)
+    options.add_tp(parser)
     options.add_text(parser, tokens, CALIBRATION_TEXT)
     options.add_dtype(parser)
     options.add_run_arguments(parser)
@@ -28,30 +24,28 @@ def add_ranks(parser: argparse.ArgumentParser, tokens: int) -> None:
 
 def add_blocks(parser: argparse.ArgumentParser, tokens: int) -> None:
     """Of a step that writes weights of blocks, in one process."""
-    add_model(parser, "ranks")
+    options.add_model(parser, MODEL)
+    options.add_tp(parser, "ranks", "Number of tensor-parallel ranks that the weights are for.")
     options.add_text(parser, tokens, CALIBRATION_TEXT)
-    parser.add_argument("--blocks", required=True, metavar="LIST", help="layers to work on, as in 0,3-5")
-    parser.add_argument("--out", required=True, metavar="FILE", help="safetensors to write their weights to")
+    parser.add_argument("--blocks", required=True, metavar="LIST", help="The layers to work on, as in 0,3-5.")
+    parser.add_argument("--out", required=True, metavar="FILE", help="The safetensors file to write their weights to.")
     options.add_json(parser)
 
 
 def check(args: argparse.Namespace, *files: str) -> None:
-    """Fails before any work on what can be seen from here. files: options that name what is written."""
+    """Fails before any work on what can be seen from here. files: more options that name what is written."""
     options.check_model(args)
     options.check_text(args)
-    for option in ("sensitivity", "start", "distilled"):
+    for option in ("sensitivity", "start", "weights"):
         if (path := getattr(args, option, None)) and not Path(path).is_file():
             raise ValueError(f"--{option} {path}: no such file")
     if getattr(args, "tp", 2) < 2:
         raise ValueError(f"--tp {args.tp}: one rank sums nothing; 2 or more have a sum to drop")
     if hasattr(args, "timeout"):
         options.check_timeout(args)
-    if getattr(args, "figure", None) and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--figure needs matplotlib: pip install matplotlib, or this package with its extra 'bench'")
-    for option in ("json", *files):
-        output.check_file(f"--{option.replace('_', '-')}", getattr(args, option))
+    options.check_written(args, *files)
 
 
 def windows(args: argparse.Namespace):
     """int64 `[windows, context]` from the start of the text."""
-    return read_windows(args, options.read_tokenizer(args.model))
+    return read_windows(args, read_tokenizer(args.model))

@@ -1,15 +1,18 @@
-"""`megatron-comp evaluate`: what compression does to a model's predictions on a text, codec by codec."""
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp evaluate`: what compression does to a model's predictions on a text."""
 
 import argparse
-import math
-import time
+from dataclasses import replace
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from ..launcher import output
+from ..policy import DROP
 from ..quality.windows import read_windows
 from . import options
+
+if TYPE_CHECKING:
+    from ..quality.judge import Judge, Judgement
 
 COLUMNS = {
     "codec": ("codec", ""),
@@ -24,102 +27,82 @@ COLUMNS = {
 }
 
 
+DESCRIPTION = """\
+Measure what compression does to a model's predictions on a text: perplexity, KL divergence from the uncompressed model,
+agreement on the most likely token, and bytes. The output has one row per codec and policy. The codecs of a policy file
+are judged whether or not its min_bytes would let these messages through, unless --min-bytes says otherwise.
+"""
+EPILOG = """\
+Example:
+  megatron-comp evaluate --model llama --tp 2 --text prose.txt --codec mxfp4 --codec int4:32:fp16:hadamard
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
-    options.add_text(parser, 6144, "prose that the model has not been tuned on")
+    options.add_text(parser, 6144, "A text file of prose that the model has not been tuned on.")
     parser.add_argument(
-        "--codec", action="append", default=[], metavar="C", help="a codec or preset; give it again for more rows"
+        "--codec", action="append", default=[], metavar="C", help="A codec or preset. Repeat it for more rows."
     )
 
 
 def check(args: argparse.Namespace) -> list[options.Setting]:
     options.check_files(args)
     options.check_text(args)
-    return options.with_baseline(options.settings(args, args.codec))
+    gate = args.min_bytes or 0  # of policies, too
+    without = argparse.Namespace(**{**vars(args), "min_bytes": None})
+    settings = [setting for setting in options.settings(without, args.codec) if setting.name != "none"]  # it has a row
+    return [replace(setting, policy=replace(setting.policy, min_bytes=gate)) for setting in settings]
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..quality.judge import Judge
+
     settings = check(args)
     with options.opened(args) as (model, tokenizer):
         windows = read_windows(args, tokenizer)
         overrides = options.overrides(args, model, settings)
-        rows = evaluate(model, windows, settings, overrides)
+        judge = Judge(model, windows, overrides=overrides, keep=False)
+        rows, kept = evaluate(judge, settings)
     if output.is_first_rank():
         scored = f"{len(windows)} windows of {args.context} tokens, TP={args.tp}"
         output.show(f"evaluate: {Path(args.text).name}, {scored}", COLUMNS, rows)
         output.write_json(args.json, vars(args), rows)
+        for line in kept:
+            print(line)
 
 
-def evaluate(model, windows, settings: list[options.Setting], overrides=None) -> list[dict]:
-    """A row for each setting, the first of which is the baseline. windows `[windows, context]`.
+def evaluate(judge: "Judge", settings: list[options.Setting]) -> tuple[list[dict], list[str]]:
+    """A row for the uncompressed model, then one for each setting, with the overrides' weights in blocks that it drops
+    the sum of; and a line about every setting that left sums uncompressed."""
+    from ..quality.judge import Trial
 
-    Window by window all settings run in turn, so that no logits need be kept and a slow minute hits all alike.
-    overrides: `WeightOverrides`, whose weights settings have in the blocks that they drop the sum of.
-    """
-    runs = [_Run(setting) for setting in settings]
-    steps = [(window, run) for window in windows for run in runs]
-    baseline = None
-    for window, run in tqdm(steps, desc="evaluate", unit="forward", disable=not output.is_first_rank()):
-        if overrides:
-            overrides.use(overrides.blocks_for(run.setting.policy))
-        said = run.forward(model, window)
-        baseline = said if run is runs[0] else baseline
-        run.score(model, said, baseline, window)
-    return [run.row(runs[0]) for run in runs]
+    found = judge.overrides
+    trials = [Trial(each.name, each.policy, tuple(found.blocks_for(each.policy)) if found else ()) for each in settings]
+    base, *_ = judged = judge.judge(trials, "evaluate")
+    rows = [_row(name, each, base) for name, each in zip(["none", *(t.name for t in trials)], judged, strict=True)]
+    return rows, [line for trial, each in zip(trials, judged[1:], strict=True) if (line := _kept(trial.name, each))]
 
 
-class _Run:
-    """One setting on its way through the text."""
-
-    def __init__(self, setting: options.Setting) -> None:
-        from ..layers.apply import ModelStats
-        from ..quality.metrics import Quality
-
-        self.setting = setting
-        self.quality = Quality()
-        self.traffic = ModelStats([])
-        self.seconds = 0.0
-
-    def forward(self, model, window):
-        from ..inference.generate import logits
-        from ..layers.apply import apply_compression, stats
-        from ..layers.site import wait_for_device
-        from ..quality.metrics import Prediction
-
-        apply_compression(model, self.setting.policy)
-        wait_for_device()
-        start = time.perf_counter()
-        out = logits(model, window[None])[0, :-1]
-        wait_for_device()
-        self.seconds += time.perf_counter() - start
-        self.traffic.sites += stats(model).sites
-        return Prediction.of(out, _vocab_start(model), _group(model))
-
-    def score(self, model, said, baseline, window) -> None:
-        self.quality.add(said, baseline, window[1:].to(said.best.device), _vocab_start(model), _group(model))
-
-    def perplexity(self) -> float:
-        nll = self.quality.nll / self.quality.tokens
-        return math.exp(nll) if nll < 700 else math.inf
-
-    def row(self, base: "_Run") -> dict:
-        perplexity, base_perplexity = self.perplexity(), base.perplexity()
-        return {
-            "codec": self.setting.name,
-            "algorithm": "+".join(sorted(self.traffic.algorithms)) or "all_reduce",
-            "bits_per_value": self.traffic.bits_per_value,
-            "perplexity": perplexity,
-            "perplexity_increase_pct": 100 * (perplexity / base_perplexity - 1),
-            "kl": self.quality.kl / self.quality.tokens,
-            "top1_agreement": self.quality.agreements / self.quality.tokens,
-            "bytes_per_rank": self.traffic.received_bytes,
-            "seconds": self.seconds,
-        }
+def _kept(name: str, judged: "Judgement") -> str | None:
+    """Why a row that looks harmless may be: nothing, or not all, was compressed."""
+    compressed, kept = judged.traffic.compressed.calls, judged.traffic.kept.calls
+    if not kept:
+        return None
+    reasons = judged.traffic.kept_because.items()
+    because = ", ".join(f"{count} ({reason})" for reason, count in reasons if reason != DROP)
+    return f"{name}: {compressed} of {compressed + kept} sums were compressed; uncompressed: {because}"
 
 
-def _vocab_start(model) -> int:
-    return model.embedding.word_embeddings.vocab_start_index
-
-
-def _group(model):
-    return model.embedding.word_embeddings.tp_group
+def _row(name: str, judged: "Judgement", base: "Judgement") -> dict:
+    return {
+        "codec": name,
+        "algorithm": "+".join(sorted(judged.traffic.algorithms)) or "all_reduce",
+        "bits_per_value": judged.traffic.bits_per_value,
+        "perplexity": judged.perplexity,
+        "perplexity_increase_pct": judged.increase_pct(base),
+        "kl": judged.kl,
+        "top1_agreement": judged.top1_agreement,
+        "bytes_per_rank": judged.traffic.received_bytes,
+        "seconds": judged.seconds,
+    }

@@ -1,9 +1,12 @@
-"""`megatron-comp generate`: greedy text, and what it took."""
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp generate`: text, and what it took."""
 
 import argparse
+from collections.abc import Callable
 
 from tqdm import tqdm
 
+from ..inference.text import check_prompt, encode, stop_tokens
 from ..launcher import output
 from . import options
 
@@ -21,18 +24,52 @@ COLUMNS = {
 }
 
 
+ENGINES = ("static", "dynamic")
+DESCRIPTION = "Continue a prompt greedily; show time to first token, decode rate and bytes received."
+RENAMED = {"--max-new-tokens": "--new-tokens"}
+EPILOG = """\
+Example:
+  megatron-comp generate --model llama --tp 2 --prompt "The capital of France is" --codec mxfp4
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
-    parser.add_argument("--codec", metavar="C", help="a codec or preset for every reduction; none (the default): stock")
-    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="K", help="at most so many (default 32)")
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        action="append",
+        metavar="TEXT",
+        help="The text to continue. With --engine dynamic it may be repeated: all prompts are continued together.",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="static",
+        help="static (the default): one prompt, with a cache of its own. dynamic: Megatron's engine for several "
+        "prompts at once; it needs GPUs and flash-attn 2.7.3 or newer.",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="The prompt is what a user says: put it into the tokenizer's chat template.",
+    )
+    parser.add_argument(
+        "--codec", metavar="C", help="A codec or preset for every sum. With none (the default) sums are uncompressed."
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=32, metavar="K", help="Generate at most this many tokens (default 32)."
+    )
 
 
 def check(args: argparse.Namespace) -> list[options.Setting]:
     if bool(args.codec) + len(args.policy) > 1:
         raise ValueError("give one --codec or --policy, not both")
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: at least one is needed")
+    options.at_least_one(args, "new_tokens")
+    if args.engine == "static" and len(args.prompt) > 1:
+        raise ValueError("--engine static takes one --prompt; --engine dynamic takes several")
+    for prompt in args.prompt:
+        check_prompt(prompt)
     options.check_files(args)
     return options.settings(args, [args.codec] if args.codec else []) or [options.NONE]
 
@@ -42,49 +79,81 @@ def run(args: argparse.Namespace) -> None:
     with options.opened(args) as (model, tokenizer):
         if overrides := options.overrides(args, model, [setting]):
             overrides.use(overrides.blocks_for(setting.policy))
-        row = generate_row(model, tokenizer, setting, args.prompt, args.max_new_tokens)
+        prompts = [encode(tokenizer, prompt, args.chat) for prompt in args.prompt]
+        stops = stop_tokens(args.model, model.hf_config, tokenizer)
+        row = generate_row(model, tokenizer, setting, prompts, args.new_tokens, stops, args.engine)
     if output.is_first_rank():
-        print(row["text"], end="\n\n")
+        output.say(row["text"] + "\n")
         output.show_one("generate", COLUMNS, row)
         output.write_json(args.json, vars(args), [row])
 
 
-def generate_row(model, tokenizer, setting: options.Setting, prompt: str, max_new_tokens: int) -> dict:
-    """Generates two tokens to warm up prefill and decode, and then to measure."""
-    from ..inference.generate import checked_prompt, generate
+def generate_row(
+    model,
+    tokenizer,
+    setting: options.Setting,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stops: set[int],
+    engine: str = "static",
+) -> dict:
+    """Generates two tokens to warm up prefill and decode, and then to measure. prompts: their tokens; stops: those
+    that end a text."""
+    from ..inference.generate import checked_prompt
     from ..layers.apply import apply_compression, stats
 
-    ids = tokenizer.encode(prompt)
-    checked_prompt(model, ids, max_new_tokens)
-    ends = model.hf_config.eos_token_id  # none, one, or several
-    eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    for ids in prompts:
+        checked_prompt(model, ids, max_new_tokens)
     apply_compression(model, setting.policy)
-    generate(model, ids, min(2, max_new_tokens), eos)
+    _generate(engine, model, prompts, min(2, max_new_tokens), stops, lambda: None)
     apply_compression(model, setting.policy)  # counters start again
 
     prefill_bytes = None
     with tqdm(total=max_new_tokens, desc=f"generate {setting.name}", disable=not output.is_first_rank()) as bar:
 
-        def on_token(_token: int) -> None:
+        def on_step() -> None:
             nonlocal prefill_bytes
             if prefill_bytes is None:  # once: walking the model for every token would slow what is being timed
                 prefill_bytes = stats(model).received_bytes
             bar.update()
 
-        made = generate(model, ids, max_new_tokens, eos, on_token)
+        made, ttft_seconds, decode_seconds = _generate(engine, model, prompts, max_new_tokens, stops, on_step)
     after = stats(model)
+    decoded = sum(map(len, made)) - len(made)
     return {
         "codec": setting.name,
         "tp": model.config.tensor_model_parallel_size,
-        "prompt_tokens": len(ids),
-        "new_tokens": len(made.tokens),
-        "ttft_ms": made.ttft_seconds * 1e3,
-        "decode_tokens_per_s": made.tokens_per_second,
+        "prompt_tokens": sum(map(len, prompts)),
+        "new_tokens": sum(map(len, made)),
+        "ttft_ms": ttft_seconds * 1e3,
+        "decode_tokens_per_s": decoded / decode_seconds if decoded else 0.0,
         "prefill_bytes_per_rank": prefill_bytes,
         "decode_bytes_per_rank": after.received_bytes - prefill_bytes,
         "compressed_calls": after.compressed.calls,
         "kept_calls": after.kept.calls,
         "kept_because": dict(after.kept_because),
         # Decoded as one: some tokenizers drop a space at the start of what they decode.
-        "text": tokenizer.decode([*ids, *made.tokens], skip_special_tokens=True),
+        "text": "\n\n".join(
+            tokenizer.decode([*ids, *tokens], skip_special_tokens=True) for ids, tokens in zip(prompts, made)
+        ),
     }
+
+
+def _generate(
+    engine: str,
+    model,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stops: set[int],
+    on_step: Callable[[], None],
+) -> tuple[list[list[int]], float, float]:
+    """New tokens of each prompt, seconds to the first of them, and seconds after it."""
+    if engine == "dynamic":
+        from ..inference.dynamic import generate_together
+
+        together = generate_together(model, prompts, max_new_tokens, stops, on_step)
+        return together.tokens, together.ttft_seconds, together.decode_seconds
+    from ..inference.generate import generate
+
+    made = generate(model, prompts[0], max_new_tokens, stops, lambda _token: on_step())
+    return [made.tokens], made.ttft_seconds, made.decode_seconds

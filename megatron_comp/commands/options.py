@@ -1,6 +1,8 @@
-"""What every subcommand that runs a model shares: its arguments, its policies, and the model on its ranks."""
+# SPDX-License-Identifier: Apache-2.0
+"""What subcommands share: options and their checks, policies, and the model on its ranks."""
 
 import argparse
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,18 @@ from ..policy import CompressionPolicy
 from ..wire.cost import ALGORITHMS
 
 TOKEN_DISPATCHERS = ("allgather", "alltoall")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # with torch's names
+
+
+class Moved(argparse.Action):
+    """An option of earlier versions that another command has now. to: that command."""
+
+    def __init__(self, *args: object, to: str, **more: object) -> None:
+        super().__init__(*args, nargs=0, help=argparse.SUPPRESS, **more)
+        self.to = to
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.error(f"{self.option_strings[0]} is now a command of its own, in a checkout of the source: {self.to}")
 
 
 @dataclass(frozen=True)
@@ -26,52 +39,71 @@ class Setting:
 NONE = Setting("none", CompressionPolicy())
 
 
+def add_model(
+    parser: argparse.ArgumentParser,
+    what: str = "Folder of a Hugging Face Llama or Mixtral checkpoint, or one that `megatron-comp convert` wrote.",
+) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help=what)
+
+
+def add_tp(parser: argparse.ArgumentParser, dest: str = "tp", what: str = "Number of tensor-parallel ranks.") -> None:
+    """dest: `tp` for what runs on that many ranks, another name for what only reckons with them in one process."""
+    parser.add_argument("--tp", dest=dest, type=int, required=True, metavar="N", help=what)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="folder of a Hugging Face Llama or Mixtral, or of `convert`"
-    )
-    parser.add_argument("--tp", type=int, required=True, metavar="N", help="tensor-parallel ranks")
+    """Of a subcommand that runs a model under codecs and policies."""
+    add_model(parser)
+    add_tp(parser)
     parser.add_argument(
         "--policy",
         action="append",
         default=[],
         metavar="FILE",
-        help="YAML policy: codecs by site, layer and phase, min_bytes; where there are rows, give it again for more",
+        help="A YAML policy: codecs by site, layer and phase. Where the output has rows, repeat it for more of them.",
     )
     parser.add_argument(
         "--algorithm",
         choices=ALGORITHMS,
-        help="of the codecs given by --codec: gather_sum quantizes once and sends N-1 messages to each rank, two_step "
-        "quantizes twice and sends 2(N-1)/N of one; auto (the default) takes what is predicted faster",
+        help="How the codecs of --codec are summed: gather_sum quantizes once and sends N-1 messages to each rank, "
+        "two_step quantizes twice and sends 2(N-1)/N of a message, hierarchical adds up inside machines first, auto "
+        "(the default) takes what is predicted faster.",
     )
     parser.add_argument(
         "--min-bytes",
         type=int,
         metavar="BYTES",
-        help="of the codecs given by --codec: smaller messages stay uncompressed (default 0: all are compressed; "
-        "a policy file has its own)",
+        help="Leave smaller messages uncompressed where --codec is used (default 0). A policy file has its own.",
     )
-    parser.add_argument(
-        "--token-dispatcher",
-        choices=TOKEN_DISPATCHERS,
-        default="allgather",
-        help="of a Mixtral: how Megatron brings tokens to their experts (default allgather)",
-    )
+    add_token_dispatcher(parser)
     parser.add_argument(
         "--weights",
         metavar="FILE",
-        help="safetensors whose weights take the place of the model's own in the blocks whose sum a policy drops, as "
-        "`megatron-comp drop distill` writes for a number of ranks",
+        help="Distilled weights, as `megatron-comp drop distill` writes them for one number of ranks. They replace the "
+        "model's own in the blocks whose attention sum a policy drops.",
     )
     add_dtype(parser)
     add_run_arguments(parser)
 
 
+def add_token_dispatcher(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--token-dispatcher",
+        choices=TOKEN_DISPATCHERS,
+        default="allgather",
+        help="How Megatron brings the tokens of a Mixtral to their experts (default allgather).",
+    )
+
+
 def add_text(parser: argparse.ArgumentParser, tokens: int, what: str) -> None:
-    """A text, for `quality.windows.read_windows`. tokens: the default. what: the text should be."""
+    """A text, for `quality.windows.read_windows`. tokens: the default. what: help on which text it should be."""
     parser.add_argument("--text", required=True, metavar="FILE", help=what)
-    parser.add_argument("--tokens", type=int, default=tokens, metavar="K", help=f"how much of it (default {tokens})")
-    parser.add_argument("--context", type=int, default=512, metavar="L", help="in windows of so many (default 512)")
+    parser.add_argument(
+        "--tokens", type=int, default=tokens, metavar="K", help=f"Number of tokens to read from it (default {tokens})."
+    )
+    parser.add_argument(
+        "--context", type=int, default=512, metavar="L", help="Number of tokens per window (default 512)."
+    )
 
 
 def check_text(args: argparse.Namespace) -> None:
@@ -81,8 +113,32 @@ def check_text(args: argparse.Namespace) -> None:
         raise ValueError(f"--text {args.text}: no such file")
 
 
-def add_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
+def add_dtype(
+    parser: argparse.ArgumentParser,
+    what: str = "Of weights, activations and sums; auto (the default) is bf16 on a GPU and fp32 on a CPU.",
+    default: str = "auto",
+) -> None:
+    """Leaves a name of `DTYPES`, or `auto` where that is the default."""
+    choices = (*(("auto",) if default == "auto" else ()), *DTYPES)
+    parser.add_argument("--dtype", type=_short_name, choices=choices, default=default, help=what)
+
+
+def _short_name(dtype: str) -> str:
+    """torch's own names are understood too."""
+    return {long: short for short, long in DTYPES.items()}.get(dtype, dtype)
+
+
+def dtype_name(args: argparse.Namespace) -> str:
+    """torch's name of `--dtype`, which is settled by the device where it is `auto`."""
+    return DTYPES[("bf16" if torch.cuda.is_available() else "fp32") if args.dtype == "auto" else args.dtype]
+
+
+def add_runs(parser: argparse.ArgumentParser, default: int, what: str = "How often everything is measured") -> None:
+    parser.add_argument("--runs", type=int, default=default, metavar="N", help=f"{what} (default {default}).")
+
+
+def add_prompt_tokens(parser: argparse.ArgumentParser, what: str = "Number of tokens in the prompt") -> None:
+    parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="T", help=f"{what} (default 1024).")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +152,7 @@ def add_timeout(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=300,
         metavar="SECONDS",
-        help="after which a rank that hears nothing from another fails (default 300)",
+        help="After this time a rank that hears nothing from another one fails (default 300).",
     )
 
 
@@ -106,7 +162,52 @@ def check_timeout(args: argparse.Namespace) -> None:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", help="write config, versions and rows there as one JSON object")
+    parser.add_argument(
+        "--json", metavar="FILE", help="Write configuration, versions and rows there as one JSON object."
+    )
+
+
+def add_csv(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--csv", metavar="FILE", help="Write the rows there as CSV.")
+
+
+def add_figure(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--figure", metavar="FILE", help=f"Draw {what} there, as .png, .svg or .pdf; needs matplotlib.")
+
+
+def add_state(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--state",
+        metavar="FILE",
+        help="Keep every measurement there; after an interruption the command goes on from it.",
+    )
+
+
+def check_written(args: argparse.Namespace, *names: str) -> None:
+    """Before any work. names: of the options, besides `--json`, `--csv`, `--figure` and `--state`, of files to write.
+
+    Raises ValueError that names the option.
+    """
+    for name in ("json", "csv", "figure", *names):
+        output.check_file(f"--{name.replace('_', '-')}", getattr(args, name, None))
+    output.check_resumed("--state", getattr(args, "state", None))
+    if (figure := getattr(args, "figure", None)) and Path(figure).suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--figure {figure}: allowed are names that end in .png, .svg or .pdf")
+
+
+def at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for the first of these options whose number is less."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least one is needed")
+
+
+def shape(text: str, example: str) -> tuple[int, int]:
+    """Of `ROWSxHIDDEN`."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise ValueError(f"--shape {text}: expected ROWSxHIDDEN, both at least 1, as in {example}")
+    rows, hidden = text.split("x")
+    return int(rows), int(hidden)
 
 
 def settings(args: argparse.Namespace, codecs: list[str]) -> list[Setting]:
@@ -136,9 +237,9 @@ def check_files(args: argparse.Namespace) -> None:
         raise ValueError(f"--tp {args.tp}: at least one rank is needed")
     check_model(args)
     check_timeout(args)
+    check_written(args)
     if getattr(args, "weights", None) and not Path(args.weights).is_file():
         raise ValueError(f"--weights {args.weights}: no such file")
-    output.check_file("--json", args.json)
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -161,25 +262,14 @@ def opened(args: argparse.Namespace, weights: str | None = None):
     place."""
     # Here and in the subcommands: Megatron takes seconds to import, and the process that starts the ranks has no use.
     from ..inference.model import build_model, destroy_parallel, init_parallel
+    from ..inference.text import read_tokenizer
 
     init_parallel(args.tp, args.timeout)
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     model = build_model(
         args.model,
-        dtype=getattr(torch, dtype),
+        dtype=getattr(torch, dtype_name(args)),
         token_dispatcher=args.token_dispatcher,
         extra_weights=weights,
     )
     yield model, read_tokenizer(args.model)
     destroy_parallel()
-
-
-def read_tokenizer(model_dir: str):
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {model_dir}: no tokenizer that transformers can load: {error}") from None

@@ -1,24 +1,39 @@
-"""`megatron-comp plan`: predicted time to first token, stock and compressed, and whether to compress; no GPU needed."""
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp plan`: predicted times of a prompt and of decoding, and whether to compress."""
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from ..launcher import output
 from ..policy import CompressionPolicy
-from ..predict import measured, published
-from ..predict.figures import figures_of
+from ..predict import measured
+from ..predict.advice import (
+    advice,
+    best_of,
+    best_rows,
+    decode_advice,
+    how_to_check,
+    layouts_advice,
+    memory_advice,
+    recommended,
+)
+from ..predict.calibrations import calibration_of
 from ..predict.hardware import GPUS, WIRES, Shares, gpu_of
+from ..predict.layouts import Layout, layouts_of
+from ..predict.machines import Machines
 from ..predict.models import MODELS, Model, load
-from ..predict.times import Job, compute_seconds, sums
+from ..predict.rows import Predictor, Setting, settings_of, with_speedups
+from ..predict.times import Job
 from ..spd.blocks import dropped_blocks, layers_that_drop
-from ..wire.codec import parse_codec
+from ..wire.codec import Codec, parse_codec
 from ..wire.cost import step_codecs
+from ..wire.topology import Islands
+from . import options
 
 CODECS = ("mxfp4", "int4:32:fp16:hadamard", "int5:32:fp16:hadamard", "int8:32:fp16")
-ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# From here on compressing is worth what it costs in quality; below, the prediction may be all error.
-WORTH = 1.05
 
 COLUMNS = {
     "codec": ("codec", ""),
@@ -26,62 +41,112 @@ COLUMNS = {
     "ttft_ms": ("TTFT ms", ".1f"),
     "speedup_vs_none": ("x none", ".2f"),
     "share_of_sums": ("sums", ".0%"),
+    "decode_ms": ("decode ms/token", ".1f"),
+    "decode_speedup": ("x none", ".2f"),
     "compressed": ("compressed", "d"),
     "kept": ("kept", "d"),
     "dropped": ("dropped", "d"),
 }
+# Of several machines, where a table has the best rows of every layout.
+ACROSS = {
+    "layout": ("layout", ""),
+    "codec": ("codec", ""),
+    "algorithm": ("algorithm", ""),
+    "bits_per_value": ("bits", ".2f"),
+    "mb_across": ("MB across", ",.0f"),
+    "ttft_ms": ("TTFT ms", ".1f"),
+    "speedup_vs_none": ("x first", ".2f"),
+    "decode_ms": ("decode ms/token", ".1f"),
+    "decode_speedup": ("x first", ".2f"),
+}
 
+DESCRIPTION = """\
+Predict time to first token and time per decoded token on GPUs and links, stock and compressed, and say whether to
+compress. On several machines, compare tensor parallelism over all of them with one machine and with a pipeline. Needs
+no GPU.
+"""
+RENAMED = {"--tokens": "--prompt-tokens"}
 EPILOG = f"""\
+Example:
+  megatron-comp plan --model llama-2-70b --tp 8 --gpu L4 --link pcie4x16
+  megatron-comp plan --model llama-3-70b --gpu A100-PCIe --machines 2 --gpus-per-machine 8 --link 100gbit \\
+      --inside pcie4x16-p2p
+
 models: {", ".join(MODELS)}
 GPUs:   {", ".join(GPUS)}
 links:  {", ".join(WIRES)} or a rate, as in 100mbit
 
 The model of cost: compute is the larger of flops over 60 % of the GPU's peak and bytes of weights over 80 % of its
 memory's rate; a sum takes its bytes over what is reached of the link (NVLink 80 %, a network 90 %, PCIe through the
-host's memory 20 %: give a rate where your cards reach more), and a codec moves its bytes at half of the memory's rate,
-which is an assumption: nobody has measured the codecs on a GPU. --calibration takes link and codecs from a file of
-`megatron-comp calibrate` instead. Quality is not in it: `megatron-comp evaluate` measures that.
+host's memory 20 %, PCIe from card to card 60 %: give a rate where your cards reach more), and a codec moves its bytes
+at half of the memory's rate. The last two are assumptions: nobody has measured them here. --calibration takes link and
+codecs from a file of `megatron-comp calibrate` instead. Decoding is that of one token after the prompt, without CUDA
+graphs. Quality is not predicted: `megatron-comp evaluate` measures that.
 
---check prints the error of every published row that the model was held against, --measured that of rows of
-`megatron-comp bench ttft --json`; then --compute-ms is the time of an unshaped run without its sums.
+Several machines: --link is the link of one network card, and --cards says how many a machine has, whose load its GPUs
+share. The table has stock sums and the best codec of each layout; --json has all rows. MB across: what a machine
+receives in a prefill. One request at a time: a pipeline that several requests fill is faster than said here. The
+formulas are in `megatron_comp/predict/machines.py` and `layouts.py`.
+
+--measured prints the error of every row of `megatron-comp bench ttft --json`; then --compute-ms is the time of an
+unshaped run without its sums. The errors on published measurements: `python -m research.published` in a checkout.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--check", action="store_true", help="print the model's error on published measurements, and nothing else")
-    add("--model", metavar="M", help="a name below, a checkpoint's folder, or a config.json")
-    # Other names than --tp and --link have elsewhere: this subcommand starts no ranks.
-    add("--tp", dest="ranks", type=int, metavar="N", help="tensor-parallel ranks")
-    add("--batch", type=int, default=1, metavar="B", help="prompts (default 1)")
-    add("--tokens", type=int, default=1024, metavar="T", help="of each prompt (default 1024)")
-    add("--dtype", choices=tuple(ITEMSIZES), default="bfloat16", help="of weights and sums (default bfloat16)")
-    add("--gpu", metavar="NAME", help="a name below")
-    add("--compute-ms", type=float, metavar="MS", help="measured time of all but the sums, in place of --gpu's")
-    add("--link", dest="wire", metavar="L", help="a name below or a rate")
-    add("--calibration", metavar="FILE", help="link and codecs as `megatron-comp calibrate` measured them")
-    add("--codec", action="append", metavar="C", help=f"again for more rows (default: {' '.join(CODECS)})")
-    add("--policy", metavar="FILE", help="one more row: a policy, as its min_bytes and dropped sums make it")
+    add("--check", action=options.Moved, to="python -m research.published")
+    options.add_model(parser, "A name below, the folder of a checkpoint, or a config.json.")
+    # Not where other subcommands leave --tp and --link: this one starts no ranks.
+    add(
+        "--tp", dest="ranks", type=int, metavar="N", help="Number of tensor-parallel ranks (with --machines: all GPUs)."
+    )
+    add("--batch", type=int, default=1, metavar="B", help="Number of prompts (default 1).")
+    options.add_prompt_tokens(parser, "Number of tokens in each prompt")
+    options.add_dtype(parser, "Of weights and sums (default bf16).", "bf16")
+    add("--gpu", metavar="NAME", help="The GPU of each rank: a name below.")
+    add("--compute-ms", type=float, metavar="MS", help="Measured time of all but the sums, in place of --gpu.")
+    add(
+        "--link",
+        dest="wire",
+        metavar="L",
+        help="The link of each rank, with --machines of each network card: a name below or a rate, such as 10gbit.",
+    )
+    add("--machines", type=int, metavar="M", help="Number of machines, each with --gpus-per-machine GPUs.")
+    add("--gpus-per-machine", type=int, default=1, metavar="L", help="GPUs of each machine (default 1).")
+    add("--inside", metavar="L", help="With --machines: the link of each GPU inside its machine, named as --link.")
+    add("--cards", type=int, default=1, metavar="K", help="With --machines: network cards per machine (default 1).")
+    add("--rtt", default="0", metavar="TIME", help="With --machines: a round trip's time on the wire, such as 1ms.")
+    add("--calibration", metavar="FILE", help="Link and codecs as `megatron-comp calibrate` measured them.")
+    add(
+        "--codec",
+        action="append",
+        metavar="C",
+        help=f"A codec or preset. Repeat it for more rows (default: {' '.join(CODECS)}).",
+    )
+    add("--policy", metavar="FILE", help="A YAML policy: one more row, by its min_bytes and dropped sums.")
     add(
         "--drop",
         type=float,
         metavar="PERCENT",
-        help="two more rows: so much of attention's sums dropped, alone and beside the best codec; and what that adds",
+        help="Add two rows with this share of attention's sums dropped, alone and beside the best codec.",
     )
-    add("--measured", metavar="FILE", help="what `bench ttft --json` wrote: print the errors of its rows")
-    add("--json", metavar="FILE", help="write config, versions and rows there as one JSON object")
+    add(
+        "--measured",
+        metavar="FILE",
+        help="JSON of `megatron-comp bench ttft`: show the errors of the predictions of its rows instead.",
+    )
+    options.add_json(parser)
 
 
 def check(args: argparse.Namespace) -> None:
-    output.check_file("--json", args.json)
-    if args.check:
-        return
-    for option, value in {"--model": args.model, "--tp": args.ranks}.items():
-        if value is None:
-            raise ValueError(f"{option} is needed, or --check")
-    for option, value in {"--tp": args.ranks, "--batch": args.batch, "--tokens": args.tokens}.items():
-        if value < 1:
-            raise ValueError(f"{option} {value}: at least one is needed")
+    options.check_written(args)
+    options.at_least_one(args, "batch", "prompt_tokens")
+    _check_machines(args)
+    if args.ranks is None:
+        raise ValueError("give --tp, the number of ranks, or --machines and --gpus-per-machine")
+    if args.ranks < 1:
+        raise ValueError(f"--tp {args.ranks}: at least one is needed")
     if (args.gpu is None) == (args.compute_ms is None):
         raise ValueError("give --gpu, one of " + ", ".join(GPUS) + ", or --compute-ms, and not both")
     if args.drop is not None and not 0 < args.drop <= 100:
@@ -94,99 +159,114 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("give --link, a name (" + ", ".join(WIRES) + ") or a rate, or --calibration")
 
 
+def _check_machines(args: argparse.Namespace) -> None:
+    """Settles the number of ranks where it follows from the machines."""
+    options.at_least_one(args, "gpus_per_machine", "cards")
+    if args.machines is None:
+        if args.inside or args.rtt != "0" or args.cards > 1 or args.gpus_per_machine > 1:
+            raise ValueError("--gpus-per-machine, --inside, --cards and --rtt describe machines: give --machines")
+        return
+    if args.machines < 2:
+        raise ValueError(f"--machines {args.machines}: two are needed; for one machine leave it out and give --tp")
+    ranks = args.machines * args.gpus_per_machine
+    if args.ranks not in (None, ranks):
+        raise ValueError(f"--tp {args.ranks}: {args.machines} machines of {args.gpus_per_machine} have {ranks} ranks")
+    args.ranks = ranks
+    if args.calibration:
+        if args.wire or args.inside or args.rtt != "0" or args.cards > 1:
+            raise ValueError(
+                "--calibration knows the links between machines: leave out --link, --inside, --cards, --rtt"
+            )
+    elif args.gpus_per_machine > 1 and args.inside is None:
+        raise ValueError(f"give --inside, the link between GPUs of a machine: a name ({', '.join(WIRES)}) or a rate")
+
+
 def run(args: argparse.Namespace) -> None:
     check(args)
-    if args.check:
-        rows = published.rows()
-        reasons = list(dict.fromkeys(row["reason"] for row in rows if row["reason"]))
-        shown = [row | {"note": reasons.index(row["reason"]) + 1 if row["reason"] else ""} for row in rows]
-        output.show("plan --check: the model beside published measurements", published.COLUMNS, shown)
-        for number, reason in enumerate(reasons, 1):
-            print(f"{number}: {reason}")
-        print(published.summary(rows))
-    else:
-        rows = _plan(args)
+    rows = _plan(args)
     output.write_json(args.json, vars(args), rows)
 
 
 def _plan(args: argparse.Namespace) -> list[dict]:
-    job = Job(load(args.model), args.ranks, args.batch, args.tokens, ITEMSIZES[args.dtype])
-    names = args.codec or list(CODECS)
-    policies = {args.policy: CompressionPolicy.from_file(args.policy)} if args.policy else {}
-    for policy in policies.values():
+    job = Job(load(args.model), args.ranks, args.batch, args.prompt_tokens, _itemsize(args))
+    job.model.check_ranks(args.ranks)
+    policy = CompressionPolicy.from_file(args.policy) if args.policy else None
+    if policy:
         policy.check_layers(job.model.layers)
     dropped = blocks_to_drop(job.model, args.drop) if args.drop else []
-    if job.model.experts and (dropped or any(map(dropped_blocks, policies.values()))):
+    if job.model.experts and (dropped or policy and dropped_blocks(policy)):
         raise ValueError(f"--model {args.model}: a mixture of experts cannot do without attention's sums")
-    codecs = [codec for name in names for codec in step_codecs(parse_codec(name))]
-    codecs += [codec for policy in policies.values() for codec in policy.codecs()]
-    known = figures_of(args, codecs, args.ranks, ITEMSIZES[args.dtype])
-    compute = args.compute_ms / 1e3 if args.compute_ms else compute_seconds(job, gpu_of(args.gpu), Shares())
+    names = args.codec or list(CODECS)
+    codecs = [codec for name in names for codec in step_codecs(parse_codec(name))] + (policy.codecs() if policy else [])
+    machines = _machines(args)
+    layouts = _layouts(args, machines, codecs, job)
+    gpu = gpu_of(args.gpu) if args.gpu else None
+    predict = Predictor(job, gpu, args.compute_ms and args.compute_ms / 1e3, machines)
     if args.measured:
-        rows = measured.rows(args.measured, job, compute, known)
+        rows = measured.rows(args.measured, job, predict.compute_of(job), layouts[0].calibration, layouts[0].islands)
         output.show(f"plan --measured {args.measured}", measured.COLUMNS, rows)
         return rows
-    tried = [("none", "all_reduce", CompressionPolicy())]
-    for name in names:
-        for way in ("two_step",) if ">" in name else ("gather_sum", "two_step"):
-            tried.append((name, way, CompressionPolicy(codec=name, algorithm=way, min_bytes=0)))
-    rows = [_row(*each, job, compute, known, compute + sums(job, CompressionPolicy(), known).seconds) for each in tried]
-    stock, best = rows[0]["ttft_ms"] / 1e3, max(range(len(rows)), key=lambda n: rows[n]["speedup_vs_none"])
-    rows += [_row(name, "policy", policy, job, compute, known, stock) for name, policy in policies.items()]
-    with_drops, layers = [], layers_that_drop(dropped)
-    for name, way, policy in [tried[n] for n in dict.fromkeys((0, best)) if dropped]:
-        with_drops.append(_row(name, way, replace(policy, layers=layers), job, compute, known, stock))
+    tried = settings_of(names, layouts[0])
+    rows = [predict.row(layouts[0], setting) for setting in tried]
+    layers = layers_that_drop(dropped)
+    both = [tried[n] for n in dict.fromkeys((0, rows.index(recommended(rows)))) if dropped]
+    dropping = [replace(setting, policy=replace(setting.policy, layers=layers)) for setting in both]
+    rows += [predict.row(layouts[0], Setting(args.policy, "policy", policy))] if policy else []
+    with_drops = [predict.row(layouts[0], setting) for setting in dropping]
+    others = [predict.row(layout, setting) for layout in layouts[1:] for setting in settings_of(names, layout)]
+    with_speedups([*rows, *with_drops, *others])
+    _show(args, rows, with_drops, others)
+    if machines is not None:
+        output.say(decode_advice(rows))
+        output.say(layouts_advice([*rows, *others]))
+        output.say(memory_advice(layouts, job, gpu))
+        for line in how_to_check(best_of(rows, "ttft_ms"), args.ranks, job.itemsize):
+            output.say(line)
+    return rows + with_drops + others
+
+
+def _show(args: argparse.Namespace, rows: list[dict], with_drops: list[dict], others: list[dict]) -> None:
+    """others: of other layouts of several machines."""
     where = f"{args.gpu or 'measured compute'}, {args.wire or args.calibration}"
-    title = f"plan: {args.model}, TP={args.ranks}, {args.batch}x{args.tokens} tokens, {where}"
-    output.show(title, COLUMNS, rows + with_drops)
-    print(advice(rows, with_drops))
-    return rows + with_drops
+    if args.machines:
+        inside = f", {args.inside} inside" if args.inside else ""
+        where += f" between {args.machines} machines of {args.gpus_per_machine}{inside}"
+    columns = COLUMNS if args.gpu else {name: COLUMNS[name] for name in COLUMNS if not name.startswith("decode")}
+    shown = rows
+    if others:
+        columns, shown = ACROSS | ({"dropped": COLUMNS["dropped"]} if with_drops else {}), best_rows([*rows, *others])
+    title = f"plan: {args.model}, TP={args.ranks}, {args.batch}x{args.prompt_tokens} tokens, {where}"
+    output.show(title, columns, shown + with_drops)
+    output.say(advice(rows, with_drops))
+
+
+def _machines(args: argparse.Namespace) -> Machines | None:
+    """None for one machine, and where a calibration says what its links take."""
+    if args.machines is None or args.calibration:
+        return None
+    return Machines.of_options(
+        args.machines, args.gpus_per_machine, args.wire, args.inside or args.wire, args.cards, args.rtt
+    )
+
+
+def _layouts(args: argparse.Namespace, machines: Machines | None, codecs: Sequence[Codec], job: Job) -> list[Layout]:
+    """Tensor parallel over all ranks first; other layouts where the links of each machine are known."""
+    if machines is not None:
+        return layouts_of(machines, gpu_of(args.gpu), Shares(), codecs, job)
+    known = calibration_of(args, codecs, args.ranks, job.itemsize)
+    islands = Islands.of_size(args.ranks, args.gpus_per_machine) if args.machines else None
+    if islands and islands.have_two_levels and not known.inside:
+        raise ValueError(
+            f"--calibration {args.calibration}: knows no links inside and across machines; calibrate on the machines"
+        )
+    return [Layout(f"TP={args.ranks}", args.ranks, known, islands)]
+
+
+def _itemsize(args: argparse.Namespace) -> int:
+    return getattr(torch, options.dtype_name(args)).itemsize
 
 
 def blocks_to_drop(model: Model, percent: float) -> list[int]:
     """So much of the blocks, the last ones: which ones makes no difference to the time."""
     count = round(model.layers * percent / 100)
     return list(range(model.layers - count, model.layers))
-
-
-def _row(name, algorithm, policy, job, compute, known, stock) -> dict:
-    """stock: seconds to first token with nothing compressed or dropped."""
-    made = sums(job, policy, known, compute)
-    ttft = compute + made.seconds
-    return {
-        "codec": name,
-        "algorithm": "+".join(sorted(made.algorithms)) or "all_reduce" if algorithm == "policy" else algorithm,
-        "ttft_ms": ttft * 1e3,
-        "speedup_vs_none": stock / ttft,
-        "share_of_sums": made.seconds / ttft,
-        "compressed": made.compressed,
-        "kept": 2 * job.model.layers - made.compressed - made.dropped,
-        "dropped": made.dropped,
-    }
-
-
-def advice(rows: list[dict], with_drops: Sequence[dict] = ()) -> str:
-    """One sentence: whether to compress, and with what; with rows that drop sums, another: what that would add."""
-    base, best = rows[0], max(rows, key=lambda row: row["speedup_vs_none"])
-    share = f"sums take {base['share_of_sums']:.0%} of the time to first token"
-    if best["speedup_vs_none"] < WORTH:
-        said = f"Leave compression off: {share} without it, and nothing here is predicted to gain 5 %."
-        best = base
-    else:
-        what = f"{best['codec']} by {best['algorithm']}"
-        if best["dropped"]:
-            what += f", {best['dropped']} sums dropped"
-        said = (
-            f"Compress with {what}: {best['ttft_ms']:.0f} ms instead of {base['ttft_ms']:.0f} predicted, "
-            f"{best['speedup_vs_none']:.2f} times as fast, since {share} without it; measure its quality first."
-        )
-    if not with_drops:
-        return said
-    dropped = with_drops[0] if best is base else with_drops[-1]
-    (before,) = (r for r in rows if (r["codec"], r["algorithm"]) == (dropped["codec"], dropped["algorithm"]))
-    beside = "alone" if before is base else f"beside {before['codec']} by {before['algorithm']}"
-    return (
-        f"{said} Dropping {dropped['dropped']} of attention's sums {beside}: {dropped['ttft_ms']:.0f} ms predicted, "
-        f"{before['ttft_ms'] / dropped['ttft_ms']:.2f} times as fast as without; `megatron-comp drop` measures its "
-        "quality."
-    )

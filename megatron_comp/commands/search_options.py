@@ -1,17 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options of `search --with-drop`, and what they stand for: a link, a prompt, and distilled weights."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..launcher import output
-from ..predict.figures import figures_of
+from ..predict.calibrations import calibration_of
 from ..predict.hardware import GPUS, WIRES
 from ..predict.models import load
 from ..predict.times import Job
 from ..search.candidates import PRESETS
+from ..wire.calibration import Calibration
 from ..wire.codec import Codec
-from ..wire.figures import Figures
+from . import options
 
 PROMPT_TOKENS = 1024
 # By the names that argparse leaves them under.
@@ -30,20 +31,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--with-drop",
         action="store_true",
-        help="for each block also: leave attention's sum out; the policy is that of least predicted time of all sums",
+        help="For each block, also consider leaving attention's sum out; find the least predicted time of all sums.",
     )
-    # Other names than --weights and --link have elsewhere: the model is built with its own, and no links are made.
-    add("--weights", dest="distilled", metavar="FILE", help="of `drop distill`: blocks may be dropped with these too")
-    add("--weights-out", metavar="FILE", help="safetensors to write the weights of the chosen ones of these to")
+    # Not where other subcommands leave --weights and --link: the model is built with its own, and no links are made.
+    add(
+        "--weights",
+        dest="distilled",
+        metavar="FILE",
+        help="Weights of `megatron-comp drop distill`: blocks may be dropped with these too.",
+    )
+    add("--weights-out", metavar="FILE", help="The safetensors file to write the weights of the chosen blocks to.")
     add(
         "--link",
         dest="wire",
         metavar="L",
-        help=f"a rate, as in 100mbit, or one of {', '.join(WIRES)}; alone, codecs take no time",
+        help=f"The link of each rank: a rate, such as 100mbit, or one of {', '.join(WIRES)}. Without --gpu and "
+        "--calibration codecs take no time.",
     )
-    add("--calibration", metavar="FILE", help="link and codecs as `calibrate` measured them; --link gives another rate")
-    add("--gpu", metavar="NAME", help=f"codecs at the rate of its memory: one of {', '.join(GPUS)}")
-    add("--prompt-tokens", type=int, metavar="T", help=f"of the prompt that takes that time (default {PROMPT_TOKENS})")
+    add(
+        "--calibration",
+        metavar="FILE",
+        help="Link and codecs as `megatron-comp calibrate` measured them; --link gives another rate.",
+    )
+    add("--gpu", metavar="NAME", help=f"Codecs take their time by the memory of this GPU: one of {', '.join(GPUS)}.")
+    add(
+        "--prompt-tokens",
+        type=int,
+        metavar="T",
+        help=f"Number of tokens of the prompt whose sums are timed (default {PROMPT_TOKENS}).",
+    )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -52,8 +68,6 @@ def check(args: argparse.Namespace) -> None:
         if given:
             raise ValueError(f"{NAMES[next(iter(given))]} is for --with-drop")
         return
-    if args.paper:
-        raise ValueError("--paper has its own candidates: leave --with-drop out")
     if args.wire is None and args.calibration is None:
         raise ValueError(f"--with-drop needs --link, a rate or one of {', '.join(WIRES)}, or --calibration")
     if args.gpu and args.calibration:
@@ -62,26 +76,26 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--weights and --weights-out go together: what is chosen of the one is written to the other")
     if args.distilled and not Path(args.distilled).is_file():
         raise ValueError(f"--weights {args.distilled}: no such file")
-    output.check_file("--weights-out", args.weights_out)
+    options.check_written(args, "weights_out")
     if args.distilled and Path(args.weights_out).resolve() == Path(args.distilled).resolve():
         raise ValueError(f"--weights-out {args.weights_out}: is --weights, which stays as it is")
     args.prompt_tokens = PROMPT_TOKENS if args.prompt_tokens is None else args.prompt_tokens
     if args.prompt_tokens < 1:
         raise ValueError(f"--prompt-tokens {args.prompt_tokens}: at least one is needed")
-    figures(args, (), 2)
+    calibration(args, (), 2)
 
 
-def figures(args: argparse.Namespace, candidates: Sequence[Codec], itemsize: int) -> Figures:
-    """Raises what `predict.figures.figures_of` raises."""
+def calibration(args: argparse.Namespace, candidates: Sequence[Codec], itemsize: int) -> Calibration:
+    """Raises what `predict.calibrations.calibration_of` raises."""
     presets = [Codec.parse(name) for name in PRESETS]
-    return figures_of(args, (*candidates, *presets), args.tp, itemsize)
+    return calibration_of(args, (*candidates, *presets), args.tp, itemsize)
 
 
 def job(args: argparse.Namespace, itemsize: int) -> Job:
     return Job(load(args.model), args.tp, 1, args.prompt_tokens, itemsize)
 
 
-def untimed(known: Figures, candidates: Sequence[Codec]) -> str:
+def untimed(known: Calibration, candidates: Sequence[Codec]) -> str:
     """What a user should know of candidates whose time nobody has measured; empty if there is nothing."""
     unknown = [str(codec) for codec in candidates if not known.knows(codec)]
     if not known.codecs:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Causal attention for Megatron's `core_attention` slot, on PyTorch's `scaled_dot_product_attention`.
 
 Megatron's own local attention builds its causal mask on a hard-coded CUDA device and keeps all scores in memory.

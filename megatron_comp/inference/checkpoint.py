@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron's distributed checkpoints (`torch_dist`): a model's weights written once, read at any tensor-parallel size.
 
 What lies in one, as Megatron's own `dist_checkpointing.save` of `model.sharded_state_dict()` writes it:
@@ -11,6 +12,7 @@ writes and reads.
 """
 
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -35,39 +37,14 @@ from tqdm import tqdm
 
 from .metadata import read_metadata
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"  # Megatron's word for weights that belong to no iteration, in the tracker and as the folder's name
-COMPLETE = "metadata.json"
-HUGGING_FACE = ("model.safetensors", "model.safetensors.index.json")
+# What training keeps besides tensors: a file or, from Megatron 0.19 on, an entry of this name among the tensors.
+COMMON, COMMON_ENTRY = "common.pt", "common_state/"
 
 # Names of one norm: alone, as experts and Megatron's own layers have it, or fused into the linear that follows it.
 NORMS = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
 )
-
-
-def find(folder) -> Path | None:
-    """The distributed checkpoint in `folder`: itself, or the iteration that a training's folder names as its latest.
-
-    None if the folder is neither, and where safetensors lie in it: those are its weights then, whatever else is there,
-    as hidden files are that nobody sees. Raises ValueError for a checkpoint that is not complete or of another format.
-    """
-    folder = Path(folder)
-    if any(folder.glob("*.safetensors")):
-        return None
-    tracker = folder / TRACKER
-    if tracker.is_file():
-        word = tracker.read_text().strip()
-        if word != RELEASE and not word.isdigit():
-            raise ValueError(f"{tracker} says {word!r}; expected an iteration's number or {RELEASE!r}")
-        folder /= word if word == RELEASE else f"iter_{int(word):07d}"
-    elif not (folder / ".metadata").is_file():
-        return None
-    for name in (".metadata", COMPLETE):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing: expected a complete checkpoint of the format torch_dist")
-    return folder
 
 
 class _SaveInThisProcess(TorchDistSaveShardedStrategy):
@@ -124,9 +101,9 @@ def load(model: GPTModel, folder) -> None:
     Tensors are cast to the model's dtype. What training keeps beside weights (optimizer, schedule) is not read.
     Entries that only pad a vocabulary may differ in number; those that the checkpoint lacks become zeros.
 
-    Nothing in the folder is run. Torch and Megatron unpickle `.metadata`, and every entry that is described as anything
-    but a tensor: both are looked at first, and no such entry is asked for. Extra state (Transformer Engine's, for fp8)
-    is such an entry; it is left as the model has it.
+    Nothing in the folder is run. Torch and Megatron unpickle `.metadata`, `common.pt`, and every entry that is
+    described as anything but a tensor: the files are looked at first, and no such entry is asked for. Extra state
+    (Transformer Engine's, for fp8) is such an entry; it is left as the model has it.
 
     Raises ValueError, naming a tensor, if the checkpoint and the model do not have the same, in the same shapes, or if
     the checkpoint cannot be read.
@@ -137,6 +114,7 @@ def load(model: GPTModel, folder) -> None:
     described = read_metadata(folder).state_dict_metadata
     names = described.keys()
     with _reading(folder):
+        _check_common(Path(folder), described)
         metadata = dist_checkpointing.load_content_metadata(str(folder))
     prefix = _prefix(names, folder)
     sharded = model.sharded_state_dict(prefix=prefix, metadata=metadata)
@@ -152,6 +130,24 @@ def load(model: GPTModel, folder) -> None:
     _check(folder, "tensors have no place in this model", {name for name in unread if name.startswith(parts)})
     state = {name.removeprefix(prefix): value for name, value in loaded["model"].items()}
     model.load_state_dict(state, strict=False)  # extra state may be absent; all else was checked
+
+
+class _LooksAtBytes(dcp.DefaultLoadPlanner):
+    def load_bytes(self, read_item, value) -> None:
+        torch.load(value, map_location="cpu", weights_only=True)
+
+
+def _check_common(folder: Path, described) -> None:
+    """Raises UnpicklingError, or torch's error around it, if what stands beside the tensors names code to be run.
+
+    Megatron reads it for every checkpoint, and torch then runs what it names: an entry always, and the file if
+    TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set.
+    """
+    if (common := folder / COMMON).exists():
+        torch.load(common, map_location="cpu", weights_only=True)
+    if entries := {name: BytesIO() for name in described if name.startswith(COMMON_ENTRY)}:
+        planner = _LooksAtBytes(flatten_state_dict=False)
+        dcp.load(entries, storage_reader=dcp.FileSystemReader(folder), planner=planner, no_dist=True)
 
 
 def _prefix(names, folder) -> str:

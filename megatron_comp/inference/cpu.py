@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Everything that Megatron-Core needs on a machine without CUDA. With CUDA nothing here does anything."""
 
 import functools

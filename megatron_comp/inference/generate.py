@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Greedy text and logits from a model of `model.build_model`. Every rank calls these together, with the same tokens."""
 
 import time
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
+
+from . import finite
 
 
 @dataclass(slots=True)
@@ -41,20 +44,22 @@ def generate(
     prompt_ids: tokens as a sequence or a tensor of one prompt. Stops after `max_new_tokens`, or after a token of
     `eos_ids`. on_token is called with each new token.
 
-    Raises ValueError for an empty prompt, tokens outside the vocabulary, or more tokens than the model's context holds.
+    Raises ValueError for an empty prompt, tokens outside the vocabulary, or more tokens than the model's context holds;
+    NotFiniteError for logits that are not finite.
     """
     ids = checked_prompt(model, prompt_ids, max_new_tokens)
     # Room for the tokens that fill up a last chunk under sequence parallelism.
     context = StaticInferenceContext(1, ids.shape[1] + max_new_tokens + _multiple(model))
     start = time.perf_counter()
-    token = _next_token(model, context, ids)
+    token = _next_token(model, context, ids, ids)
     first = time.perf_counter()
     context.enable_decode_mode()
     tokens = [token]
     if on_token:
         on_token(token)
     while len(tokens) < max_new_tokens and token not in eos_ids:
-        token = _next_token(model, context, ids.new_tensor([[token]]))
+        ids = F.pad(ids, (0, 1), value=token)
+        token = _next_token(model, context, ids, ids[:, -1:])
         tokens.append(token)
         if on_token:
             on_token(token)
@@ -84,7 +89,8 @@ def logits(model: GPTModel, ids: Tensor, gather: bool = False) -> Tensor:
     `model.embedding.word_embeddings.vocab_start_index`; with `gather` [b, s, V] on every rank. Entries that only pad
     the vocabulary to a multiple of the ranks are cut off, so the last rank's part may be narrower than the others'.
 
-    Raises ValueError for tokens outside the vocabulary or more of them than the model's context holds.
+    Raises ValueError for tokens outside the vocabulary or more of them than the model's context holds, and
+    NotFiniteError for logits that are not finite.
     """
     if ids.dim() != 2 or not ids.numel():
         raise ValueError(f"ids must have the shape [batch, tokens] and not be empty, got {list(ids.shape)}")
@@ -93,16 +99,23 @@ def logits(model: GPTModel, ids: Tensor, gather: bool = False) -> Tensor:
     length = ids.shape[1]
     if length > model.max_sequence_length:
         raise ValueError(f"{length} tokens exceed the model's context of {model.max_sequence_length} tokens")
+    start = 0 if gather else model.embedding.word_embeddings.vocab_start_index
+    out = _read(model, ids, gather)[..., : max(model.hf_config.vocab_size - start, 0)]
+    finite.check(model, out, lambda: _read(model, ids), gathered=gather)
+    return out
+
+
+def _read(model: GPTModel, ids: Tensor, gather: bool = False) -> Tensor:
+    """One forward without cache: `[b, s, V_rank]`, or V with `gather`, padded entries included."""
+    length = ids.shape[1]
     # Tokens appended to the right change nothing before them: attention is causal.
     ids = F.pad(ids, (0, -length % _multiple(model)))
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    out = model(ids, positions, None, runtime_gather_output=gather)[:, :length]
-    start = 0 if gather else model.embedding.word_embeddings.vocab_start_index
-    return out[..., : max(model.hf_config.vocab_size - start, 0)]
+    return model(ids, positions, None, runtime_gather_output=gather)[:, :length]
 
 
-def _next_token(model: GPTModel, context: StaticInferenceContext, ids: Tensor) -> int:
-    """Feeds ids [1, n] at the context's position and returns the most likely token after them."""
+def _next_token(model: GPTModel, context: StaticInferenceContext, text: Tensor, ids: Tensor) -> int:
+    """Feeds ids [1, n] at the context's position and returns the most likely token after them. text: all so far."""
     n, multiple = ids.shape[1], _multiple(model)
     whole = n - n % multiple
     if whole:
@@ -115,7 +128,10 @@ def _next_token(model: GPTModel, context: StaticInferenceContext, ids: Tensor) -
         context.materialize_only_last_token_logits = False
         last = _feed(model, context, F.pad(ids[:, whole:], (0, multiple - rest)))[0, rest - 1]
         context.increment_sequence_len_offset(rest)
-    return int(last[: model.hf_config.vocab_size].argmax())
+    last = last[: model.hf_config.vocab_size]
+    # In decode, logits that are no candidates of a policy's are -inf: the largest one, which is NaN if any is, tells.
+    finite.check(model, last.max() if context.is_decode_only() else last, lambda: _read(model, text), gathered=True)
+    return int(last.argmax())
 
 
 def _feed(model: GPTModel, context: StaticInferenceContext, ids: Tensor) -> Tensor:

@@ -1,70 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face Llama and Mixtral folders: the config, and the weights of one rank.
 
 `shards.plan` says which rows and columns of which tensors make up each parameter of a rank; `load_weights` reads
 exactly those. No process ever holds more of a checkpoint than its own share.
 """
 
-import json
 from collections.abc import Container
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
+from ..notices import notice
+from . import model_files
+from .config import check_sizes, read_raw, unknown_keys
+from .metadata import read_metadata
 from .shards import WHOLE, Piece, Share, plan
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM"}  # model_type -> architecture
-ROPE_TYPES = ("default", "linear", "llama3")
 FLOAT_TYPES = ("F16", "BF16", "F32", "F64")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+CHUNK_ROWS = 4096  # of an embedding, that are compared at a time
 
 
 def read_config(model_dir) -> PretrainedConfig:
     """The config of a checkpoint folder.
 
-    Raises ValueError if there is none, if it is of another architecture, or if it asks for what is not built here.
+    Its `tie_word_embeddings` is what the weights say: false where they hold an output layer unlike the embedding,
+    which transformers takes too. A line tells of that, and another of keys that are not known here.
+
+    Raises FileNotFoundError or ValueError, naming file, key, value and what is allowed, if there is none, if it is of
+    another architecture, or if it asks for what is not built here.
     """
     path = Path(model_dir) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: expected the folder of a Hugging Face checkpoint")
+    raw = read_raw(model_dir)
+    if unknown := unknown_keys(raw, GenerationConfig().to_dict()):
+        notice(f"{path}: unknown keys, which have no effect here: {', '.join(unknown)}")
     try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
-    expected = ARCHITECTURES.get(model_type)
-    if expected is None or (architectures and expected not in architectures):
-        allowed = ", ".join(f"{a} (model_type {t})" for t, a in ARCHITECTURES.items())
-        given = f"{', '.join(architectures) or 'no architecture'} (model_type {model_type})"
-        raise ValueError(f"{path}: {given} is not supported; allowed: {allowed}")
-    try:
-        config = AutoConfig.from_pretrained(model_dir)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise ValueError(f"{path} is not a valid {model_type} config: {error}") from None
-    _check_config(config, path)
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ValueError(f"{path} is not a valid {raw['model_type']} config: {error}") from None
+    check_sizes(config, path)
+    if config.tie_word_embeddings and _holds_own_head(Path(model_dir)):
+        notice(f"{path}: tie_word_embeddings is true, but the weights hold another output layer, which is used")
+        config.tie_word_embeddings = False
     return config
 
 
-def _check_config(config, path) -> None:
-    for option in ("attention_bias", "mlp_bias"):
-        if getattr(config, option, False):
-            raise ValueError(f"{path}: {option} is true; only models without biases are supported")
-    if config.hidden_act != "silu":
-        raise ValueError(f"{path}: hidden_act is {config.hidden_act!r}; allowed: 'silu'")
-    rope = config.rope_parameters
-    if rope["rope_type"] not in ROPE_TYPES:
-        allowed = ", ".join(ROPE_TYPES)
-        raise ValueError(f"{path}: rope type {rope['rope_type']!r} is not supported; allowed: {allowed}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{path}: partial_rotary_factor is {rope['partial_rotary_factor']}; only 1.0 is supported")
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    if heads % groups:
-        raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
-    if getattr(config, "sliding_window", None) is not None:
-        raise ValueError(f"{path}: sliding_window is {config.sliding_window}; only null is supported")
+def _holds_own_head(folder: Path) -> bool:
+    """Whether a folder's weights have an output layer that differs from the embedding."""
+    if distributed := model_files.find_distributed(folder):
+        return any(name.endswith("output_layer.weight") for name in read_metadata(distributed).state_dict_metadata)
+    if not any(folder.glob("*.safetensors")):
+        return False
+    with Checkpoint(folder) as checkpoint:
+        if not checkpoint.names >= {EMBEDDING, HEAD}:
+            return False
+        return not checkpoint.equal(EMBEDDING, HEAD)
 
 
 # Key of a safetensors file's metadata: the number of ranks that its weights are for.
@@ -80,17 +73,9 @@ class Checkpoint:
     def __init__(self, model_dir, extra=None):
         self.folder = Path(model_dir)
         self._open = {}
-        index = self.folder / "model.safetensors.index.json"
-        single = self.folder / "model.safetensors"
-        if single.is_file():
-            self._file_of = dict.fromkeys(self._file(single.name).keys(), single.name)
-        elif index.is_file():
-            try:
-                self._file_of = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from None
-        else:
-            raise FileNotFoundError(f"{self.folder} holds neither {single.name} nor {index.name}")
+        self._file_of = model_files.shards(self.folder)
+        if self._file_of is None:
+            self._file_of = dict.fromkeys(self._file(model_files.SINGLE).keys(), model_files.SINGLE)
         if extra is not None:
             path = str(Path(extra).resolve())  # which stays itself inside of any folder
             replaced = self._file(path).keys()
@@ -125,17 +110,28 @@ class Checkpoint:
                 raise ValueError(f"{self.folder / file}: tensor {name} has shape {shape}, expected {expected}")
             if dtype not in FLOAT_TYPES:
                 allowed = ", ".join(FLOAT_TYPES)
-                raise ValueError(f"{self.folder / file}: tensor {name} is of type {dtype}, expected one of {allowed}")
+                raise ValueError(
+                    f"{self.folder / file}: tensor {name} is of type {dtype}, expected one of {allowed}; quantized "
+                    "weights are not supported"
+                )
             where = [slice(*part) for part in (piece.rows, piece.columns) if part is not None]
             return block[tuple(where)] if piece.index is None else block[(piece.index, *where)]
         except SafetensorError as error:
             raise ValueError(f"{self.folder / file}: cannot read tensor {name} of shape {expected}: {error}") from None
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two matrices are the same; no more than some rows of them are in memory at a time."""
+        pair = [self._file(self._file_of[name]).get_slice(name) for name in (one, other)]
+        rows = {tuple(block.get_shape()) for block in pair}
+        if len(rows) > 1:
+            return False
+        starts = range(0, rows.pop()[0], CHUNK_ROWS)
+        return all(torch.equal(*(block[start : start + CHUNK_ROWS] for block in pair)) for start in starts)
+
     def _file(self, name: str):
         if name not in self._open:
             path = self.folder / name
-            if not path.is_file():
-                raise FileNotFoundError(f"shard {path} is missing")
+            model_files.check_safetensors(path)
             try:
                 self._open[name] = safe_open(path, framework="pt")
             except SafetensorError as error:
@@ -161,6 +157,9 @@ def load_weights(model, model_dir, config, share: Share, extra=None, layers: Con
         _check_names(checkpoint, config, fused)
         pieces_of = plan(config, share, fused)
         assert parameters.keys() == pieces_of.keys(), sorted(parameters.keys() ^ pieces_of.keys())
+        if config.tie_word_embeddings and HEAD in checkpoint.names and EMBEDDING not in checkpoint.names:
+            word = "embedding.word_embeddings.weight"  # saved under its other name
+            pieces_of[word] = [piece._replace(tensor=HEAD) for piece in pieces_of[word]]
         for name, parameter in parameters.items():
             if layers is not None and _layer_of(name) not in layers:
                 continue
@@ -197,8 +196,11 @@ def _check_names(checkpoint: Checkpoint, config, fused_experts: bool) -> None:
     """A weight without a place, a bias for example, would be left out in silence and the output would be wrong."""
     known = {piece.tensor for pieces in plan(config, WHOLE, fused_experts).values() for piece in pieces}
     # Some files repeat the tied embeddings, and old ones carry the rotary frequencies that follow from the config.
-    harmless = {name for name in checkpoint.names if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")}
+    harmless = {name for name in checkpoint.names if name == HEAD or name.endswith("rotary_emb.inv_freq")}
     unknown = sorted(checkpoint.names - known - harmless)
+    for name in unknown:
+        if method := model_files.quantized_by(name):
+            raise ValueError(f"{checkpoint.folder}: tensor {name}: {model_files.quantized(method)}")
     if unknown:
         count, first = len(unknown), unknown[0]
         raise ValueError(f"{checkpoint.folder}: {count} tensors have no place in this model, the first is {first}")

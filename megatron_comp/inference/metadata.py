@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the `.metadata` of a distributed checkpoint without running what it names.
 
 torch writes that file with pickle, and reads it with `pickle.load`, which calls whatever the file asks for. A model

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds a Llama or Mixtral checkpoint as a tensor-parallel Megatron-Core GPTModel, and starts the ranks it runs on."""
 
 import os
@@ -15,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from . import checkpoint, cpu, hf, shards
+from . import checkpoint, cpu, environment, hf, model_files, shards
 from .attention import CausalAttention
 
 RNG_SEED = 1  # Megatron wants its generators seeded, though inference draws no numbers
@@ -39,7 +40,7 @@ def init_parallel(tensor_parallel: int, timeout_seconds: float = 600, expert_par
     Raises ValueError if the world is not of `tensor_parallel` ranks or has more ranks on a machine than it has GPUs.
     """
     cpu.prepare()
-    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    world_size = dist.get_world_size() if dist.is_initialized() else environment.world_size() or 1
     ranks = tensor_parallel * expert_parallel
     if world_size != ranks:
         asked = f"tensor_parallel is {tensor_parallel}"
@@ -105,7 +106,7 @@ def build_model(
         cpu.prepare_streams()
     config = hf.read_config(model_dir)
     tp = parallel_state.get_tensor_model_parallel_world_size()
-    check_tensor_parallel(config, tp)
+    shards.check_tensor_parallel(config, tp)
     longest = config.max_position_embeddings
     if not 1 <= (max_sequence_length or longest) <= longest:
         raise ValueError(f"max_sequence_length is {max_sequence_length}, this model allows 1 to {longest}")
@@ -125,7 +126,7 @@ def build_model(
         # rope_scaling knows one rule and fixes all its parameters but one.
         inv_freq, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, device)
         model.rotary_pos_emb.inv_freq = inv_freq
-    if megatron_checkpoint := checkpoint.find(model_dir):
+    if megatron_checkpoint := model_files.find_distributed(model_dir):
         if extra_weights is not None:
             raise ValueError(f"{model_dir} is a checkpoint of Megatron's: extra weights go with one of Hugging Face's")
         checkpoint.load(model, megatron_checkpoint)
@@ -138,30 +139,6 @@ def build_model(
 def reload_layers(model: GPTModel, model_dir, layers: Container[int], extra_weights=None) -> None:
     """Reads the weights of some layers of a built model again, with or without those that take their place."""
     hf.load_weights(model, model_dir, model.hf_config, _share(), extra_weights, layers)
-
-
-def check_tensor_parallel(config, tensor_parallel: int) -> None:
-    """Raises ValueError, naming the sizes that work, if a model of this config cannot be split into so many ranks."""
-    problem = _split_problem(config, tensor_parallel)
-    if problem:
-        allowed = [n for n in range(1, config.num_attention_heads + 1) if not _split_problem(config, n)]
-        raise ValueError(f"tensor_parallel {tensor_parallel} {problem}; this model allows {allowed}")
-
-
-def _split_problem(config, tp: int) -> str | None:
-    heads, groups, ffn = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
-    if tp < 1:
-        return "is less than 1"
-    if heads % tp:
-        return f"does not divide {heads} attention heads"
-    if groups % tp and tp % groups:
-        return f"is neither a multiple nor a divisor of {groups} key-value heads"
-    if ffn % tp:
-        return f"does not divide intermediate_size {ffn}"
-    qkv_rows = (heads + 2 * groups) * shards.head_dim(config)
-    if qkv_rows % tp:
-        return f"does not divide the {qkv_rows} rows of the fused query, key and value projection"
-    return None
 
 
 def _share() -> shards.Share:
@@ -177,7 +154,7 @@ def _share() -> shards.Share:
 def _transformer_config(
     config, tp: int, dtype: torch.dtype, sequence_parallel: bool, token_dispatcher: str
 ) -> TransformerConfig:
-    return TransformerConfig(
+    made = TransformerConfig(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.intermediate_size,
@@ -205,6 +182,10 @@ def _transformer_config(
         bias_dropout_fusion=False,
         **cpu.config_options(),
     )
+    # Before it had been built Megatron would have refused one expert per token without this switch, with which it
+    # weights the expert by its share of all. Mixtral gives it the weight 1.
+    made.moe_router_pre_softmax = False
+    return made
 
 
 def _mixture_options(config, token_dispatcher: str) -> dict[str, object]:
@@ -214,8 +195,9 @@ def _mixture_options(config, token_dispatcher: str) -> dict[str, object]:
         "moe_ffn_hidden_size": config.intermediate_size,
         "moe_token_dispatcher_type": token_dispatcher,
         "moe_router_load_balancing_type": "none",
-        # Weights are a softmax over the chosen logits, which equals Mixtral's softmax over all of them, renormalized.
-        "moe_router_pre_softmax": False,
+        # Weights are a softmax over the chosen logits, which equals Mixtral's softmax over all of them, renormalized:
+        # not before, but see `_transformer_config` of one expert.
+        "moe_router_pre_softmax": config.num_experts_per_tok == 1,
         # In 16 bits, near ties would be decided by rounding.
         "moe_router_dtype": "fp32",
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),

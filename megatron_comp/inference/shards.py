@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rows and columns of which tensors of a Hugging Face checkpoint make up each parameter of a rank.
 
 Names and slices alone: `hf.py` reads them.
@@ -40,6 +41,30 @@ WHOLE = Share(0, 1)
 
 def head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def check_tensor_parallel(config, tensor_parallel: int) -> None:
+    """Raises ValueError, naming the sizes that work, if a model of this config cannot be split into so many ranks."""
+    problem = _split_problem(config, tensor_parallel)
+    if problem:
+        allowed = [n for n in range(1, config.num_attention_heads + 1) if not _split_problem(config, n)]
+        raise ValueError(f"tensor_parallel {tensor_parallel} {problem}; this model allows {allowed}")
+
+
+def _split_problem(config, tp: int) -> str | None:
+    heads, groups, ffn = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+    if tp < 1:
+        return "is less than 1"
+    if heads % tp:
+        return f"does not divide {heads} attention heads"
+    if groups % tp and tp % groups:
+        return f"is neither a multiple nor a divisor of {groups} key-value heads"
+    if ffn % tp:
+        return f"does not divide intermediate_size {ffn}"
+    qkv_rows = (heads + 2 * groups) * head_dim(config)
+    if qkv_rows % tp:
+        return f"does not divide the {qkv_rows} rows of the fused query, key and value projection"
+    return None
 
 
 def padded_vocab_size(config, tp: int) -> int:

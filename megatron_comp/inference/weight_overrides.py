@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights of a file in the place of a built model's own."""
 
 from collections.abc import Collection, Iterable
@@ -7,9 +8,9 @@ from safetensors import safe_open
 
 from ..layers.apply import remove_compression
 from ..policy import CompressionPolicy
-from . import checkpoint
 from .hf import check_extra
 from .model import reload_layers
+from .model_files import find_distributed
 
 
 def blocks_in(path: str) -> set[int]:
@@ -33,7 +34,7 @@ class WeightOverrides:
     """
 
     def __init__(self, model: torch.nn.Module, model_dir: str, path: str) -> None:
-        if checkpoint.find(model_dir):
+        if find_distributed(model_dir):
             raise ValueError(
                 f"{model_dir} is a checkpoint of Megatron's: weights of blocks go with one of Hugging Face's"
             )

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks on this machine, their network, and the tables and JSON that they leave."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Figures written to files, in one way."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starts a command's ranks on this machine, so that nobody needs torchrun to try it; and ends them, however it ends."""
 
 import ctypes
@@ -10,7 +11,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -50,19 +51,19 @@ def joined() -> bool:
     return True
 
 
-def start(ranks: int, command: list[str], link: str | None = None, **more: str) -> int:
+def start(ranks: int, command: list[str], network: Network | None = None, **more: str) -> int:
     """Runs `command` once a rank, with the environment that torchrun would give; 0, or the first failing rank's status.
 
-    link: the rate of each rank's link, such as `100mbit`, in a network of its own that goes when this returns; None:
-    ranks meet on this machine as it is. more: further variables of their environment. Rank 0's output is the command's.
+    network: of so many ranks, which stands while they run; None: they meet on this machine as it is. more: further
+    variables of their environment. Rank 0's output is the command's.
     What ranks reported with `report` is printed once for all that said the same.
 
-    Raises ValueError for a link that is none, or that cannot be made here.
+    Raises ValueError for a network that cannot be made here.
     """
     processes: list[subprocess.Popen] = []
     previous = {s: signal.signal(s, lambda s, _: sys.exit(128 + s)) for s in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        with tempfile.TemporaryDirectory(prefix="megatron-comp-") as errors, _meeting(ranks, link) as (place, enter):
+        with tempfile.TemporaryDirectory(prefix="megatron-comp-") as errors, _meeting(network) as (place, enter):
             try:
                 for rank in range(ranks):
                     environment = _environment(rank, ranks, errors) | place | more
@@ -91,6 +92,29 @@ def report(message: str) -> None:
         print(f"megatron-comp: error{where}: {message}", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def alone(path: str | None) -> Iterator[None]:
+    """Every rank calls this, and rank 0 keeps other commands from work on `path`, if there is one.
+
+    Raises files.InUse, on every rank, if another process is at work on it.
+    """
+    import torch.distributed as dist  # a second, like the rest of torch
+
+    from .. import files
+
+    with ExitStack() as held:
+        problem: list[Exception | None] = [None]
+        if path is not None and dist.get_rank() == 0:
+            try:
+                held.enter_context(files.locked(path))
+            except (files.InUse, OSError) as error:
+                problem[0] = error
+        dist.broadcast_object_list(problem, 0)
+        if problem[0] is not None:
+            raise problem[0]
+        yield
+
+
 def _die_with(starter: int) -> None:
     """Asks Linux to kill this process when its parent, the one that started it, ends, however it ends."""
     pr_set_pdeathsig = 1
@@ -100,16 +124,26 @@ def _die_with(starter: int) -> None:
 
 
 @contextmanager
-def _meeting(ranks: int, link: str | None) -> Iterator[tuple[dict[str, str], Callable[[int], list[str]]]]:
+def _meeting(network: Network | None) -> Iterator[tuple[dict[str, str], Callable[[int], list[str]]]]:
     """Where the ranks meet: variables of their environment, and what goes before the command of each."""
-    if link is not None:
-        with Network(ranks, link) as network:
+    if network is not None:
+        with network:
             yield network.environment, network.enter
         return
     # This process holds the store, on a port that the kernel chose: no other process can take it in between.
     from torch.distributed import TCPStore  # takes a second to import: not for `--version` and `--help`
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
+    # Whoever reaches the store decides what ranks unpickle. By itself it would listen on every network of this machine.
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        store = TCPStore(
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(minutes=5),
+            master_listen_fd=server.detach(),
+        )
     place = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),

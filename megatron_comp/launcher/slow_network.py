@@ -1,19 +1,23 @@
-"""What launch/slow_network.sh runs: a command, once a rank, on a slow network of this machine."""
+# SPDX-License-Identifier: Apache-2.0
+"""What launch/slow_network.sh runs: a command, once for each rank, on a slow network of this machine."""
 
 import sys
 
 from . import ranks
+from .network import Network, machines_of
 
-USAGE = "usage: slow_network.sh N RATE -- COMMAND [ARGUMENT...], as in: slow_network.sh 2 100mbit -- python script.py"
+USAGE = "usage: slow_network.sh MACHINES RATE [--rtt TIME] -- COMMAND [ARGUMENT...], as in: 2x4 100mbit -- python a.py"
 
 
 def main(argv: list[str]) -> int:
     """0, or the status of the first rank that failed, or 2 after one clear line on standard error."""
     try:
-        count, rate, dashes, *command = argv if len(argv) > 3 else [""] * 4
-        if not (count.isascii() and count.isdecimal() and dashes == "--"):
+        before, command = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else ([], [])
+        latency = ["--rtt", "0"] if len(before) == 2 else before[2:]
+        if len(before) < 2 or len(latency) != 2 or latency[0] != "--rtt" or not command:
             raise ValueError(USAGE)
-        return ranks.start(int(count), command, link=rate)
+        its = Network(machines_of(before[0]), before[1], latency[1])
+        return ranks.start(its.ranks, command, its)
     except (ValueError, OSError) as error:
         print(f"slow_network: {error}", file=sys.stderr)
         return 2

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compresses every language model that a program builds, without a change to the program.
 
 The seam is the end of the outermost `__init__` of a `LanguageModule` (GPTModel, MambaModel and their kin): whichever
@@ -7,36 +8,55 @@ wrapped and moved, since compression leaves parameters and state dict as they ar
 
 import functools
 import os
+import signal
 import sys
+import threading
+import weakref
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.common.vision_module.vision_module import VisionModule
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 
 from ..policy import CompressionPolicy
 from .apply import apply_compression, stats
-from .places import find_places, reductions
+from .meter import ModelStats
+from .not_recognised import find_not_recognised, find_sums, shortened
+from .places import find_places, numbered_layers, reducers
 
 _BUILDING = "_megatron_comp_building"
 
 
 class Hook:
-    """Applies a policy to every language model built while it is installed. `models`: those with something to sum."""
+    """Applies a policy to every language model built while it is installed, and says what they sent.
+
+    What stands beside a language model is named and left: a policy is of one model's layers.
+    """
 
     def __init__(self, policy: CompressionPolicy) -> None:
         self.policy = policy
-        self.models: list[LanguageModule] = []
+        # Not the models themselves: they hold process groups, which a script that does not destroy them leaves to the
+        # end of the interpreter. There a group that something of ours kept alive for longer aborts the process.
+        self._models: list[tuple[str, weakref.ref[LanguageModule], ModelStats]] = []
         self._only_an_end = False  # a pipeline stage without layers was built
+        self._unknown: str | None = None  # what was said of a model with layers, of whose sums none is recognised
         self._speaks = os.environ.get("RANK", "0") == "0"
+        self._process, self._reported = os.getpid(), False
 
     def install(self) -> None:
         """From now on, for all classes that there are and those still to come. Once a process."""
 
+        for base in (LanguageModule, VisionModule, MultimodalProjector):
+            self._watch_all(base)
+
+    def _watch_all(self, base: type) -> None:
         def watched_from_birth(cls, **kwargs) -> None:
-            super(LanguageModule, cls).__init_subclass__(**kwargs)
+            super(base, cls).__init_subclass__(**kwargs)
             self._watch(cls)
 
-        LanguageModule.__init_subclass__ = classmethod(watched_from_birth)
-        for cls in _with_subclasses(LanguageModule):
+        base.__init_subclass__ = classmethod(watched_from_birth)
+        for cls in _with_subclasses(base):
             self._watch(cls)
 
     def _watch(self, cls: type) -> None:
@@ -55,29 +75,69 @@ class Hook:
 
         cls.__init__ = watched
 
-    def _built(self, model: LanguageModule) -> None:
+    def _built(self, model: torch.nn.Module) -> None:
         self._speaks = _speaks_for_its_stage()  # a script may take Megatron's groups down before the report
+        if not isinstance(model, LanguageModule):
+            if sums := find_sums(model):
+                self._say(
+                    f"{type(model).__name__}: {len(sums)} sums are not recognised and stay uncompressed: "
+                    f"{shortened(sums)}"
+                )
+            return
         places = list(find_places(model))
         if not places:
-            self._only_an_end |= model.config.pipeline_model_parallel_size > 1
+            if any(numbered_layers(model)):
+                sums = shortened(find_not_recognised(model)) or "no row-parallel linear at all"
+                self._unknown = (
+                    f"{type(model).__name__} was built, but none of its sums is recognised: nothing was compressed. It "
+                    f"has {sums}"
+                )
+            else:
+                self._only_an_end |= model.config.pipeline_model_parallel_size > 1
             return
         apply_compression(model, self.policy)
-        self.models.append(model)
-        compressed = sum(bool(reduction.codec_names()) for reduction in reductions(model))
-        self._say(f"{type(model).__name__}: {compressed} of {len(places)} sums compressed, policy {self.policy}")
+        name, found = type(model).__name__, list(reducers(model))
+        counters = ModelStats([reducer.meter.stats for reducer in found])  # as they go on counting
+        self._models.append((name, weakref.ref(model), counters))
+        compressed = sum(bool(reducer.codecs) for reducer in found)
+        link = f"; {stats(model).link}" if stats(model).link else ""
+        self._say(f"{name}: {compressed} of {len(places)} sums have a codec, policy {self.policy}{link}")
 
     def report(self) -> str | None:
-        """Says what was sent; what is wrong, if no model was built that sums anything."""
-        if not self.models and not self._only_an_end:
+        """Says what was sent, once; what is wrong, if no model was built that sums anything."""
+        if self._reported or os.getpid() != self._process:  # a child that was forked has nothing to say of its own
+            return None
+        self._reported = True
+        if not self._models and self._unknown:
+            return self._unknown
+        if not self._models and not self._only_an_end:
             return "no Megatron language model was built in this process: nothing was compressed"
-        for model in self.models:
-            done = stats(model)
-            self._say(
-                f"{type(model).__name__}: {done.compressed.calls} sums compressed, {done.kept.calls} kept "
-                f"({dict(done.kept_because)}), {done.received_bytes:,d} bytes received"
-                + (", not counting replays of CUDA graphs" if done.captured else "")
-            )
+        for name, reference, counters in self._models:
+            model = reference()
+            self._say(f"{name}: {counters if model is None else stats(model)}")
         return None
+
+    def report_before_the_process_ends(self) -> None:
+        """Also where a signal or `os._exit` ends it, as servers and scripts with CUDA graphs do."""
+        leave = os._exit
+
+        def report_and_leave(status: int) -> None:
+            self.report()
+            leave(status)
+
+        os._exit = report_and_leave
+        if threading.current_thread() is not threading.main_thread():
+            return  # only that one may handle signals
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, functools.partial(self._end_by_signal, signal.getsignal(number)))
+
+    def _end_by_signal(self, previous, number: int, frame) -> None:
+        self.report()
+        signal.signal(number, previous)
+        if callable(previous):
+            previous(number, frame)
+        elif previous == signal.SIG_DFL:
+            os.kill(os.getpid(), number)
 
     def _say(self, text: str) -> None:
         if self._speaks:

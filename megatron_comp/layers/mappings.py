@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compressed counterparts of two mappings in `megatron.core.tensor_parallel.mappings`, with the same backward."""
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ def sum_by_plan(
     """
     if not (input_.requires_grad and torch.is_grad_enabled()):
         return run(plan, input_, group)
-    if plan.algorithm == "reduce_scatter":
+    if plan.scatters:
         return _CompressedReduceScatterToSequenceParallelRegion.apply(input_, plan, group, input_split_sizes)
     return _CompressedReduceFromModelParallelRegion.apply(input_, plan, group)
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compressed sums of mixture-of-experts layers.
 
 The second linears of experts leave partial sums that Megatron's token dispatcher adds up while it brings the tokens
@@ -5,7 +6,7 @@ back. The dispatchers here are the stock ones with that sum compressed. Shared e
 any other, unless they overlap with the dispatcher, which then calls for their sum.
 """
 
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import torch
 from megatron.core.transformer.moe import shared_experts
@@ -15,35 +16,30 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDisp
 
 from ..wire.codec import CodecPair, parse_codec
 from .mappings import copy_to_tensor_model_parallel_region
-from .site import ReductionSite
+from .reducer import Reducer
 
 
 class _CompressedDispatcher:
-    """What both dispatchers share. `summing`: the group whose ranks hold partial sums of the same tokens.
+    """What both dispatchers share. The reducer's group: the ranks that hold partial sums of the same tokens.
 
     tokens_stay: without sequence and expert parallelism every rank holds all tokens. The stock dispatchers nevertheless
     gather them from all ranks, compute on every copy, and scatter the sums; these leave the tokens where they are and
     all-reduce once.
     """
 
-    def prepare(self, layer: BaseMoELayer, summing: torch.distributed.ProcessGroup, tokens_stay: bool) -> None:
-        self.layer, self.summing, self.tokens_stay = layer, summing, tokens_stay
-        self.reduction: ReductionSite | None = None
+    def prepare(self, layer: BaseMoELayer, reducer: Reducer, tokens_stay: bool) -> None:
+        self.layer, self.reducer, self.tokens_stay = layer, reducer, tokens_stay
 
     def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.tokens_stay:
             # As they are; in a backward, the ranks' parts of their gradients are summed, as gathering them would do.
-            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, self.summing)
-            probs = copy_to_tensor_model_parallel_region(probs, self.summing)
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, self.reducer.group)
+            probs = copy_to_tensor_model_parallel_region(probs, self.reducer.group)
         return super().token_dispatch(hidden_states, probs)
 
     def add_up(self, partial: torch.Tensor, dtype: torch.dtype, splits: list[int] | None = None) -> torch.Tensor:
         """The sum over ranks: of all rows, or of this rank's. `dtype` is what the stock dispatcher sums in."""
-        wide, training = partial.to(dtype), self.layer.training
-        if self.tokens_stay:
-            total = self.reduction.reduce(wide, self.summing, training)
-        else:
-            total = self.reduction.reduce_scatter(wide, self.summing, training, splits)
+        total = self.reducer(partial.to(dtype), not self.tokens_stay, self.layer.training, splits)
         return total.to(partial.dtype)
 
 
@@ -57,13 +53,16 @@ class CompressedAlltoAllDispatcher(_CompressedDispatcher, MoEAlltoAllTokenDispat
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.tokens_stay:
             return super().combine_preprocess(hidden_states)
-        # With one rank the stock method only sorts.
-        ranks, self.tp_size = self.tp_size, 1
+        # The stock method sorts, and sums if experts are split over ranks. Rows that are padded to a capacity it sorts
+        # by the number of all ranks, which stays the same.
+        ranks = self.tp_size, self.ep_size
+        self.tp_size, self.ep_size = 1, self.tp_size * self.ep_size
         try:
             partial = super().combine_preprocess(hidden_states)
         finally:
-            self.tp_size = ranks
-        return self.add_up(partial, self.probs.dtype, self.output_splits_tp.tolist())
+            self.tp_size, self.ep_size = ranks
+        splits = self.output_splits_tp  # None where all slices have the capacity
+        return self.add_up(partial, self.probs.dtype, None if splits is None else splits.tolist())
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
         if not self.tokens_stay:
@@ -83,6 +82,20 @@ class CompressedAlltoAllDispatcher(_CompressedDispatcher, MoEAlltoAllTokenDispat
         return total + shared.get_output()
 
 
+def sum_shared_experts(shared: SharedExpertMLP, reducer: Reducer) -> None:
+    """Sums through `reducer` what shared experts give that overlap with the dispatcher: their linears leave it to them.
+
+    `restore_shared_experts` undoes it.
+    """
+    shared.reducer, shared.post_forward_comm = reducer, MethodType(_sum_as_last_step, shared)
+
+
+def restore_shared_experts(shared: SharedExpertMLP) -> None:
+    """The stock sum again; does nothing where it never left."""
+    for name in ("reducer", "post_forward_comm"):
+        shared.__dict__.pop(name, None)
+
+
 def _as_last_step(method):
     """Marks the shared experts' sum as done where Megatron (0.19) keeps a record of their steps."""
     if not hasattr(shared_experts, "overlap_state_check"):
@@ -91,16 +104,13 @@ def _as_last_step(method):
     return shared_experts.overlap_state_check(states.FC2_FORWARD_DONE, states.POST_FORWARD_COMM_DONE)(method)
 
 
-class CompressedSharedExpertMLP(SharedExpertMLP):
-    """Shared experts that overlap with the dispatcher: their linears leave the sum to this method."""
-
-    @_as_last_step
-    def post_forward_comm(self) -> None:
-        """On the shared experts' stream, `[sequence, batch, hidden]` partial sums to `cached_output`."""
-        reduce = self.reduction.reduce_scatter if self.config.sequence_parallel else self.reduction.reduce
-        with torch.cuda.stream(self.stream):
-            self.cached_output = reduce(self.cached_fc2_output, shared_group(self), self.training)
-        self.cached_fc2_output = None
+@_as_last_step
+def _sum_as_last_step(shared: SharedExpertMLP) -> None:
+    """On the shared experts' stream, `[sequence, batch, hidden]` partial sums to `cached_output`."""
+    with torch.cuda.stream(shared.stream):
+        partial, scatter = shared.cached_fc2_output, shared.config.sequence_parallel
+        shared.cached_output = shared.reducer(partial, scatter, shared.training)
+    shared.cached_fc2_output = None
 
 
 def shared_group(shared: SharedExpertMLP) -> torch.distributed.ProcessGroup:
@@ -113,13 +123,21 @@ DISPATCHERS = {
     MoEAlltoAllTokenDispatcher: CompressedAlltoAllDispatcher,
 }
 
+# Attributes of a dispatcher that Megatron's engines change between steps: decoded tokens may be padded to a capacity.
+SWITCHES = {"drop_and_pad", "moe_expert_capacity_factor"}
+
 
 def summing_group(layer: BaseMoELayer) -> torch.distributed.ProcessGroup | None:
     """The group over which the stock dispatcher adds up partial sums; None for one that adds up nothing."""
-    stock = stock_dispatcher(layer)
-    gathers = isinstance(stock, MoEAllGatherTokenDispatcher)
-    group = stock.tp_ep_group if gathers else stock.tp_group
+    dispatcher = inference_dispatcher(layer) or stock_dispatcher(layer)
+    gathers = isinstance(dispatcher, MoEAllGatherTokenDispatcher)
+    group = dispatcher.tp_ep_group if gathers else dispatcher.tp_group
     return group if group is not None and group.size() > 1 else None
+
+
+def inference_dispatcher(layer: BaseMoELayer):
+    """The dispatcher that inference-optimized layers have beside that of training, and take under an engine."""
+    return getattr(layer, "_inference_token_dispatcher", None)
 
 
 def stock_dispatcher(layer: BaseMoELayer):
@@ -129,7 +147,7 @@ def stock_dispatcher(layer: BaseMoELayer):
 def check_experts(layer: BaseMoELayer, codecs: set[str]) -> None:
     """Raises ValueError for a layer whose experts' sums cannot be compressed, or not in these codecs."""
     stay = _tokens_stay(layer)
-    if problem := _out_of_reach(layer, stay):
+    if problem := _out_of_reach(layer):
         raise ValueError(f"{problem}, or say sites: {{experts: none}}")
     if not stay and (pairs := [name for name in codecs if isinstance(parse_codec(name), CodecPair)]):
         raise ValueError(
@@ -138,14 +156,14 @@ def check_experts(layer: BaseMoELayer, codecs: set[str]) -> None:
         )
 
 
-def sum_experts(layer: BaseMoELayer, reduction: ReductionSite) -> None:
-    """Gives the layer a dispatcher that sums through `reduction`; `restore_experts` undoes it.
+def sum_experts(layer: BaseMoELayer, reducer: Reducer) -> None:
+    """Gives the layer a dispatcher that sums through `reducer`; `restore_experts` undoes it.
 
     One that keeps every sum makes the stock dispatcher's own calls, and counts them; a dispatcher that nothing here can
     stand in for then stays as it is, uncounted.
     """
-    stock, stay = stock_dispatcher(layer), bool(reduction.codec_names()) and _tokens_stay(layer)
-    if _out_of_reach(layer, stay):
+    stock, stay = stock_dispatcher(layer), bool(reducer.codecs) and _tokens_stay(layer)
+    if _out_of_reach(layer):
         return
     # To a dispatcher that believes itself alone (a group of None counts as one rank) all tokens are at home.
     groups = SimpleNamespace(
@@ -156,32 +174,31 @@ def sum_experts(layer: BaseMoELayer, reduction: ReductionSite) -> None:
     )
     if stock.shared_experts is not None:
         dispatcher.set_shared_experts(stock.shared_experts)
-    dispatcher.prepare(layer, summing_group(layer), stay)
-    dispatcher.reduction = reduction
+    dispatcher.prepare(layer, reducer, stay)
     layer.stock_dispatcher, layer.token_dispatcher = stock, dispatcher
 
 
 def restore_experts(layer: BaseMoELayer) -> None:
     """The stock dispatcher again; does nothing where it never left."""
     if "stock_dispatcher" in layer.__dict__:
-        layer.token_dispatcher = layer.__dict__.pop("stock_dispatcher")
+        ours, layer.token_dispatcher = layer.token_dispatcher, layer.__dict__.pop("stock_dispatcher")
+        for name in SWITCHES & vars(ours).keys():
+            setattr(layer.token_dispatcher, name, getattr(ours, name))
 
 
-def _out_of_reach(layer: BaseMoELayer, stay: bool) -> str | None:
+def _out_of_reach(layer: BaseMoELayer) -> str | None:
     """Why experts' sums cannot be done here, and what would help; None if they can."""
+    if dispatcher := inference_dispatcher(layer):
+        return (
+            f"transformer_impl='inference_optimized' has a token dispatcher of its own, {type(dispatcher).__name__}, "
+            "that cannot be compressed; use another transformer_impl"
+        )
     stock = stock_dispatcher(layer)
     if type(stock) not in DISPATCHERS:
         return (
             f"the token dispatcher {type(stock).__name__} cannot be compressed; set moe_token_dispatcher_type to "
             "allgather or alltoall"
         )
-    if hasattr(layer, "_inference_token_dispatcher"):
-        return (
-            "transformer_impl='inference_optimized' has dispatchers of its own that cannot be compressed; use another "
-            "transformer_impl"
-        )
-    if not stay and isinstance(stock, MoEAlltoAllTokenDispatcher) and stock.drop_and_pad:
-        return "moe_pad_expert_input_to_capacity with sequence or expert parallelism cannot be compressed; unset it"
     return None
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each shape of sum does under one policy, decided once for all sites of a model."""
 
 from collections.abc import Sequence
@@ -5,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..policy import CompressionPolicy
+from ..policy import DROP, CompressionPolicy
 from ..wire import exchange
-from ..wire.cost import choose_algorithm, choose_chunks, choose_parts, ring_bytes
-from ..wire.figures import Figures
+from ..wire.calibration import Calibration
+from ..wire.cost import choose_algorithm, choose_chunks, choose_parts, choose_scatter, ring_bytes
 from ..wire.plan import SumPlan, plan_all_reduce, plan_reduce_scatter
+from ..wire.topology import Topology
 
 Group = torch.distributed.ProcessGroup
 
@@ -37,22 +39,28 @@ class Choice:
 class Plans:
     """The choices of one policy, with what was measured of one group. Shared by all sites that sum over that group."""
 
-    def __init__(self, policy: CompressionPolicy, figures: Figures) -> None:
-        self.policy, self.figures = policy, figures
+    def __init__(self, policy: CompressionPolicy, calibration: Calibration, topology: Topology | None = None) -> None:
+        self.policy, self.calibration, self.topology = policy, calibration, topology
+        self._islands = topology and topology.islands
         self._known: dict[tuple, Choice] = {}
 
-    def all_reduce(self, word: str, partial: torch.Tensor, group: Group) -> Choice:
-        """For a place of which the policy says `word`: a codec's name, `none`, or `drop`."""
-        key = (word, partial.shape, partial.dtype, group)
-        return self._known.get(key) or self._add(key, self._choose_all_reduce(word, partial, group))
-
-    def reduce_scatter(
-        self, word: str, partial: torch.Tensor, group: Group, splits: Sequence[int] | None = None
+    def get(
+        self,
+        word: str,
+        shape: torch.Size,
+        like: torch.Tensor,
+        group: Group,
+        scatter: bool = False,
+        splits: Sequence[int] | None = None,
     ) -> Choice:
-        """The same of a reduce-scatter; splits: rows of each rank's slice, without it they are equal."""
+        """For a sum of `shape` in a place of which the policy says `word`: a codec's name, `none`, or `drop`.
+
+        like: of the sum's type and device; its values are not read. scatter: a reduce-scatter instead of an all-reduce.
+        splits: rows of each rank's slice; without it they are equal.
+        """
         splits = None if splits is None else tuple(splits)
-        key = (word, partial.shape, partial.dtype, group, "scatter", splits)
-        return self._known.get(key) or self._add(key, self._choose_reduce_scatter(word, partial, group, splits))
+        key = (word, shape, like.dtype, group, scatter, splits)
+        return self._known.get(key) or self._add(key, self._choose(word, shape, like, group, scatter, splits))
 
     def _add(self, key: tuple, choice: Choice) -> Choice:
         if len(self._known) >= KNOWN_CHOICES:
@@ -60,35 +68,37 @@ class Plans:
         self._known[key] = choice
         return choice
 
-    def _choose_all_reduce(self, word: str, partial: torch.Tensor, group: Group) -> Choice:
-        shape, ranks, figures = partial.shape, group.size(), self.figures
-        decision = self.policy.decide_message(word, shape, partial.element_size(), ranks, figures)
+    def _choose(
+        self,
+        word: str,
+        shape: torch.Size,
+        like: torch.Tensor,
+        group: Group,
+        scatter: bool,
+        splits: tuple[int, ...] | None,
+    ) -> Choice:
+        ranks, itemsize, device, islands = group.size(), like.element_size(), like.device, self._islands
+        decision = self.policy.decide_message(word, shape, itemsize, ranks, self.calibration, scatter, islands)
+        if decision.reason == DROP:
+            return Choice(None, None, DROP, 0, 0, 0)
         if decision.codec is None:
-            return _stock(decision.reason, partial, ranks, passes=2)
-        algorithm = choose_algorithm(shape, decision.codec, ranks, decision.algorithm, figures)
-        how = shape, decision.codec, ranks, algorithm, figures
-        device = partial.device.type
-        of_bytes = exchange.chunk_bytes(device) or figures.chunk_bytes
-        parts = choose_parts(*how, partial.device)
-        shared = shape, decision.codec, ranks, group.rank(), algorithm
-        plan = plan_all_reduce(*shared, choose_chunks(*how, of_bytes))
-        in_parts = plan_all_reduce(*shared, parts) if parts > 1 else None
+            nbytes = shape.numel() * itemsize
+            ring = ring_bytes(nbytes, ranks, passes=1 if scatter else 2)
+            return Choice(None, None, decision.reason, shape.numel(), nbytes, ring)
+        of_bytes = exchange.chunk_bytes(device.type) or self.calibration.chunk_bytes
+        how = shape, decision.codec, ranks
+        if scatter:
+            way = choose_scatter(*how, decision.algorithm, self.calibration, islands)
+            topology = self.topology if way == "hierarchical_scatter" else None
+            plan = plan_reduce_scatter(*how, group.rank(), splits, of_bytes, topology, itemsize)
+            return Choice(plan, None, "", plan.values, plan.message_bytes, plan.received_bytes)
+        algorithm = choose_algorithm(*how, decision.algorithm, self.calibration, islands)
+        chunks = choose_chunks(*how, algorithm, self.calibration, of_bytes, islands)
+        parts = choose_parts(*how, algorithm, self.calibration, device, islands)
+        shared = *how, group.rank(), algorithm
+        raw = {"topology": self.topology, "itemsize": itemsize}
+        plan = plan_all_reduce(*shared, chunks, **raw)
+        in_parts = plan_all_reduce(*shared, parts, **raw) if parts > 1 else None
         if in_parts is not None and len(in_parts.chunks) == 1:
             in_parts = None
         return Choice(plan, in_parts, "", plan.values, plan.message_bytes, plan.received_bytes)
-
-    def _choose_reduce_scatter(
-        self, word: str, partial: torch.Tensor, group: Group, splits: tuple[int, ...] | None
-    ) -> Choice:
-        shape, ranks = partial.shape, group.size()
-        decision = self.policy.decide_message(word, shape, partial.element_size(), ranks, self.figures, scatter=True)
-        if decision.codec is None:
-            return _stock(decision.reason, partial, ranks, passes=1)
-        of_bytes = exchange.chunk_bytes(partial.device.type) or self.figures.chunk_bytes
-        plan = plan_reduce_scatter(shape, decision.codec, ranks, group.rank(), splits, of_bytes)
-        return Choice(plan, None, "", plan.values, plan.message_bytes, plan.received_bytes)
-
-
-def _stock(reason: str, partial: torch.Tensor, ranks: int, passes: int) -> Choice:
-    nbytes = partial.numel() * partial.element_size()
-    return Choice(None, None, reason, partial.numel(), nbytes, ring_bytes(nbytes, ranks, passes))

@@ -1,12 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron's `RowParallelLinear` with a compressed reduction."""
+
+from types import MethodType
 
 import torch
 from megatron.core.tensor_parallel import RowParallelLinear
 
 from ..policy import CompressionPolicy
-from ..wire import exchange
 from ..wire.codec import CodecPair, parse_codec
-from .site import ReductionSite
+from .reducer import Reducer, SumInParts
 
 # Megatron names the place of a linear by the buffer that Transformer Engine would use for it.
 SITE_OF_BUFFER = {"proj": "attention", "fc2": "mlp"}
@@ -20,13 +22,13 @@ class CompressedRowParallelLinear(RowParallelLinear):
     `ModuleSpec(module=..., params={"policy": policy})`, or `functools.partial` where Megatron calls builders directly);
     without one it does what the stock class does until `apply_compression` gives it one.
 
-    policy: must not have `layers` or `phases`, which a linear alone cannot tell: those are for `apply_compression`.
+    policy: must not have `layers`, `phases` or `logits`, of which a linear alone knows nothing: those are for
+        `apply_compression`.
     site: a policy's name of the place; taken from `tp_comm_buffer_name` where Megatron gives that.
     """
 
     def __init__(self, *args, policy: CompressionPolicy | None = None, site: str | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.reduction: ReductionSite | None = None
         if policy is None:
             return
         site = site or SITE_OF_BUFFER.get(kwargs.get("tp_comm_buffer_name"))
@@ -36,58 +38,87 @@ class CompressedRowParallelLinear(RowParallelLinear):
             raise ValueError(
                 "a linear in a spec cannot tell shared experts from an MLP; use apply_compression on the model"
             )
-        if unknown := [key for key in ("layers", "phases") if getattr(policy, key)]:
+        if unknown := [key for key in ("layers", "phases", "logits") if getattr(policy, key)]:
             raise ValueError(
-                f"policy: {unknown[0]}: a linear in a spec knows no layer number and no phase; "
+                f"policy: {unknown[0]}: a linear in a spec knows no layer number, no phase and no logits; "
                 "use apply_compression on the model"
             )
-        self.attach(ReductionSite(policy, None, site))
+        attach(self, Reducer(policy, None, site, self.tp_group))
 
-    def attach(self, reduction: ReductionSite) -> None:
-        """Reduce through `reduction` from now on. Raises ValueError for a linear that cannot be compressed."""
-        check_reducible(self, reduction.codec_names())
-        # Megatron's switch for "somebody else reduces": its forward then returns the partial sum.
-        self.explicit_expert_comm = True
-        self.reduction = reduction
 
-    def detach(self) -> None:
-        """Back to the stock reduction."""
-        self.explicit_expert_comm = False
-        self.reduction = None
+def attach(linear: RowParallelLinear, reducer: Reducer) -> None:
+    """Sums the linear's products through `reducer` from now on. The linear keeps its class, and that its forward.
 
-    def forward(self, input_: torch.Tensor):
-        if self.reduction is None:
-            return super().forward(input_)
-        # Not where sums never go in parts: the tensor that tells their shape would be allocated for nothing. A decoded
-        # token of each request is one part; asking costs 4 us, of some 90 that a linear's Python takes.
-        in_parts = input_.shape[0] > 1 and exchange.overlap_bytes(input_.device.type) and self.reduction.takes_parts
-        if in_parts:
-            out = input_.new_empty(*input_.shape[:-1], self.output_size)
-            rows = self.part_rows(out)
-            if len(rows) > 1:
-                inputs = input_.reshape(-1, 1, input_.shape[-1]).split(rows)
-                partials = (super(CompressedRowParallelLinear, self).forward(each)[0] for each in inputs)
-                return self.reduction.reduce_parts(partials, out, self.tp_group), self.bias
-        output, bias = super().forward(input_)
-        reduce = self.reduction.reduce_scatter if self.sequence_parallel else self.reduction.reduce
-        return reduce(output, self.tp_group, self.training), bias
+    Megatron's switch `explicit_expert_comm` says that somebody else reduces: its forward then returns what
+    `_forward_impl` gives it. That is the sum already, so that hooks, and quantizers of outputs, see what they see in a
+    stock linear. With it Megatron-Bridge takes the linear for one of overlapped shared experts, whose adapters do not
+    scatter: under sequence parallelism attach its LoRA adapters first, and compress then.
 
-    def part_rows(self, out: torch.Tensor) -> list[int]:
-        """Rows of the parts that may be computed and sent one by one; a single part where they may not.
+    Raises ValueError for a linear that cannot be compressed.
+    """
+    check_reducible(linear, reducer.codecs)
+    linear.explicit_expert_comm = True
+    linear.reducer = reducer
+    linear._forward_impl = MethodType(_summed_product, linear)
 
-        Not decoded tokens, which are too few; not where a backward would have to know of the parts, where autocast
-        makes a type that only the result tells, or under sequence parallelism, where every part would have rows of all
-        ranks' slices. out: of the shape, type and device of what all parts give.
-        """
-        rows = out.shape[:-1].numel()
-        whole = torch.is_grad_enabled() or self.sequence_parallel or torch.is_autocast_enabled(out.device.type)
-        if whole or rows < 2 * exchange.ALIGNMENT:
-            return [rows]
-        return self.reduction.part_rows(out, self.tp_group)
+
+def detach(linear: RowParallelLinear) -> None:
+    """Back to the stock reduction."""
+    linear.explicit_expert_comm = False
+    del linear.reducer, linear._forward_impl
+
+
+def _summed_product(linear: RowParallelLinear, input: torch.Tensor, weight: torch.Tensor, **how):
+    """In place of the linear's `_forward_impl`: the product, summed over the ranks.
+
+    Without a reducer, as for the time in which the layer sums in its place, the partial sum.
+    """
+    reducer = linear.reducer
+    if reducer is not None and input.shape[0] > 1 and len(rows := part_rows(linear, input)) > 1:
+        return send_parts(linear, reducer, rows, input, weight, **how).wait()
+    if torch.compiler.is_compiling():
+        how["tp_group"] = linear.tp_group  # Megatron would look for it, and warn, which a compiler cannot follow
+    # Asked of the class each time: ModelOpt changes that of linears which are compressed already.
+    partial = type(linear)._forward_impl(linear, input, weight, **how)
+    return partial if reducer is None else reducer(partial, linear.sequence_parallel, linear.training)
+
+
+def part_rows(linear: RowParallelLinear, input: torch.Tensor) -> list[int]:
+    """Rows of the parts in which the linear computes and sends; a single part where it computes all at once.
+
+    So it does under sequence parallelism, where every part would have rows of all ranks' slices, and where its forward
+    is not Megatron's own: a quantizer may look at all rows.
+    """
+    if linear.sequence_parallel or type(linear).forward is not RowParallelLinear.forward:
+        return [input.shape[:-1].numel()]
+    return linear.reducer.part_rows((*input.shape[:-1], linear.output_size), input)
+
+
+def send_parts(
+    linear: RowParallelLinear, reducer: Reducer, rows: list[int], input: torch.Tensor, weight: torch.Tensor, **how
+) -> SumInParts:
+    """Multiplies the rows in parts, each of them on its way while the next is computed."""
+    total = reducer.begin(input.new_empty(*input.shape[:-1], linear.output_size))
+    for part in input.reshape(-1, 1, input.shape[-1]).split(rows):
+        total.push(type(linear)._forward_impl(linear, part, weight, **how))
+    return total
+
+
+def runs_forward_of(stock: type, linear: torch.nn.Module) -> bool:
+    """Whether the linear's forward is that of Megatron's class `stock`, or ModelOpt's, which quantizes around it."""
+    classes = type(linear).__mro__
+    if stock not in classes:
+        return False
+    before = classes[: classes.index(stock)]
+    return all("forward" not in vars(cls) or cls.__module__.startswith("modelopt.") for cls in before)
 
 
 def check_reducible(linear: RowParallelLinear, codecs: set[str]) -> None:
-    """Raises ValueError for a linear whose partial sums cannot be reduced after its forward, or not in these codecs."""
+    """Raises ValueError for a linear whose partial sums cannot be reduced in its place, or not in these codecs."""
+    if not runs_forward_of(RowParallelLinear, linear):
+        raise ValueError(
+            f"{type(linear).__name__} is a row-parallel linear with a forward of its own, which cannot be compressed"
+        )
     check_one_codec(codecs, linear.sequence_parallel)
     if not linear.skip_bias_add:
         raise ValueError(

@@ -1,11 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cost model beside rows of `megatron-comp bench ttft`."""
 
-import json
 from pathlib import Path
 
+from ..files import read_json
 from ..policy import CompressionPolicy
-from ..wire.figures import Figures
-from .figures import on_wire
+from ..wire.calibration import Calibration
+from ..wire.cost import ALGORITHMS
+from ..wire.topology import Islands
+from .calibrations import on_wire
 from .times import Job, sums
 
 COLUMNS = {
@@ -20,22 +23,25 @@ COLUMNS = {
 NEEDED = ("policy", "tp", "link", "prompt_tokens", "ttft_ms", "speedup_vs_none")
 
 
-def rows(file: str, job: Job, compute: float, known: Figures) -> list[dict]:
+def rows(file: str, job: Job, compute: float, known: Calibration, islands: Islands | None = None) -> list[dict]:
     """A row for each of the file's that is of this job: compute in seconds, sums over the row's link.
+
+    islands: of the ranks; then `known` is of the rows' links already, since a rate does not tell what two levels take.
 
     Raises ValueError for a file that `bench ttft --json` did not write, or without a row of so many ranks and tokens.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = read_json(file, "--measured")
         found = [{key: row[key] for key in NEEDED} | {"algorithm": row.get("algorithm")} for row in content["rows"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--measured {file}: not what `bench ttft --json` writes: {error!r}") from None
+    found = [row for row in found if (row["tp"], row["prompt_tokens"]) == (job.tp, job.tokens)]
+    if islands and len(links := sorted({row["link"] for row in found})) > 1:
+        raise ValueError(f"--measured {file}: rows of several links, {', '.join(links)}: keep those of one")
     made = []
     for row in found:
-        if (row["tp"], row["prompt_tokens"]) != (job.tp, job.tokens):
-            continue
-        there = known if row["link"] in ("local", "unshaped", "network") else on_wire(known, row["link"])
-        seconds = compute + sums(job, _policy(row, file), there, compute).seconds
+        there = known if islands or row["link"] in ("local", "unshaped", "network") else on_wire(known, row["link"])
+        seconds = compute + sums(job, _policy(row, file), there, compute, islands).seconds
         stock = compute + sums(job, CompressionPolicy(), there).seconds
         made.append(
             {
@@ -59,7 +65,7 @@ def _policy(row: dict, file: str) -> CompressionPolicy:
         return CompressionPolicy()
     if Path(row["policy"]).is_file():
         return CompressionPolicy.from_file(row["policy"])
-    algorithm = row["algorithm"] if row["algorithm"] in ("gather_sum", "two_step") else "auto"
+    algorithm = row["algorithm"] if row["algorithm"] in ALGORITHMS else "auto"
     try:
         return CompressionPolicy(codec=row["policy"], algorithm=algorithm, min_bytes=0)
     except ValueError:

@@ -1,101 +1,183 @@
-"""Perplexity, KL and bytes of a model under policies on a text; every point is kept, and measured once."""
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy does to the predictions of a model on a text, beside the same model uncompressed."""
 
-import json
-import math
-import os
-from collections.abc import Collection
-from pathlib import Path
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
+from tqdm import tqdm
 
+from ..inference.generate import logits
 from ..inference.weight_overrides import WeightOverrides
+from ..launcher import output
 from ..layers.apply import apply_compression, remove_compression, stats
+from ..layers.meter import ModelStats, wait_for_device
 from ..policy import CompressionPolicy
-from .comparison import Comparison
+from .journal import Journal
+from .metrics import Prediction, Quality, increase_pct, perplexity
 from .origin import digest
 
+POINTS = "points"  # the part of a journal that points are in
 
-class Measured:
-    """Points in a file: rank 0 reads and writes it, and what it holds is what all ranks know.
 
-    settings: all that points depend on. Raises ValueError, on every rank, if the file is of other ones.
-    """
+@dataclass(frozen=True)
+class Trial:
+    """What is judged: the model under a policy, with the overrides' weights in some blocks. name: for progress bars."""
 
-    def __init__(self, path: str | None, settings: dict) -> None:
-        self.path, self.settings, self.points = path, settings, {}
-        found: list[dict | str] = [{}]
-        if dist.get_rank() == 0 and path and Path(path).exists():
-            found[0] = self._read()
-        dist.broadcast_object_list(found, 0)
-        if isinstance(found[0], str):
-            raise ValueError(found[0])
-        self.points = found[0]
+    name: str
+    policy: CompressionPolicy = CompressionPolicy()
+    blocks: tuple[int, ...] = ()
 
-    def _read(self) -> dict | str:
-        try:
-            content = json.loads(Path(self.path).read_text())
-            settings, points = content["settings"], content["points"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            return f"--state {self.path} is not a state of this command: {error!r}"
-        ours = json.loads(json.dumps(self.settings))
-        if settings != ours:
-            return f"--state {self.path} is of {settings}, not of {ours}: name another file, or remove it"
-        return points
+    @property
+    def key(self) -> str:
+        """Names the trial's point among those of the same model, text and overrides."""
+        return str(self.policy)
 
-    def keep(self, name: str, point: dict) -> dict:
-        """Rank 0's point, on all ranks. An interruption leaves the file as it was or as it will be."""
-        everybodys = [point]
-        dist.broadcast_object_list(everybodys, 0)
-        self.points[name] = everybodys[0]
-        if self.path and dist.get_rank() == 0:
-            partial = Path(f"{self.path}.partial")
-            partial.write_text(json.dumps({"settings": self.settings, "points": self.points}) + "\n")
-            os.replace(partial, self.path)
-        return self.points[name]
+    def apply(self, model: torch.nn.Module) -> None:
+        """Changes how the model sums; `remove_compression` takes it back."""
+        apply_compression(model, self.policy)
+
+
+@dataclass(slots=True)
+class Judgement:
+    """One trial's way through the text: sums over scored tokens, what its reductions sent, seconds of its forwards."""
+
+    quality: Quality = field(default_factory=Quality)
+    traffic: ModelStats = field(default_factory=lambda: ModelStats([]))
+    seconds: float = 0.0
+
+    @property
+    def nll(self) -> float:
+        """Nats per token; so is `kl`, the divergence from the uncompressed model."""
+        return self.quality.nll / self.quality.tokens
+
+    @property
+    def kl(self) -> float:
+        return self.quality.kl / self.quality.tokens
+
+    @property
+    def top1_agreement(self) -> float:
+        return self.quality.agreements / self.quality.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.nll)
+
+    def increase_pct(self, base: "Judgement") -> float:
+        """Of perplexity over that of `base`."""
+        return increase_pct(self.nll, base.nll)
+
+
+class _Forward(NamedTuple):
+    """One forward of a window: what the model said, what its reductions sent, and seconds."""
+
+    said: Prediction
+    traffic: ModelStats
+    seconds: float
 
 
 class Judge:
-    """A model and a text, and what was measured of them. windows: int64 `[windows, context]`."""
+    """Scores a model's predictions of all but the first token of each window.
 
-    def __init__(self, model: torch.nn.Module, model_dir: str, windows: torch.Tensor, measured: Measured) -> None:
-        self.model, self.model_dir, self.measured = model, model_dir, measured
-        self._comparison = Comparison(model, windows)
+    windows: int64 `[windows, context]`. overrides: the weights that trials may name blocks of.
 
-    def point(
-        self, name: str, policy: CompressionPolicy, weights: str | None = None, layers: Collection[int] = ()
-    ) -> dict:
-        """`perplexity`, `kl` in nats a token and `top1_agreement` to the full model, `received_bytes` of this rank.
+    keep: whether the uncompressed model's predictions stay in memory for further trials: on each rank 4 bytes per token
+    and entry of its part of the vocabulary. Otherwise each call of `judge` makes them anew, window by window.
+    """
 
-        weights: a file whose weights take the place of the model's own in `layers`.
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        windows: torch.Tensor,
+        journal: Journal | None = None,
+        overrides: WeightOverrides | None = None,
+        keep: bool = True,
+    ) -> None:
+        self.model, self.windows, self.journal, self.overrides = model, windows, journal, overrides
+        self.keep = keep
+        self._kept: dict[int, _Forward] = {}
+        embedding = model.embedding.word_embeddings
+        self._vocab_start, self._group = embedding.vocab_start_index, embedding.tp_group
+
+    @property
+    def tokens(self) -> int:
+        """That are scored."""
+        return len(self.windows) * (self.windows.shape[1] - 1)
+
+    @property
+    def points(self) -> list[dict]:
+        """All that the journal holds, of earlier runs too: what `point` returned."""
+        return list(self.journal[POINTS].values())
+
+    def judge(self, trials: Sequence[Trial], title: str) -> list[Judgement]:
+        """Of the uncompressed model with its own weights, then of each trial. All ranks call this together.
+
+        Window by window all trials run in turn, so that a slow minute hits all alike. title: of the progress bar.
         """
-        key = key_of(policy, weights, layers)
-        if key in self.measured.points:
-            return self.measured.points[key]
-        self._comparison.measure_full()
-        overrides = WeightOverrides(self.model, self.model_dir, weights) if weights else None
-        if overrides:
-            overrides.use(layers)
+        base, judged = Judgement(), [Judgement() for _ in trials]
+        steps = len(self.windows) * len(trials)
+        bar = tqdm(total=steps, desc=title, unit="forward", disable=output.bar_disabled())
         try:
-            apply_compression(self.model, policy)
-            quality = self._comparison.quality(name)
-            received = stats(self.model).received_bytes
+            for number, window in enumerate(self.windows):
+                reference = self._reference(number)
+                self._add(base, reference, reference, window)
+                for trial, judgement in zip(trials, judged, strict=True):
+                    self._add(judgement, self._run(trial, window), reference, window)
+                    bar.update()
         finally:
+            bar.close()
             remove_compression(self.model)
-            if overrides:
-                overrides.use()
-        nll = quality.nll / quality.tokens
-        return self.measured.keep(
-            key,
-            {
-                "perplexity": math.exp(min(nll, 700)),
-                "kl": quality.kl / quality.tokens,
-                "top1_agreement": quality.agreements / quality.tokens,
-                "received_bytes": received,
-            },
-        )
+            if self.overrides:
+                self.overrides.use()
+        return [base, *judged]
 
+    def point(self, trial: Trial, **labels: object) -> dict:
+        """What a trial measures, in a journal at most once: `nll` and `base_nll`, `kl`, `top1_agreement`,
+        `bits_per_value` and `received_bytes` of this rank; behind the trial's name and the given labels."""
+        key = self._key(trial)
+        if key not in self.journal[POINTS]:
+            base, judged = self.judge([trial], trial.name)
+            measured = {
+                "bits_per_value": judged.traffic.bits_per_value,
+                "kl": judged.kl,
+                "nll": judged.nll,
+                "base_nll": base.nll,
+                "top1_agreement": judged.top1_agreement,
+                "received_bytes": judged.traffic.received_bytes,
+            }
+            # A label may replace what cannot be measured.
+            self.journal.keep(POINTS, {key: {"name": trial.name, **measured, **labels}})
+        return self.journal[POINTS][key]
 
-def key_of(policy: CompressionPolicy, weights: str | None, layers: Collection[int]) -> str:
-    """Under which a point is kept: with weights, also what is in their file."""
-    return f"{policy} {digest(weights)} {sorted(layers)}" if weights else str(policy)
+    def _key(self, trial: Trial) -> str:
+        """With weights, also what is in their file."""
+        if not trial.blocks:
+            return trial.key
+        return f"{trial.key} {digest(self.overrides.path)} {sorted(trial.blocks)}"
+
+    def _reference(self, number: int) -> _Forward:
+        if number in self._kept:
+            return self._kept[number]
+        made = self._run(Trial("uncompressed"), self.windows[number])
+        if self.keep:
+            self._kept[number] = made
+        return made
+
+    def _run(self, trial: Trial, window: torch.Tensor) -> _Forward:
+        if self.overrides:
+            self.overrides.use(trial.blocks)
+        trial.apply(self.model)
+        wait_for_device()
+        start = time.perf_counter()
+        out = logits(self.model, window[None])[0, :-1]
+        wait_for_device()
+        seconds = time.perf_counter() - start
+        return _Forward(Prediction.of(out, self._vocab_start, self._group), stats(self.model), seconds)
+
+    def _add(self, judgement: Judgement, made: _Forward, reference: _Forward, window: torch.Tensor) -> None:
+        targets = window[1:].to(made.said.best.device)
+        judgement.quality.add(made.said, reference.said, targets, self._vocab_start, self._group)
+        judgement.traffic.sites += made.traffic.sites
+        judgement.seconds += made.seconds

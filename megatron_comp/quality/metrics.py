@@ -1,9 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far a model's predictions are from a baseline's, computed where the vocabulary is split over the ranks."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+# The largest mean NLL, and the largest difference of two, whose exponential is taken: beyond it, infinity stands.
+MAX_NLL = 700.0
+
+
+def perplexity(nll: float) -> float:
+    """From a mean negative log-likelihood, in nats per token; infinite above `MAX_NLL`."""
+    return math.inf if nll > MAX_NLL else math.exp(nll)
+
+
+def increase_pct(nll: float, base_nll: float) -> float:
+    """By how many percent perplexity exceeds that of `base_nll`; infinite if the two differ by more than `MAX_NLL`."""
+    return math.inf if nll - base_nll > MAX_NLL else 100 * math.expm1(nll - base_nll)
 
 
 @dataclass(slots=True)

@@ -1,8 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a measurement was made of: model and text, by name and digest."""
 
 import argparse
 import hashlib
 from pathlib import Path
+
+import torch
+
+from ..version import __version__
 
 
 def origin(args: argparse.Namespace) -> dict[str, object]:
@@ -13,6 +18,12 @@ def origin(args: argparse.Namespace) -> dict[str, object]:
         "tokens": args.tokens,
         "context": args.context,
     }
+
+
+def settings(args: argparse.Namespace, dtype: torch.dtype, **more: object) -> dict[str, object]:
+    """What measurements on ranks depend on: also their number, the dtype, and this package's version."""
+    measured = {"tp": args.tp, "dtype": str(dtype).removeprefix("torch."), "megatron_comp": __version__}
+    return {**origin(args), **measured, **more}
 
 
 def digest(path: str | Path) -> str:

@@ -1,16 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a policy may cost in quality."""
 
 import math
 from dataclasses import dataclass
 
+from ..quality.metrics import increase_pct
+
 # Of the paper's search, arXiv 2411.09510
 MAX_INCREASE_PCT = 3.0
-
-
-def perplexity_increase_pct(point: dict) -> float:
-    """Of a measured point, over the uncompressed model on the same tokens."""
-    increase = point["nll"] - point["base_nll"]
-    return 100 * math.expm1(increase) if increase < 700 else math.inf
 
 
 @dataclass(frozen=True)
@@ -22,7 +19,7 @@ class Bound:
 
     def of(self, point: dict) -> float:
         """What a measured point costs, in the bound's own unit."""
-        return point["kl"] if self.by == "kl" else perplexity_increase_pct(point)
+        return point["kl"] if self.by == "kl" else increase_pct(point["nll"], point["base_nll"])
 
     @property
     def first_budget(self) -> float:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which codecs a search may choose from, and the items of its knapsack."""
 
 from ..policy import DROP, CompressionPolicy
@@ -20,7 +21,7 @@ CANDIDATES = (
 )
 
 # What the frontier is set beside.
-PRESETS = ("mxfp4", "nvfp4", "quickreduce-int4", "flash-int4")
+PRESETS = ("mxfp4", "nvfp4", "quickreduce-int4", "flash-int4", "int4:32:fp16:hadamard")
 
 
 def parse_candidates(names: list[str]) -> tuple[Codec, ...]:
@@ -34,7 +35,7 @@ def parse_candidates(names: list[str]) -> tuple[Codec, ...]:
 def items(rows: list[dict], candidates: tuple[Codec, ...], tokens: int, steps: int) -> dict[tuple, list[Choice]]:
     """The choices of every (layer, site, step) of an algorithm of so many steps; damages in nats a token.
 
-    rows: of `Calibration.sensitivity`, whose damages are of all its tokens.
+    rows: of `Measurements.sensitivity`, whose damages are of all its tokens.
     """
     made: dict[tuple, list[Choice]] = {}
     for row in rows:

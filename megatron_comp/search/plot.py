@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The frontier that a search found, drawn from its rows."""
 
 from collections.abc import Mapping

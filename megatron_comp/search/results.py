@@ -1,19 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a search leaves behind: the policy file, the table, the figure."""
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
+from .. import files
 from ..launcher import output
 from ..policy import CompressionPolicy
+from ..quality.metrics import increase_pct, perplexity
 from ..spd.blocks import dropped_blocks
-from .bound import Bound, perplexity_increase_pct
+from .bound import Bound
 from .plot import draw
+
+if TYPE_CHECKING:
+    from ..quality.judge import Judge
 
 COLUMNS = {
     "name": ("policy", ""),
@@ -53,18 +59,21 @@ class Found:
     seconds: Callable[[CompressionPolicy], float] | None = None
 
 
-def report(args: argparse.Namespace, found: Found, points: list[dict], settings: dict) -> None:
-    """Writes the files that were asked for, and prints every point that was measured. settings: of the state."""
-    rows = [_row(point, found) for point in points]
+def report(args: argparse.Namespace, found: Found, judge: "Judge", how: str) -> None:
+    """Writes the files that were asked for, and prints every point that was measured.
+
+    how: the command, for the policy's header.
+    """
+    rows, algorithm = [_row(point, found) for point in judge.points], found.policy.algorithm
     cost = "sums_ms" if found.seconds else "bits_per_value"
     order = sorted(rows, key=lambda row: (row[cost], row["kl"]))
     where = f"{Path(args.text).name}, {args.tokens // args.context} windows of {args.context} tokens"
-    title = f"{Path(args.model).name}, TP={args.tp}, {args.algorithm}: {where}"
-    Path(args.out).write_text(policy_text(found.policy, _header(args, found, settings)))
+    title = f"{Path(args.model).name}, TP={args.tp}, {algorithm}: {where}"
+    files.write_text(args.out, policy_text(found.policy, _header(args, found, judge.journal.settings, how)))
     output.show(f"search: {title}", DROP_COLUMNS if found.seconds else COLUMNS, order)
     output.write_csv(args.csv, order)
     if args.figure:
-        shown = [row for row in order if row["algorithm"] in (args.algorithm, "all_reduce")]
+        shown = [row for row in order if row["algorithm"] in (algorithm, "all_reduce")]
         draw(shown, found.curves, found.bound.limit if found.bound.by == "kl" else None, title, args.figure, cost)
     output.write_json(args.json, vars(args), order)
     print(f"search: {_said(args, found)}", flush=True)
@@ -95,7 +104,7 @@ def _listed(blocks: Sequence[int]) -> str:
 
 
 def _row(point: dict, found: Found) -> dict:
-    nll, of_drops = point["nll"], {}
+    of_drops = {}
     if found.seconds:
         policy = _measured_policy(point)
         of_drops = {
@@ -111,22 +120,21 @@ def _row(point: dict, found: Found) -> dict:
         "bits_per_value": point["bits_per_value"],
         "predicted_kl": point["predicted_kl"],
         "kl": point["kl"],
-        "perplexity": math.exp(nll) if nll < 700 else math.inf,
-        "perplexity_increase_pct": perplexity_increase_pct(point),
+        "perplexity": perplexity(point["nll"]),
+        "perplexity_increase_pct": increase_pct(point["nll"], point["base_nll"]),
         "top1_agreement": point["top1_agreement"],
         "chosen": "<- written" if point == found.point else "",
     }
 
 
-def _header(args: argparse.Namespace, found: Found, settings: dict) -> list[str]:
+def _header(args: argparse.Namespace, found: Found, settings: dict, how: str) -> list[str]:
     point, versions = found.point, output.versions()
-    how = "--paper" if args.paper else f"--algorithm {args.algorithm}"
     lines = [
-        f"Found by megatron-comp search {'--with-drop ' * args.with_drop}{how}, {found.bound}",
+        f"Found by {how}, {found.bound}",
         f"model {settings['model']}, TP={args.tp}, {settings['dtype']}; text {settings['text']}, "
         f"{args.tokens // args.context} windows of {args.context} tokens (digests: of config.json and of the text)",
         f"measured there: {point['bits_per_value']:.3f} bits a value, KL {point['kl']:.5f} nats a token, perplexity "
-        f"{perplexity_increase_pct(point):+.2f} %",
+        f"{increase_pct(point['nll'], point['base_nll']):+.2f} %",
         ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
     if found.distilled:

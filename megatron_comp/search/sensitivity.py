@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each candidate's rounding error costs in KL, for all places and candidates in one pass over a text.
 
 Near the uncompressed model KL is a quadratic form of the error d that is added to a sum: E[(g . d)^2] / 2, where g is
@@ -19,14 +20,12 @@ Measured on SmolLM2, TP=3, 2044 tokens: from 3-bit to 6-bit codecs at all places
 1.07 of the KL that those codecs really had (0.78 for mxfp4, at a KL of 0.18).
 """
 
-from dataclasses import dataclass, field
-
 import torch
 import torch.distributed as dist
 
 from ..layers.apply import remove_compression
-from ..layers.places import find_places
-from ..layers.site import ReductionSite
+from ..layers.places import Place, find_places
+from ..layers.reducer import Reducer
 from ..policy import CompressionPolicy
 from ..quality.metrics import Prediction
 from ..wire.codec import Codec
@@ -34,8 +33,7 @@ from ..wire.codec import Codec
 SEED = 1  # of the drawn tokens
 
 
-@dataclass(slots=True)
-class Probe(ReductionSite):
+class Probe(Reducer):
     """Sums like the stock collective; when the gradient of the sum comes back, it measures all candidates.
 
     damage: float64 `[2 steps, candidates]`, nats over all tokens seen. nbytes: of each candidate's message.
@@ -43,26 +41,22 @@ class Probe(ReductionSite):
     sum of both, in one message.
     """
 
-    candidates: tuple[Codec, ...] = ()
-    attention: "Probe | None" = None
-    damage: torch.Tensor = field(init=False)
-    joined: torch.Tensor = field(init=False)
-    last: tuple[torch.Tensor, torch.Tensor] | None = field(init=False, default=None)
-    nbytes: list[int] = field(init=False, default_factory=list)
-    values: int = field(init=False, default=0)
-
-    def __post_init__(self) -> None:
-        super(Probe, self).__post_init__()
-        self.damage = torch.zeros(2, len(self.candidates), dtype=torch.float64)
+    def __init__(self, policy: CompressionPolicy, place: Place, candidates: tuple[Codec, ...]) -> None:
+        super().__init__(policy, place.layer, place.site, place.group)
+        self.candidates = candidates
+        self.attention: Probe | None = None
+        self.damage = torch.zeros(2, len(candidates), dtype=torch.float64)
         self.joined = torch.zeros_like(self.damage)
+        self.last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.nbytes: list[int] = []
+        self.values = 0
 
-    def reduce(self, partial: torch.Tensor, group: dist.ProcessGroup, training: bool) -> torch.Tensor:
+    def __call__(self, partial: torch.Tensor, scatter: bool = False, training: bool = False, splits=None):
+        if scatter:
+            raise ValueError("search measures all-reduces, not the reduce-scatters of sequence or expert parallelism")
         # Weights are frozen: without the anchor nothing before the first sum, nor that sum, would have a gradient.
         anchor = torch.zeros((), requires_grad=True)
-        return _Probed.apply(partial, anchor, self, group)
-
-    def reduce_scatter(self, *_args) -> torch.Tensor:
-        raise ValueError("search measures all-reduces, not the reduce-scatters of sequence or expert parallelism")
+        return _Probed.apply(partial, anchor, self, self.group)
 
     def measure(self, partial: torch.Tensor, total: torch.Tensor, g: torch.Tensor, group: dist.ProcessGroup) -> None:
         """partial, total and g `[..., hidden]`: this rank's share, the sum of all, the gradient of that sum."""
@@ -131,7 +125,7 @@ def attach_probes(model: torch.nn.Module, candidates: tuple[Codec, ...], joined:
     policy = CompressionPolicy(codec="mxfp4", min_bytes=0)
     probes = []
     for place in find_places(model):
-        probes.append(Probe(policy, place.layer, place.site, candidates=candidates))
+        probes.append(Probe(policy, place, candidates))
         place.attach(probes[-1])
     if joined:
         attention = {probe.layer: probe for probe in probes if probe.site == "attention"}

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One choice for each item, at the least cost under a bound on the sum of their damages: a multiple-choice knapsack.
 
 Solved for all bounds at once by dynamic programming over the total cost: the least damage that so many units buy,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From sensitivities to the cheapest policy that really keeps the bound."""
 
 import math

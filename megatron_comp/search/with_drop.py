@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`search --with-drop`: for every block a codec for each of its sums, or attention's left out; least predicted time.
 
 An item of the knapsack is a block: a word for its attention (a codec, `none`, or `drop` with the model's own or with
@@ -18,12 +19,12 @@ from ..layers.sync_drop import check_block
 from ..policy import DROP, CompressionPolicy
 from ..predict.times import Job, sums
 from ..spd.blocks import layers_that_drop
+from ..wire.calibration import Calibration
 from ..wire.codec import Codec, parse_codec
 from ..wire.cost import stock_seconds, sum_seconds
-from ..wire.figures import Figures
 from .bound import Bound
 from .candidates import PRESETS, joined_name, policy_of_names, uniform
-from .measurements import Calibration
+from .measurements import Measurements
 from .results import Found
 from .solve import Choice, Frontier, undominated
 from .tune import total_cost, tune
@@ -38,12 +39,12 @@ class Words:
     candidates: tuple[Codec, ...]
     algorithm: str
     job: Job
-    figures: Figures
+    calibration: Calibration
     _costs: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def choices(self, damages: list[list[float]], tokens: int) -> list[Choice]:
         """damages: `[step][candidate]` of all tokens. The best trades, `none` always among them."""
-        stock = stock_seconds(self.job.shape[0] * self.job.shape[1] * self.job.itemsize, self.job.tp, self.figures)
+        stock = stock_seconds(self.job.shape[0] * self.job.shape[1] * self.job.itemsize, self.job.tp, self.calibration)
         found = [Choice("none", round(NS * stock), 0.0)]
         for first, second, damage in self._pairs(damages):
             name = joined_name(str(first), str(second))
@@ -53,7 +54,7 @@ class Words:
     def _cost(self, name: str) -> int:
         """All sums of a model are of one shape."""
         if name not in self._costs:
-            seconds = sum_seconds(self.job.shape, parse_codec(name), self.job.tp, self.algorithm, self.figures)
+            seconds = sum_seconds(self.job.shape, parse_codec(name), self.job.tp, self.algorithm, self.calibration)
             self._costs[name] = round(NS * seconds)
         return self._costs[name]
 
@@ -68,28 +69,28 @@ class Words:
 
     def seconds(self, policy: CompressionPolicy) -> float:
         """Of all sums of a prefill, every message compressed that the policy compresses."""
-        return sums(self.job, policy, self.figures).seconds
+        return sums(self.job, policy, self.calibration).seconds
 
 
-def search_with_drop(calibration: Calibration, bound: Bound, words: Words, min_bytes: int | str) -> Found:
+def search_with_drop(measurements: Measurements, bound: Bound, words: Words, min_bytes: int | str) -> Found:
     """The policy of least predicted time within the bound. Raises ValueError for a model that can drop no sum."""
-    droppable = blocks_that_can(calibration.model)
-    places = calibration.sensitivity(words.candidates, joined=True)
-    drops = measured_drops(calibration, droppable)
-    with_drops = Frontier(items(places, words, calibration.tokens, drops))
-    without = Frontier(items(places, words, calibration.tokens, {}))
+    droppable = blocks_that_can(measurements.judge.model)
+    places = measurements.sensitivity(words.candidates, joined=True)
+    drops = measured_drops(measurements, droppable)
+    with_drops = Frontier(items(places, words, measurements.judge.tokens, drops))
+    without = Frontier(items(places, words, measurements.judge.tokens, {}))
 
     def measure(picked: dict[int, Choice]) -> dict:
         policy, distilled = _policy(picked, words.algorithm), _distilled(picked)
         dropped = sum(policy.drops(layer) for layer in picked)
         name = f"{dropped} dropped" + (f", {len(distilled)} distilled" if distilled else "") if dropped else "no drop"
         damage = sum(choice.damage for choice in picked.values())
-        return calibration.point(name, "mixed+drop" if dropped else "mixed", policy, damage, distilled)
+        return measurements.point(name, "mixed+drop" if dropped else "mixed", policy, damage, distilled)
 
     found = [tune(frontier, bound, measure) for frontier in (without, with_drops)]
     picked, point = min(found, key=lambda each: (total_cost(each[0]), each[1]["kl"]))
     for codec in PRESETS:
-        calibration.point(codec, "preset", uniform(codec, words.algorithm))
+        measurements.point(codec, "preset", uniform(codec, words.algorithm))
     return Found(
         policy=_policy(picked, words.algorithm, min_bytes),
         point=point,
@@ -105,7 +106,7 @@ def blocks_that_can(model) -> list[int]:
     able, reasons = [], []
     for layer in model.decoder.layers:
         try:
-            check_block(layer)
+            check_block(layer, layer.layer_number - 1)
             able.append(layer.layer_number - 1)
         except ValueError as error:
             reasons.append(str(error))
@@ -114,16 +115,16 @@ def blocks_that_can(model) -> list[int]:
     return able
 
 
-def measured_drops(calibration: Calibration, blocks: list[int]) -> dict[int, list[tuple[bool, float]]]:
+def measured_drops(measurements: Measurements, blocks: list[int]) -> dict[int, list[tuple[bool, float]]]:
     """By block, (distilled, KL with its sum alone dropped): with the model's own weights, and with distilled ones."""
     drops: dict[int, list[tuple[bool, float]]] = {}
     for block in reversed(blocks):  # from the last on, as `drop sensitivity` walks
         policy = CompressionPolicy(layers=layers_that_drop([block]))
-        point = calibration.point(f"block {block} dropped", "block dropped", policy)
+        point = measurements.point(f"block {block} dropped", "block dropped", policy)
         drops[block] = [(False, point["kl"])]
-        if calibration.overrides and block in calibration.overrides.blocks:
+        if measurements.judge.overrides and block in measurements.judge.overrides.blocks:
             name = f"block {block} distilled"
-            point = calibration.point(name, "block distilled", policy, distilled=[block])
+            point = measurements.point(name, "block distilled", policy, distilled=[block])
             drops[block].append((True, point["kl"]))
     return drops
 
@@ -133,7 +134,7 @@ def items(
 ) -> dict[int, list[Choice]]:
     """By layer its choices, each named (attention's word, the MLP's word, whether with distilled weights).
 
-    places: of `Calibration.sensitivity`. drops: of `measured_drops`.
+    places: of `Measurements.sensitivity`. drops: of `measured_drops`.
     """
     sites = {(place["layer"], place["site"]): place for place in places}
     made = {}

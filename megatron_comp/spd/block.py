@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Blocks of a Llama checkpoint in one process, computed as any number of ranks would compute them, with gradients.
 
 Modules and weights are transformers' own, whole; ranks are slices of heads and of the MLP's neurons, as Megatron shards

@@ -1,10 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which blocks do without attention's sum: lists of them, their order and classes from a sensitivity's JSON."""
-
-import json
-from pathlib import Path
 
 import yaml
 
+from .. import files
 from ..policy import CompressionPolicy
 
 CLASSES = ("insensitive", "sensitive", "extreme")
@@ -27,7 +26,7 @@ def read_rows(path: str) -> list[dict]:
     Raises ValueError if the file is another one.
     """
     try:
-        rows = json.loads(Path(path).read_text())["rows"]
+        rows = files.read_json(path, "sensitivity file")["rows"]
         return sorted(rows, key=lambda row: (row["rank"], row["block"]))
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{path} is not what `megatron-comp drop sensitivity --json` writes: {error!r}") from None
@@ -62,7 +61,7 @@ def dropped_blocks(policy: CompressionPolicy) -> list[int]:
 
 def write_policy(path: str, blocks: list[int], codec: str) -> None:
     words = {"codec": codec, "layers": layers_that_drop(blocks)}
-    Path(path).write_text(yaml.safe_dump(words, sort_keys=False))
+    files.write_text(path, yaml.safe_dump(words, sort_keys=False))
 
 
 def check_blocks(blocks: list[int], config) -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names that options take: criteria by which heads are assigned to ranks (`heads.py`), losses (`training.py`)."""
 
 ASSIGNMENTS = ("diverse", "similar")

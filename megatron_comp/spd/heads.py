@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rank gets which heads, for a block without attention's sum, where each rank's MLP sees its own heads only.
 
 arXiv 2502.20727: heads are grouped by how far apart their attention scores are on calibration text, groups are matched

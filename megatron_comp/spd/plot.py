@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Figures of `megatron-comp drop`, drawn from its rows."""
 
 from ..launcher.figure import save

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block-to-block distillation: a block without attention's sum learns to give what the stock block gives.
 
 arXiv 2502.20727: teacher and student are the same block of the model, both see the full model's input to it,
@@ -76,10 +77,19 @@ def difference(made: torch.Tensor, target: torch.Tensor, loss: str) -> torch.Ten
 @torch.no_grad()
 def error(student: Block, x: torch.Tensor, target: torch.Tensor, rope: tuple, ranks: int) -> dict[str, float]:
     """`mse`: the mean squared difference from the target. `relative`: the median over tokens of its norm to that of
-    what the block adds to its input, which a few tokens of very large norm do not decide."""
+    what the block adds to its input, which a few tokens of very large norm do not decide.
+
+    Raises ValueError if they are not finite.
+    """
     squares, relatives = 0.0, []
     for window, wanted in zip(x, target, strict=True):
         difference = student(window[None], rope, ranks)[0] - wanted
         squares += difference.square().mean().item() / len(x)
         relatives.append(difference.norm(dim=-1) / (wanted - window).norm(dim=-1))
+    if not math.isfinite(squares):
+        dtype = str(x.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"block {student.number}: its error is not finite, in {dtype}: weights of it or of a block before it are "
+            "damaged, or the learning rate is too large"
+        )
     return {"mse": squares, "relative": torch.cat(relatives).median().item()}

@@ -1,8 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of blocks' weights that take the place of a checkpoint's: read, and written block by block."""
 
 import argparse
 import json
-import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from .. import files
 from ..inference.hf import TENSOR_PARALLEL, check_extra, read_config
 from ..inference.weight_overrides import block_of
 from ..quality.origin import origin
@@ -77,6 +78,5 @@ def write_blocks(path: str, blocks: Collection[int], out: str) -> None:
 
 def _replace(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """An interruption leaves the file as it was or as it will be."""
-    partial = f"{path}.partial"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-    os.replace(partial, path)
+    with files.replacing(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)

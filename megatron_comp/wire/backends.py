@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which code encodes and decodes on a device. All backends write the same bytes and sum to the same bits.
 
 A backend is a module with the five functions of `reference.py`, which see tensors `[rows, hidden]` of at least one
@@ -7,16 +8,20 @@ element and fill all of `out`, which is contiguous:
     encode_slices(x, fmt, rows, out)                        decode_slices(slots, fmt, rows, out)
     decode_sum_encode(messages, shape, fmt, second, out)
 
-Slices are consecutive rows; `rows` is a tuple that says how many each has.
+Slices are consecutive rows; `rows` is a tuple that says how many each has. A backend whose compiler runs at the first
+call of each kind has `warm_up`, too.
 """
 
 import os
-import warnings
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 
+import torch
+
+from ..notices import notice
 from . import native, reference
+from .formats import Format
 
 # The environment variable that overrides the choice, for measurements and for finding faults.
 OVERRIDE = "MEGATRON_COMP_BACKEND"
@@ -39,6 +44,27 @@ def choose_backend(device_type: str) -> ModuleType:
     if name == "reference":
         _warn_of_slow_codecs(device_type)
     return backend
+
+
+def warm_up(
+    first: Format, second: Format, dtype: torch.dtype, hidden: int, ranks: int, algorithm: str, device: torch.device
+) -> None:
+    """Has everything compiled that sums of `[..., hidden]` tensors over `ranks` ranks need on this device.
+
+    first, second: formats of the two phases of `two_step`; for `gather_sum` and `reduce_scatter` only the first counts.
+    Does nothing where nothing is compiled later. Raises RuntimeError that says what to install if a compiler fails.
+    """
+    backend = choose_backend(device.type)
+    if not hasattr(backend, "warm_up"):
+        return
+    try:
+        backend.warm_up(first, second, dtype, hidden, ranks, algorithm, device)
+    except Exception as error:
+        raise RuntimeError(
+            f"the kernels of codec {first} cannot be compiled for {device}: {type(error).__name__}: {error}. Triton "
+            "needs a C compiler (gcc or clang on PATH, or CC) and Python's headers (the package python3-dev); "
+            f"{OVERRIDE}=reference runs slowly without them"
+        ) from error
 
 
 @lru_cache
@@ -69,4 +95,4 @@ def _warn_of_slow_codecs(device_type: str) -> None:
         why = "Triton 3.6 or newer cannot be imported; install it"
     else:
         why = f"there are no fast ones for {device_type}"
-    warnings.warn(f"codecs run in plain torch, 7 to 24 times slower: {why}", stacklevel=2)
+    notice(f"codecs run in plain torch, 7 to 24 times slower: {why}")

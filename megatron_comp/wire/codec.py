@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`Codec`: a format name made into encode and decode, by the backend that serves the tensor's device."""
 
 import math
@@ -48,9 +49,10 @@ class Codec:
         out: where the message goes, contiguous; without it a new tensor.
         """
         _check_encodes(x)
-        out = _message(self.message_bytes(x.shape), x.device, out)
+        rows_and_hidden = _rows_and_hidden(x.shape)
+        out = _message(message.layout(self.format, *rows_and_hidden).nbytes, x.device, out)
         if x.numel():
-            choose_backend(x.device.type).encode(x.detach().reshape(_rows_and_hidden(x.shape)), self.format, out)
+            choose_backend(x.device.type).encode(x.detach().reshape(rows_and_hidden), self.format, out)
         return out
 
     def encode_slices(self, x: torch.Tensor, rows: Sequence[int], out: torch.Tensor | None = None) -> torch.Tensor:
@@ -79,14 +81,12 @@ class Codec:
 
         out: where the sum goes, contiguous, of `shape` and `dtype`; without it a new tensor.
         """
-        _check_decodes(dtype)
-        self._check(messages, shape)
+        rows_and_hidden = self._check(messages, shape, dtype)
         if out is None:
             out = torch.empty(tuple(shape), dtype=dtype, device=messages.device)
         assert out.dtype == dtype and out.shape == tuple(shape) and out.is_contiguous()
         if out.numel():
-            flat = out.view(_rows_and_hidden(shape))
-            choose_backend(messages.device.type).decode_sum(messages, self.format, flat)
+            choose_backend(messages.device.type).decode_sum(messages, self.format, out.view(rows_and_hidden))
         return out
 
     def decode_slices(self, slots: torch.Tensor, rows: Sequence[int], out: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,8 @@ class Codec:
         rows: of each slice. Unlike `decode` it does not saturate in fp16: a sum may be infinite.
         Raises ValueError if the slices do not make up `out`, or if a slot is too short for its message.
         """
-        _check_decodes(out.dtype)
+        if out.dtype not in DTYPES:
+            raise _no_such_output(out.dtype)
         rows = tuple(rows)
         longest = max(self._slice_bytes(rows, out), default=0)
         if slots.dtype != torch.uint8 or slots.dim() != 2 or len(slots) != len(rows) or slots.shape[1] < longest:
@@ -118,11 +119,11 @@ class Codec:
 
         out: as in `encode`.
         """
-        self._check(messages, shape)
-        out = _message(second.message_bytes(shape), messages.device, out)
+        rows_and_hidden = self._check(messages, shape)
+        out = _message(message.layout(second.format, *rows_and_hidden).nbytes, messages.device, out)
         if out.numel():
             backend = choose_backend(messages.device.type)
-            backend.decode_sum_encode(messages, _rows_and_hidden(shape), self.format, second.format, out)
+            backend.decode_sum_encode(messages, rows_and_hidden, self.format, second.format, out)
         return out
 
     def _slice_bytes(self, rows: tuple[int, ...], x: torch.Tensor) -> tuple[int, ...]:
@@ -131,13 +132,20 @@ class Codec:
             raise ValueError(f"slices of {rows} rows do not make up a tensor of {tuple(x.shape)}")
         return _slice_bytes(self.format, rows, x.shape[1])
 
-    def _check(self, messages: torch.Tensor, shape: Sequence[int]) -> None:
-        expected = self.message_bytes(shape)
+    def _check(
+        self, messages: torch.Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
+    ) -> tuple[int, int]:
+        """Rows and hidden of `shape`, which is what the messages hold, and `dtype` what they can be decoded to."""
+        if dtype not in DTYPES:
+            raise _no_such_output(dtype)
+        rows_and_hidden = _rows_and_hidden(shape)
+        expected = message.layout(self.format, *rows_and_hidden).nbytes
         if messages.dtype != torch.uint8 or messages.dim() != 2 or messages.shape[1] != expected or not len(messages):
             raise ValueError(
                 f"{self} decodes {tuple(shape)} from uint8 messages of {expected} bytes each, "
                 f"not from {messages.dtype} {tuple(messages.shape)}"
             )
+        return rows_and_hidden
 
 
 @dataclass(frozen=True)
@@ -169,9 +177,8 @@ def _check_encodes(x: torch.Tensor) -> None:
         raise TypeError(f"a codec encodes {', '.join(map(str, DTYPES))}, not {x.dtype}")
 
 
-def _check_decodes(dtype: torch.dtype) -> None:
-    if dtype not in DTYPES:
-        raise TypeError(f"a codec decodes to {', '.join(map(str, DTYPES))}, not {dtype}")
+def _no_such_output(dtype: torch.dtype) -> TypeError:
+    return TypeError(f"a codec decodes to {', '.join(map(str, DTYPES))}, not {dtype}")
 
 
 def _message(nbytes: int, device: torch.device, out: torch.Tensor | None) -> torch.Tensor:

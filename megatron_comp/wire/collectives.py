@@ -1,9 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compressed all-reduce and reduce-scatter: bytes are exchanged, every rank decodes and sums in rank order.
 
 Legend: N ranks; a *slot* is the room for one slice's message in a two-step all-gather.
 
     gather_sum   encode -> all-gather -> decode and sum                                       one quantization
     two_step     encode slices -> all-to-all -> decode and sum -> encode -> all-gather -> decode   two quantizations
+    hierarchical    one of these between machines, of sums inside them: `hierarchical.py`
 
 A rank's own share goes through the codec like everybody's, so that all ranks end with the same bits
 (gather_sum: arXiv 2411.09510, section 3, where the own share stayed exact; two_step: arXiv 2412.04964, algorithm 1).
@@ -13,18 +15,18 @@ decoded. Rows share no blocks and every element is summed in rank order, so bits
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
 from . import exchange
 from .codec import Codec, CodecPair, parse_codec
+from .cost import choose_scatter, scatter_rows
+from .hierarchical import Steps, hierarchical_scatter, hierarchical_sum
 from .plan import Chunk, SumPlan, plan_all_reduce, plan_reduce_scatter
 from .spans import span
-
-# A chunk under way: each `next` carries it to where its bytes are on the wire again, the last one to its sum.
-Steps = Iterator[None]
+from .topology import Topology
 
 
 class PendingSum:
@@ -57,37 +59,39 @@ class PendingAllReduce(PendingSum):
         self._plan, self._group = plan, group
         parts = out.view(-1, plan.hidden).split(plan.row_counts)
         self._to_push, self._to_take = iter(zip(parts, plan.chunks, strict=True)), iter(parts)
-        self._in_second_exchange = 0  # how many of the parts under way, the oldest ones
+        self._exchanges: list[int] = []  # the number of the one that each of the parts under way is in
 
     def push(self, part: torch.Tensor, async_op: bool = True) -> None:
         """`[..., hidden]`: the next rows, encoded and on their way when this returns; they may be overwritten then."""
         out, chunk = next(self._to_push)
-        self.start(
-            STEPS[self._plan.algorithm](part.detach().reshape(out.shape), out, self._plan, chunk, self._group, async_op)
-        )
+        rows = _kept(part.detach().reshape(out.shape), self._plan)
+        self.start(STEPS[self._plan.algorithm](rows, out, self._plan, chunk, self._group, async_op))
+        self._exchanges.append(1)
 
     def advance(self) -> None:
-        """In `two_step`: all parts but the newest go to their second exchange, to be on the wire in what is done next.
+        """All parts but the newest go to their next exchange, if there is one, to be on the wire in what is done next.
 
         The newest is on the wire meanwhile.
         """
-        self._to_second_exchange(len(self._chunks) - 1)
+        for place in range(len(self._chunks) - 1):
+            self._to_exchange(place, self._exchanges[place] + 1)
 
     def take(self) -> torch.Tensor | None:
         """The sum of the first part that was not taken yet, `[rows, hidden]`; None after the last, and that ends it."""
         if not self._chunks:
             return None
-        # The next part's second exchange begins before this one's is waited for.
-        self._to_second_exchange(min(2, len(self._chunks)))
+        # The next part's last exchange begins before this one's is waited for.
+        for number in range(2, self._plan.exchanges + 1):
+            for place in range(min(2, len(self._chunks))):
+                self._to_exchange(place, number)
         next(self._chunks.pop(0), None)
-        self._in_second_exchange -= 1
+        self._exchanges.pop(0)
         return next(self._to_take)
 
-    def _to_second_exchange(self, count: int) -> None:
-        if self._plan.algorithm == "two_step":
-            for chunk in self._chunks[self._in_second_exchange : count]:
-                next(chunk)
-        self._in_second_exchange = max(self._in_second_exchange, count)
+    def _to_exchange(self, place: int, number: int) -> None:
+        if self._exchanges[place] < number <= self._plan.exchanges:
+            next(self._chunks[place])
+            self._exchanges[place] = number
 
 
 def all_reduce(
@@ -97,6 +101,7 @@ def all_reduce(
     algorithm: str = "auto",
     async_op: bool = False,
     chunks: int | None = None,
+    topology: Topology | None = None,
 ) -> torch.Tensor | PendingSum:
     """The sum over the group of every rank's `x` `[..., hidden]`, equal to the bit on all ranks; a new tensor.
 
@@ -109,13 +114,21 @@ def all_reduce(
     and starts its exchange; decoding, and the second exchange of `two_step`, are left to `wait()`. Handles must be
     waited for in the same order on all ranks.
 
+    topology: which ranks are near one another, from `topology.connect`. `hierarchical` goes by it, and without one, or
+    where it has one level, is a flat sum; `auto` may choose `hierarchical` with it.
+
+    codec: with `none` it is torch.distributed's own all-reduce, with equal bits as far as that has them.
+
     Raises ValueError for a scalar, an unknown codec or algorithm, or two codecs with `gather_sum`, which has one phase.
     """
-    codec = parse_codec(codec) if isinstance(codec, str) else codec
     if x.dim() == 0:
         raise ValueError("all_reduce needs [..., hidden], not a scalar")
+    if codec == "none":
+        return _uncompressed(x, slice(None), group, async_op)
+    codec = parse_codec(codec) if isinstance(codec, str) else codec
     of_bytes = exchange.chunk_bytes(x.device.type)
-    plan = plan_all_reduce(x.shape, codec, _ranks(group), dist.get_rank(group), algorithm, chunks, of_bytes)
+    shared = codec, _ranks(group), dist.get_rank(group)
+    plan = plan_all_reduce(x.shape, *shared, algorithm, chunks, of_bytes, topology, x.itemsize)
     return run(plan, x, group, async_op)
 
 
@@ -125,20 +138,48 @@ def reduce_scatter(
     group: dist.ProcessGroup | None = None,
     splits: Sequence[int] | None = None,
     async_op: bool = False,
+    algorithm: str = "auto",
+    topology: Topology | None = None,
 ) -> torch.Tensor | PendingSum:
     """This rank's slice, along dim 0, of the sum over the group of `x` `[rows, ..., hidden]`.
 
     splits: rows of each rank's slice, the same on all ranks; without it all slices are equal. async_op: as in
-    `all_reduce`. All-to-alls, one quantization. With one rank, `x` itself. Raises ValueError if the slices do not make
-    up dim 0, or for two codecs.
+    `all_reduce`. One quantization. With one rank, `x` itself. codec: `none` too, as in `all_reduce`.
+
+    algorithm, topology: `hierarchical` is for islands of one size, of several ranks; anything else is one all-to-all.
+
+    Raises ValueError if the slices do not make up dim 0, for an unknown algorithm, or for two codecs.
     """
+    if codec == "none":
+        rows, rank = scatter_rows(x.shape, _ranks(group), splits), dist.get_rank(group)
+        return _uncompressed(x, slice(sum(rows[:rank]), sum(rows[: rank + 1])), group, async_op)
     codec = parse_codec(codec) if isinstance(codec, str) else codec
     if isinstance(codec, CodecPair):
         raise ValueError(f"reduce_scatter has one phase and takes one codec, not {codec}")
     splits = None if splits is None else tuple(splits)
     of_bytes = exchange.chunk_bytes(x.device.type)
-    plan = plan_reduce_scatter(x.shape, codec, _ranks(group), dist.get_rank(group), splits, of_bytes)
+    ranks = _ranks(group)
+    way = choose_scatter(x.shape, codec, ranks, algorithm, islands=topology and topology.islands)
+    topology = topology if way == "hierarchical_scatter" else None
+    shared = codec, ranks, dist.get_rank(group)
+    plan = plan_reduce_scatter(x.shape, *shared, splits, of_bytes, topology, x.itemsize)
     return run(plan, x, group, async_op)
+
+
+def _uncompressed(
+    x: torch.Tensor, rows: slice, group: dist.ProcessGroup | None, async_op: bool
+) -> torch.Tensor | PendingSum:
+    """These rows of the stock sum."""
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+
+    def steps() -> Steps:
+        work = dist.all_reduce(total, group=group, async_op=async_op)
+        yield
+        exchange.finish(work)
+
+    pending = PendingSum(total[rows])
+    pending.start(steps())
+    return pending if async_op else pending.wait()
 
 
 def run(
@@ -148,7 +189,7 @@ def run(
 
     A new tensor; with one rank, or no elements, where nothing is to be sent, `x` itself or its empty slice.
     """
-    scatters = plan.algorithm == "reduce_scatter"
+    scatters = plan.scatters
     if plan.ranks == 1 or plan.values == 0:
         out = x[: plan.out_rows] if scatters and plan.ranks > 1 else x
         return PendingSum(out) if async_op else out
@@ -158,6 +199,7 @@ def run(
         for _ in steps(rows, out_rows, plan, plan.chunks[0], group, False):
             pass
         return out
+    rows = _kept(rows, plan) if async_op else rows
     pending = PendingSum(out)
     cuts = plan.row_counts
     # Each chunk of a reduce-scatter reads rows of all slices, and writes some of this rank's.
@@ -241,8 +283,16 @@ _DONE = object()
 STEPS: dict[str, Callable[..., Steps]] = {
     "gather_sum": _gather_sum,
     "two_step": _two_step,
+    "hierarchical": hierarchical_sum,
     "reduce_scatter": _scatter_sum,
+    "hierarchical_scatter": hierarchical_scatter,
 }
+
+
+def _kept(rows: torch.Tensor, plan: SumPlan) -> torch.Tensor:
+    """What a sum may read until its first exchange is done, whatever becomes of `rows`: a copy, if they are sent as
+    they are."""
+    return rows.clone() if plan.topology is not None else rows
 
 
 def _ranks(group: dist.ProcessGroup | None) -> int:

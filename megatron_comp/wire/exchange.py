@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages of bytes between ranks: the collectives that carry them, and the chunks of rows that they are cut into.
 
 A message that takes long on the wire is cut into chunks of rows, so that one chunk travels while others are encoded and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Number formats as rows of data: elements, scales, and the codec names made of them.
 
 Everything else in `wire/` is generic over these rows; to add a format is to add a row.
@@ -11,6 +12,8 @@ from functools import cached_property
 BF16_MAX = (2 - 2**-7) * 2.0**127
 # The smallest normal fp32 and bf16; smaller inputs count as zero.
 SMALLEST_NORMAL = 2.0**-126
+
+Values = tuple[float, ...]
 
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 
@@ -59,7 +62,7 @@ class Minifloat:
         return math.ldexp(2**self.mantissa_bits + mantissa, exponent - self.bias - self.mantissa_bits)
 
     @cached_property
-    def table(self) -> tuple[float, ...]:
+    def table(self) -> Values:
         """The value of each of the 2^bits codes."""
         half = [self.magnitude(code) for code in range(2 ** (self.exponent_bits + self.mantissa_bits))]
         return tuple(half + [-value for value in half]) if self.signed else tuple(half)
@@ -86,7 +89,7 @@ class Integer:
         return self.bits - 2
 
     @cached_property
-    def table(self) -> tuple[float, ...]:
+    def table(self) -> Values:
         half = 2 ** (self.bits - 1)
         return tuple(float(code - 2 * half if code >= half else code) for code in range(2 * half))
 
@@ -112,7 +115,7 @@ class PowerOfTwo:
         return 2**self.bits - 1
 
     @cached_property
-    def table(self) -> tuple[float, ...]:
+    def table(self) -> Values:
         return tuple(math.ldexp(1.0, code - self.bias) for code in range(self.nan_code)) + (math.nan,)
 
 
@@ -131,8 +134,9 @@ class SmallFloatScale:
         return self.float.max_code + 1
 
     @cached_property
-    def table(self) -> tuple[float, ...]:
-        return self.float.table
+    def table(self) -> Values:
+        """The value of each of the 256 codes; scales have no sign, so all above the largest value are NaN."""
+        return tuple(self.float.magnitude(code) for code in range(256))
 
 
 @dataclass(frozen=True)
@@ -152,20 +156,18 @@ class TorchFloatScale:
 
 Scale = PowerOfTwo | SmallFloatScale | TorchFloatScale
 
-ELEMENTS: dict[str, Element] = {
-    element.name: element
-    for element in (
-        Minifloat("fp3_e1m1", 1, 1),
-        Minifloat("fp4_e2m1", 2, 1),
-        Minifloat("fp5_e2m2", 2, 2),
-        Minifloat("fp5_e3m1", 3, 1),
-        Minifloat("fp6_e2m3", 2, 3),
-        Minifloat("fp6_e3m2", 3, 2),
-        Minifloat("fp8_e4m3", 4, 3, specials=1),
-        Minifloat("fp8_e5m2", 5, 2, specials=4),
-        *(Integer(f"int{bits}", bits) for bits in range(2, 9)),
-    )
-}
+_ELEMENTS: tuple[Element, ...] = (
+    Minifloat("fp3_e1m1", 1, 1),
+    Minifloat("fp4_e2m1", 2, 1),
+    Minifloat("fp5_e2m2", 2, 2),
+    Minifloat("fp5_e3m1", 3, 1),
+    Minifloat("fp6_e2m3", 2, 3),
+    Minifloat("fp6_e3m2", 3, 2),
+    Minifloat("fp8_e4m3", 4, 3, specials=1),
+    Minifloat("fp8_e5m2", 5, 2, specials=4),
+    *(Integer(f"int{bits}", bits) for bits in range(2, 9)),
+)
+ELEMENTS = {element.name: element for element in _ELEMENTS}
 
 SCALES: dict[str, Scale] = {
     scale.name: scale

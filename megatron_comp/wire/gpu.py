@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton backend: a codec's name and a tensor's shape made into what the kernels take."""
 
 from collections.abc import Sequence
@@ -14,8 +15,11 @@ from ..kernels.encode import encode as _encode
 from ..kernels.format import TILE, Field, KernelFormat, SmallFloat
 from ..kernels.slices import as_arguments
 from . import message, scales
-from .formats import Format, Minifloat, PowerOfTwo, SmallFloatScale
+from .formats import SMALLEST_NORMAL, Format, Minifloat, PowerOfTwo, SmallFloatScale
 from .reference import input_limit
+
+# Launches whose arguments are kept: as many as plans of sums (`plan.py`).
+KNOWN_LAUNCHES = 4096
 
 
 def encode(x_RH: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
@@ -29,12 +33,9 @@ def encode_slices(x_RH: torch.Tensor, fmt: Format, rows: Sequence[int], out: tor
     rows: of each slice; may be 0, and all together are those of `x_RH`.
     """
     x_RH = x_RH if x_RH.stride(1) == 1 else x_RH.contiguous()
-    hidden = x_RH.shape[1]
-    flat = _is_flat(fmt, hidden) and x_RH.is_contiguous()
-    starts, first_rows, longest = _slices(fmt, tuple(rows), hidden)
-    programs = _programs(longest, hidden, flat, fmt.scale.row_scaled)
+    how = _how_to_encode(fmt, tuple(rows), x_RH.shape[1], x_RH.is_contiguous())
     with _on_device_of(x_RH):
-        _encode(x_RH, out, starts, first_rows, programs, kernel_format(fmt), flat, _align(fmt, longest, hidden, flat))
+        _encode(x_RH, out, *how)
 
 
 def decode_sum(messages: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
@@ -54,13 +55,38 @@ def decode_slices(slots: torch.Tensor, fmt: Format, rows: Sequence[int], out: to
     _decode(slots, fmt, tuple(rows), out, 1, False)
 
 
+def warm_up(
+    first: Format, second: Format, dtype: torch.dtype, hidden: int, ranks: int, algorithm: str, device: torch.device
+) -> None:
+    """Launches each kernel of a sum once, on small tensors, so that Triton compiles it here and not in the first sum.
+
+    first, second: formats of the two phases; all algorithms but `two_step` have only the first.
+    """
+    for rows in (1, 2):  # of a slice: a message of one row is aligned as no other is
+        counts = (rows,) * ranks
+        x = torch.zeros(rows * ranks, hidden, dtype=dtype, device=device)
+        messages = _messages(first, ranks, rows, hidden, device)
+        if algorithm == "gather_sum":
+            encode(x[:rows], first, messages[0])
+        else:
+            encode_slices(x, first, counts, messages.view(-1))
+        if algorithm == "two_step":
+            slots = _messages(second, ranks, rows, hidden, device)
+            decode_sum_encode(messages, (rows, hidden), first, second, slots[0])
+            decode_slices(slots, second, counts, x)
+        else:
+            decode_sum(messages, first, x[:rows])
+
+
+def _messages(fmt: Format, ranks: int, rows: int, hidden: int, device: torch.device) -> torch.Tensor:
+    nbytes = message.layout(fmt, rows, hidden).nbytes
+    return torch.zeros(ranks, nbytes, dtype=torch.uint8, device=device)
+
+
 def _decode(messages: torch.Tensor, fmt: Format, rows: tuple[int, ...], out: torch.Tensor, ranks: int, clamp: bool):
-    hidden = out.shape[1]
-    flat = _is_flat(fmt, hidden)
-    _, first_rows, longest = _slices(fmt, rows, hidden)
-    programs, align = _programs(longest, hidden, flat, False), _align(fmt, longest, hidden, flat)
+    how = _how_to_decode(fmt, rows, out.shape[1])
     with _on_device_of(out):
-        _decode_sum(_on_words(messages), out, first_rows, programs, kernel_format(fmt), ranks, flat, clamp, align)
+        _decode_sum(_on_words(messages), out, ranks, clamp, *how)
 
 
 def decode_sum_encode(
@@ -70,16 +96,9 @@ def decode_sum_encode(
 
     Where both formats transform blocks of one size, the sum is encoded as it stands: transformed.
     """
-    rows, hidden = shape
-    flat = _is_flat(fmt, hidden) and _is_flat(second, hidden)
-    align = min(_align(fmt, rows, hidden, flat), _align(second, rows, hidden, flat))
-    first, last = kernel_format(fmt), kernel_format(second)
-    if fmt.hadamard and second.hadamard and fmt.block == second.block:
-        first, last = _untransformed(first), _untransformed(last)
-    programs = _programs(rows, hidden, flat, second.scale.row_scaled)
-    _, first_rows, _ = _slices(second, (rows,), hidden)
+    how = _how_to_encode_sums(fmt, second, *shape)
     with _on_device_of(out):
-        _decode_sum_encode(_on_words(messages), first_rows, hidden, first, out, last, programs, flat, align)
+        _decode_sum_encode(_on_words(messages), out, *how)
 
 
 def _on_words(messages: torch.Tensor) -> torch.Tensor:
@@ -94,20 +113,43 @@ def _on_device_of(x: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if elsewhere else nullcontext()
 
 
-@lru_cache
-def _untransformed(fmt: KernelFormat) -> KernelFormat:
-    return replace(fmt, hadamard=False)
+# What launches take besides tensors follows from format and shape. One look-up finds all of it, because each of them
+# takes two microseconds: it hashes a format.
 
 
-@lru_cache(maxsize=4096)
-def _slices(fmt: Format, rows: tuple[int, ...], hidden: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """(where each slice's message starts, in units of 16 bytes; first row of each slice and all rows; most rows).
-
-    The first two as kernels take them.
-    """
+@lru_cache(maxsize=KNOWN_LAUNCHES)
+def _how_to_encode(fmt: Format, rows: tuple[int, ...], hidden: int, contiguous: bool) -> tuple:
+    """The arguments of `kernels.encode` that follow its tensors."""
+    flat = contiguous and _is_flat(fmt, hidden)
     units = [message.layout(fmt, count, hidden).nbytes // message.ALIGNMENT for count in rows]
-    starts, first_rows = accumulate(units[:-1], initial=0), accumulate(rows, initial=0)
-    return as_arguments(starts), as_arguments(first_rows), max(rows)
+    starts = as_arguments(accumulate(units[:-1], initial=0))
+    programs = _programs(max(rows), hidden, flat, fmt.scale.row_scaled)
+    return starts, _first_rows(rows), programs, kernel_format(fmt), flat, _align(fmt, max(rows), hidden, flat)
+
+
+@lru_cache(maxsize=KNOWN_LAUNCHES)
+def _how_to_decode(fmt: Format, rows: tuple[int, ...], hidden: int) -> tuple:
+    """The last arguments of `kernels.decode_sum`."""
+    flat, longest = _is_flat(fmt, hidden), max(rows)
+    programs, align = _programs(longest, hidden, flat, False), _align(fmt, longest, hidden, flat)
+    return _first_rows(rows), programs, kernel_format(fmt), flat, align
+
+
+@lru_cache(maxsize=KNOWN_LAUNCHES)
+def _how_to_encode_sums(fmt: Format, second: Format, rows: int, hidden: int) -> tuple:
+    """The arguments of `kernels.decode_sum_encode` that follow its tensors."""
+    flat = _is_flat(fmt, hidden) and _is_flat(second, hidden)
+    align = min(_align(fmt, rows, hidden, flat), _align(second, rows, hidden, flat))
+    first, last = kernel_format(fmt), kernel_format(second)
+    if fmt.hadamard and second.hadamard and fmt.block == second.block:
+        first, last = replace(first, hadamard=False), replace(last, hadamard=False)
+    programs = _programs(rows, hidden, flat, second.scale.row_scaled)
+    return _first_rows((rows,)), hidden, first, last, programs, flat, align
+
+
+def _first_rows(rows: tuple[int, ...]) -> tuple[int, ...]:
+    """First row of each slice and all rows, as kernels take them."""
+    return as_arguments(accumulate(rows, initial=0))
 
 
 def _programs(rows: int, hidden: int, flat: bool, by_row: bool) -> int:
@@ -115,7 +157,6 @@ def _programs(rows: int, hidden: int, flat: bool, by_row: bool) -> int:
     return rows if by_row else -(-rows * hidden // TILE) if flat else rows * -(-hidden // TILE)
 
 
-@lru_cache(maxsize=4096)
 def _is_flat(fmt: Format, hidden: int) -> bool:
     """Whether all rows make the same message as one long row: they share no block, byte or scale, and pad nothing."""
     sections = [s for field in message.layout(fmt, 1, hidden).fields.values() for s in field]
@@ -123,7 +164,6 @@ def _is_flat(fmt: Format, hidden: int) -> bool:
     return whole_bytes and hidden % fmt.block == 0 and not fmt.scale.row_scaled
 
 
-@lru_cache(maxsize=4096)
 def _align(fmt: Format, rows: int, hidden: int, flat: bool) -> int:
     """Bytes that every row of every section starts on, in slices of up to `rows` rows."""
     if flat or rows == 1:
@@ -141,7 +181,12 @@ def kernel_format(fmt: Format) -> KernelFormat:
     fields, first, sections_of_all = {}, 0, []
     units = {field: unit for field, (unit, _) in message.field_widths(fmt).items()}
     for name, sections in message.layout(fmt, 1, fmt.block).fields.items():
-        fields[name] = Field(first, tuple((section.shift, section.width) for section in sections))
+        planes = tuple((section.shift, section.width) for section in sections)
+        fields[name] = Field(
+            first,
+            planes,
+            flip=(1 << element.bits - 1) if name == "payload" and not isinstance(element, Minifloat) else 0,
+        )
         sections_of_all += [(units[name], section.width) for section in sections]
         first += len(sections)
     return KernelFormat(
@@ -168,10 +213,20 @@ def kernel_format(fmt: Format) -> KernelFormat:
         hadamard=fmt.hadamard,
         spike=fmt.spike,
         limit=input_limit(fmt),
+        sees_subnormals=_sees_subnormals(fmt),
         sections=tuple(sections_of_all),
-        **{name: fields.get(name) for name in message.FIELDS},
+        **{name: fields.get(name) for name in message.FIELDS},  # type: ignore[arg-type] # payload and scale are there
         exact_products=not fmt.hadamard and not scale.row_scaled and scale.bits < 32,
     )
+
+
+def _sees_subnormals(fmt: Format) -> bool:
+    """Whether a message could tell subnormal inputs from zeros: not if its smallest scale is far above such numbers."""
+    if fmt.hadamard or fmt.asym or fmt.spike or fmt.search or fmt.scale.row_scaled:
+        return True
+    if fmt.scale.bits > 8:
+        return fmt.scale.smallest > 0  # to which scales are raised; fp16, without it, begins at 2^-24
+    return min(value for value in fmt.scale.table if value > 0) < SMALLEST_NORMAL * 2**64
 
 
 def _small_float(fmt: Minifloat) -> SmallFloat:

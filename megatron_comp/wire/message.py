@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where everything stands in the bytes of a message.
 
 A message carries a `[rows, hidden]` tensor as a row of sections, each padded to 16 bytes:

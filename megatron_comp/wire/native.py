@@ -1,27 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CPU backend: the C of the folder `c`, compiled with the machine's own C compiler at first use.
 
-The library serves all formats; a format and the layout of its message travel to it as one structure of numbers. It is
-kept on disk, in `native/` of the folder that MEGATRON_COMP_CACHE names (default: `~/.cache/megatron_comp`), by a name
-that tells source, compiler and processor apart: the next process only loads it.
+The library serves all formats; a format and the layout of its message travel to it as one structure of numbers.
+`compiled.py` keeps it on disk: the next process only loads it.
 """
 
 import ctypes
-import fcntl
-import hashlib
 import math
 import os
 import platform
 import shlex
 import shutil
-import subprocess
-import tempfile
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from . import message, scales
+from . import compiled, message, scales
 from .formats import Format, Integer, Minifloat, PowerOfTwo, SmallFloatScale
 from .reference import input_limit
 
@@ -215,56 +210,10 @@ def compiler() -> tuple[str, ...] | None:
 
 @lru_cache
 def _library() -> ctypes.CDLL:
-    """Loads the library; compiles it first if it is not in the cache."""
+    """Raises RuntimeError without a compiler, and what `compiled.load` raises."""
     if compiler() is None:
         raise RuntimeError(f"no C compiler for {SOURCE.name}: set CC or install one of {', '.join(COMPILERS)}")
-    library = _cache_folder() / f"{_fingerprint()}.so"
-    try:
-        if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True)
-            with open(library.with_suffix(".lock"), "w") as lock:
-                # One of many ranks compiles, the others wait. Without locks each compiles, and one rename is the last.
-                with suppress(OSError):
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                if not library.exists():
-                    _compile(library)
-        return _load(library)
-    except OSError:  # a folder that cannot be written, or of a file system that nothing may be executed from
-        with tempfile.TemporaryDirectory() as folder:
-            return _load(_compile(Path(folder) / library.name))
-
-
-def _cache_folder() -> Path:
-    folder = os.environ.get("MEGATRON_COMP_CACHE")
-    if not folder:
-        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "megatron_comp")
-    return Path(folder, "native").absolute()
-
-
-def _fingerprint() -> str:
-    """Of all that decides what the compiler makes. `-march=native` depends on the processor."""
-    version = subprocess.run([*compiler(), "--version"], capture_output=True).stdout
-    cpu: list[str] | str = platform.processor()
-    with suppress(OSError):
-        cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        cpu = [line for line in cpu if line.startswith(("model name", "flags", "CPU part", "Features", "isa"))]
-    sources = [(file.name, file.read_bytes()) for file in sorted(SOURCE.parent.glob("*.[ch]"))]
-    parts = [version, repr((sources, compiler(), FLAGS, platform.machine(), cpu)).encode()]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
-
-
-def _compile(library: Path) -> Path:
-    partial = library.with_suffix(f".{os.getpid()}.partial")
-    command = [*compiler(), *FLAGS, str(SOURCE), "-o", str(partial)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        lines = "\n".join((result.stderr or result.stdout).splitlines()[:10])
-        raise RuntimeError(f"{shlex.join(command)} failed with exit status {result.returncode}:\n{lines}")
-    return partial.replace(library)
-
-
-def _load(library: Path) -> ctypes.CDLL:
-    loaded, pointer = ctypes.CDLL(str(library)), ctypes.c_void_p
+    loaded, pointer = compiled.load(SOURCE, compiler(), FLAGS), ctypes.c_void_p
     messages = [pointer, ctypes.c_int64, ctypes.c_int]
     slices = [pointer, ctypes.c_int]
     loaded.encode_slices.argtypes = [*slices, pointer, ctypes.c_int, pointer]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ground truth of every codec, in plain torch: clear first, and as fast as eager torch allows.
 
 Encoding is a chain of stages, transform -> scale -> quantize -> pack, and decoding is the chain reversed. An option
@@ -100,7 +101,8 @@ def _encode_tile(x_RH: torch.Tensor, fmt: Format, transformed: bool = False) -> 
     bad_RN = peak_RN.isnan()
     fields = {}
 
-    live = _live(x_RNB.shape, hidden, x_RNB.device) if fmt.spike or fmt.asym else None
+    if fmt.spike or fmt.asym:
+        live = _live(x_RNB.shape, hidden, x_RNB.device)
     if fmt.spike:
         fields["spike_value"], fields["spike_index"], live = _take_spikes(x_RNB, live, bad_RN)
     if fmt.asym:

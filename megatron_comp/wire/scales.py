@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scale stage of the reference codec: from what a block needs to a scale code, and from the code to its value.
 
 Works on `need`, fp32 `[rows, blocks]`: the magnitude that a block's scale must bring to the element's largest value;
@@ -109,7 +110,8 @@ def _small_codes(wanted: torch.Tensor, fmt: Format, rows: torch.Tensor | None) -
 
 
 def _torch_codes(wanted: torch.Tensor, fmt: Format) -> torch.Tensor:
-    scale: TorchFloatScale = fmt.scale
+    scale = fmt.scale
+    assert isinstance(scale, TorchFloatScale)
     raised = torch.where(wanted > 0, wanted.clamp(min=scale.smallest), wanted)
     limited = raised.clamp(max=largest_scale(fmt))
     if scale.bits == 32:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names for what a sum does, in profiles of torch.profiler and, under torch.autograd.profiler.emit_nvtx, of Nsight."""
 
 from contextlib import AbstractContextManager, nullcontext

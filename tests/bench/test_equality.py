@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp bench codec` times nothing whose bytes are wrong, and peers pass the same check or give no row."""
 
 import itertools

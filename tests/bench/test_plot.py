@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Figures of benches say what a reader needs without the page."""
 
 import pytest

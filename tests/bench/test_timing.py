@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How benches count time, on clocks that the test holds."""
 
 from types import SimpleNamespace

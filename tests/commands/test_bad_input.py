@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever is wrong: one clear line that names it and what is allowed, a non-zero status, and no hang."""
 
 import json
@@ -32,7 +33,8 @@ def tiny(tmp_path_factory):
         (["--policy", "nowhere.yaml"], r"nowhere.yaml"),
         (["--tp", "0"], r"--tp 0: at least one rank"),
         (["--model", "nowhere"], r"--model nowhere: no such folder"),
-        (["--max-new-tokens", "0"], r"--max-new-tokens 0"),
+        (["--new-tokens", "0"], r"--new-tokens 0: at least one"),
+        (["--max-new-tokens", "0"], r"--new-tokens 0: at least one"),
         (["--min-bytes", "-1", "--codec", "mxfp4"], r"min_bytes: -1"),
         (["--json", "nowhere/out.json"], r"--json nowhere/out.json: .*its folder does not exist"),
         (["--json", "."], r"--json \.: not a file"),
@@ -130,7 +132,7 @@ def test_ranks_with_different_policies(command, smollm2, unused_port):
 
 def test_killed_rank(start_command, smollm2):
     """One rank dies in the middle of a forward: the others say so, the command fails, and nobody is left behind."""
-    process = start_command("generate", "--model", smollm2, "--tp", 3, *GENERATE, "--max-new-tokens", 5000)
+    process = start_command("generate", "--model", smollm2, "--tp", 3, *GENERATE, "--new-tokens", 5000)
     deadline = time.monotonic() + 120
     seen = ""
     while not re.search(r"[1-9]\d*/5000", seen):

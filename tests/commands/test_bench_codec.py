@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp bench codec`: rows, files and what it refuses. No test here asserts how long anything takes."""
 
 import csv
@@ -11,8 +12,8 @@ import pytest
 import torch
 
 from megatron_comp import cli
-from megatron_comp.commands import bench_codec as bench_codec
-from megatron_comp.commands import bench_options
+from megatron_comp.commands import bench_codec
+from megatron_comp.launcher import output
 
 COLUMNS = [
     *("op", "codec", "backend", "rows", "hidden", "dtype", "ranks", "bytes_moved", "median_ms", "p20_ms", "p80_ms"),
@@ -20,7 +21,7 @@ COLUMNS = [
 ]
 CPU = torch.device("cpu")
 CIRCUMSTANCES = ["device", "torch", "triton", "megatron_comp", "date"]
-SMALL = ["--device", "cpu", "--backend", "reference", "--shape", "4x64", "--repeats", "2", "--ranks", "2"]
+SMALL = ["--device", "cpu", "--backend", "reference", "--shape", "4x64", "--runs", "2", "--tp", "2"]
 
 
 def test_rows_and_files(bench, capsys, tmp_path):
@@ -123,12 +124,12 @@ def test_rows_on_a_gpu(bench, tmp_path):
         (["--shape", "4096"], r"--shape 4096: expected ROWSxHIDDEN"),
         (["--shape", "0x64"], r"--shape 0x64: expected ROWSxHIDDEN, both at least 1"),
         (["--backend", "cutlass"], r"--backend cutlass: allowed on cpu are .*reference"),
-        (["--ranks", "0"], r"--ranks 0: at least one"),
-        (["--repeats", "0"], r"--repeats 0: at least one"),
+        (["--tp", "0"], r"--tp 0: at least one"),
+        (["--runs", "0"], r"--runs 0: at least one"),
         (["--threads", "0"], r"--threads 0: at least one"),
         (["--csv", "nowhere/rows.csv"], r"--csv nowhere/rows.csv: .*its folder does not exist"),
         (["--json", "."], r"--json \.: not a file"),
-        (["--figure", "rows.txt"], r"--figure rows.txt: allowed are names that end in .png or .svg"),
+        (["--figure", "rows.txt"], r"--figure rows.txt: allowed are names that end in .png, .svg or .pdf"),
     ],
 )
 def test_bad_input(bench, error_line, arguments, message):
@@ -150,7 +151,7 @@ def test_cuda_where_there_is_none(bench, error_line, monkeypatch):
 
 
 def test_a_figure_without_matplotlib(bench, error_line, monkeypatch):
-    monkeypatch.setattr(bench_options.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(output.importlib.util, "find_spec", lambda name: None)
     assert bench(*SMALL, "--figure", "rows.png") == 2
     assert "--figure needs matplotlib: pip install" in error_line()
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp bench collective`: rows, files, what follows from times, links, and what it refuses.
 
 No test here asserts how fast anything is, but that nothing is faster than its link.
@@ -23,7 +24,8 @@ from megatron_comp.launcher import network
 from megatron_comp.wire.codec import Codec
 
 COLUMNS = [
-    *("codec", "algorithm", "ranks", "message_bytes", "bytes_on_wire", "link", "median_ms", "p20_ms", "p80_ms"),
+    *("codec", "algorithm", "ranks", "message_bytes", "bytes_on_wire", "machines", "bytes_across"),
+    *("link", "median_ms", "p20_ms", "p80_ms"),
     *("share_of_wire_limit", "speedup_vs_all_reduce", "relative_error", "rows", "hidden", "dtype"),
 ]
 CIRCUMSTANCES = ["device", "torch", "triton", "megatron_comp", "date"]
@@ -42,7 +44,7 @@ def test_rows_and_files_of_ranks_that_a_launcher_started(tmp_path):
     """Sums over the first two of three ranks, and over all."""
     files = {"json": tmp_path / "rows.json", "csv": tmp_path / "rows.csv", "figure": tmp_path / "rows.svg"}
     pair = "int8:32:fp16>int4:32:fp16"
-    arguments = ["--ranks", 2, "--ranks", 3, "--shape", "6x64", "--repeats", 2, "--codec", "mxfp4", "--codec", pair]
+    arguments = ["--tp", 2, "--tp", 3, "--shape", "6x64", "--runs", 2, "--codec", "mxfp4", "--codec", pair]
     arguments += [f"--{option}={file}" for option, file in files.items()]
     assert run_ranks(joined, 3, *arguments, init=False) == [0] * 3
 
@@ -112,7 +114,7 @@ def test_ranks_with_different_sums_are_refused():
 def own_share_exact(rank, ranks):
     """As if a rank kept its own share exact, which shipped as a bug in two public systems."""
 
-    def harmful(x, codec, group, algorithm, chunks=None):
+    def harmful(x, codec, *_, **__):
         messages = [codec.encode(sums.partial_sum(other, x.shape, x.dtype, CPU)) for other in range(ranks)]
         decoded = [codec.decode(message, x.shape, torch.float32) for message in messages]
         decoded[rank] = x.float()
@@ -128,8 +130,12 @@ def own_share_exact(rank, ranks):
 def test_what_is_derived_from_times(monkeypatch):
     monkeypatch.setenv("MEGATRON_COMP_LINK", "100mbit")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    entries = [sums.Entry("none", "all_reduce", 1_000_000, None), sums.Entry("mxfp4", "gather_sum", 250_000, None)]
-    stock, mxfp4 = sums._rows(entries, [(0.1, 0.1, 0.1), (0.03, 0.025, 0.02)], [0.0, 0.1], torch.zeros(4, 64), 2)
+    entries = [
+        sums.Entry("none", "all_reduce", 1_500_000, 1_000_000, None),
+        sums.Entry("mxfp4", "gather_sum", 400_000, 250_000, None),
+    ]
+    times = [(0.1, 0.1, 0.1), (0.03, 0.025, 0.02)]
+    stock, mxfp4 = sums._rows(entries, times, [0.0, 0.1], torch.zeros(4, 64), 4, 2)
     assert stock["share_of_wire_limit"] == pytest.approx(0.8)  # a megabyte takes 80 ms
     assert mxfp4["share_of_wire_limit"] == pytest.approx(0.8) and mxfp4["median_ms"] == pytest.approx(25)
     assert stock["speedup_vs_all_reduce"] == 1 and mxfp4["speedup_vs_all_reduce"] == pytest.approx(4)
@@ -153,7 +159,7 @@ def test_the_clock_starts_when_all_ranks_are_ready():
 def seconds_after_a_wait(rank, _ranks):
     import time
 
-    entry = sums.Entry("none", "all_reduce", 0, dist.barrier, lambda: time.sleep(0.5 * rank))
+    entry = sums.Entry("none", "all_reduce", 0, 0, dist.barrier, lambda: time.sleep(0.5 * rank))
     return sums._seconds(entry, CPU)
 
 
@@ -175,11 +181,34 @@ def test_on_a_link_of_that_rate(command, tmp_path):
     assert done.stdout.count("bench collective:") == 1 and "40mbit" in done.stdout
 
 
+@pytest.mark.slow_network
+def test_machines_of_several_ranks(command, tmp_path):
+    """All algorithms, and of each what the busiest machine receives, from the formulas by hand."""
+    need_network()
+    done = command(
+        *("bench", "collective", "--link", "unshaped", "--rtt", "1ms", "--machines", 2, "--ranks", 4, "--repeats", 1),
+        *("--shape", "128x64", "--codec", "mxfp4", "--json", tmp_path / "rows.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    message, tensor = 128 * 34, 128 * 64 * 2
+    assert [(row["codec"], row["algorithm"], row["bytes_across"]) for row in rows] == [
+        ("none", "all_reduce", 1.5 * tensor),
+        ("bf16", "gather_sum", 3 * tensor),
+        ("mxfp4", "gather_sum", 3 * message),
+        ("mxfp4", "two_step", (1 + 0.75) * message),
+        ("mxfp4", "hierarchical", message),
+    ]
+    assert {(row["link"], row["machines"]) for row in rows} == {("unshaped@1ms", 2)}
+    assert all(row["median_ms"] > 1 for row in rows)
+
+
 def test_one_link_after_another(monkeypatch, tmp_path):
     """Rows of all links go into the files after each, so that one that fails takes none with it."""
     started = []
 
-    def start(count, command, link, **environment):
+    def start(count, command, its_network, **environment):
+        link = its_network.environment[network.LINK]
         started.append((count, link, command[-1]))
         if link == "3gbit":
             return 4
@@ -189,7 +218,8 @@ def test_one_link_after_another(monkeypatch, tmp_path):
         return 0
 
     monkeypatch.setattr(links.ranks, "start", start)
-    args, reports = SimpleNamespace(link=["1gbit", "2gbit", "3gbit", "4gbit"]), []
+    args = SimpleNamespace(link=["1gbit", "2gbit", "3gbit", "4gbit"], machines=None, rtt="0")
+    reports = []
     assert links.start(args, ["an argument"], 2, lambda *said: reports.append(said[1:])) == 4
     assert started == [(2, f"{number}gbit", "an argument") for number in (1, 2, 3)]
     first, second = {"link": "1gbit", "ms": 1}, {"link": "2gbit", "ms": 2}
@@ -202,10 +232,14 @@ def test_one_link_after_another(monkeypatch, tmp_path):
     [
         (["--codec", "mxfp5"], r"codec 'mxfp5' is neither a preset"),
         (["--shape", "4096"], r"--shape 4096: expected ROWSxHIDDEN"),
-        (["--ranks", "1"], r"--ranks 1: allowed are 2 and more"),
-        (["--repeats", "0"], r"--repeats 0: at least one"),
+        (["--tp", "1"], r"--tp 1: allowed are 2 and more"),
+        (["--runs", "0"], r"--runs 0: at least one"),
         (["--timeout", "0"], r"--timeout 0.0: allowed are seconds above 0"),
         (["--link", "fast"], r"--link 'fast' is no rate of a link: allowed are"),
+        (["--link", "1gbit", "--rtt", "1"], r"--rtt '1' is no round trip: allowed are"),
+        (["--machines", "2"], r"--machines and --rtt are of the network that --link makes"),
+        (["--rtt", "1ms"], r"--machines and --rtt are of the network that --link makes"),
+        (["--link", "1gbit", "--machines", "3"], r"--machines 3: 2 ranks cannot be shared out evenly"),
         (["--codec", "mxfp4>mxfp8", "--algorithm", "gather_sum"], r"--codec mxfp4>mxfp8: gather_sum has one phase"),
         (["--csv", "nowhere/rows.csv"], r"--csv nowhere/rows.csv: .*its folder does not exist"),
         (["--figure", "rows.txt"], r"--figure rows.txt: allowed are names that end in"),
@@ -222,11 +256,12 @@ def test_bad_input(monkeypatch, error_line, arguments, message):
     "arguments, message",
     [
         (["--link", "100mbit"], r"--link starts ranks of its own"),
-        (["--ranks", "3"], r"--ranks 3: allowed are 2 to 2, which were started"),
+        (["--tp", "3"], r"--tp 3: allowed are 2 to 2, which were started"),
     ],
 )
 def test_what_ranks_that_stand_cannot_do(monkeypatch, capsys, arguments, message):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", **place}.items():
         monkeypatch.setenv(name, value)
     assert bench(*arguments) == 2
     assert re.search(f"megatron-comp: error on rank 0: {message}", capsys.readouterr().err)

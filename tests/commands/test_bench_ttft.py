@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp bench ttft` on a tiny model: rows, the bytes that a prefill sends, files, and what it refuses."""
 
 import csv
@@ -104,7 +105,7 @@ def test_command_with_policies(command, tmp_path):
     assert [row["policy"] for row in content["rows"]] == ["none", *policies]
     assert [row["dropped"] for row in content["rows"]] == [0, 0, 1]
     assert {row["dtype"] for row in content["rows"]} == {"bfloat16"}
-    assert content["config"]["tokens"] == 8 and "threads" in content["config"]["device"]
+    assert content["config"]["prompt_tokens"] == 8 and "threads" in content["config"]["device"]
     with files["csv"].open() as file:
         lines = list(csv.DictReader(file))
     assert [float(line["ttft_ms"]) for line in lines] == [row["ttft_ms"] for row in content["rows"]]
@@ -115,7 +116,7 @@ def test_command_with_policies(command, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--tokens", "0"], r"--tokens 0: at least one"),
+        (["--prompt-tokens", "0"], r"--prompt-tokens 0: at least one"),
         (["--runs", "0"], r"--runs 0: at least one"),
         (["--new-tokens", "0"], r"--new-tokens 0: at least one"),
         (["--link", "1"], r"--link '1' is no rate of a link"),

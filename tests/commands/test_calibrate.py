@@ -1,8 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp calibrate`: lines through times, the size from which compression pays, and a run on real ranks."""
 
 import argparse
 import io
 import json
+import socket
 from contextlib import redirect_stdout
 from dataclasses import replace
 
@@ -14,9 +16,10 @@ from megatron_comp.bench import fit
 from megatron_comp.bench.calibration import CHUNKS, Scope, Timings
 from megatron_comp.commands import calibrate
 from megatron_comp.commands.calibrate import _advice
+from megatron_comp.wire.calibration import LEVEL_LINKS, LINKS, Calibration, CodecCost, Link
 from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.cost import pays, ring_bytes, stock_seconds, sum_seconds, wire_and_work
-from megatron_comp.wire.figures import LINKS, CodecCost, Figures, Link
+from megatron_comp.wire.cost import choose_algorithm, pays, ring_bytes, stock_seconds, sum_seconds, wire_and_work
+from megatron_comp.wire.topology import Islands
 
 MXFP4 = Codec.parse("mxfp4")
 
@@ -49,12 +52,12 @@ def test_small_sizes_count_as_much_as_large_ones():
 def known(rate=1e7, margin=0.1, encode_fixed_s=1e-4, ranks=3):
     cost = CodecCost(encode_fixed_s, 1e-9, 1e-4, 1e-9)
     links = dict.fromkeys(LINKS, Link(rate, 1e-4))
-    return Figures(links, {str(MXFP4): cost}, margin, {"ranks": ranks, "device": "cpu"})
+    return Calibration(links, {str(MXFP4): cost}, margin, {"ranks": ranks, "device": "cpu"})
 
 
 @pytest.mark.parametrize("hidden", [0.0, 0.3, 1.0])
-def test_times_that_follow_the_model_give_back_its_figures(hidden):
-    """Exact times in, the same figures out, and no more margin than the least."""
+def test_times_that_follow_the_model_give_back_its_calibration(hidden):
+    """Exact times in, the same calibration out, and no more margin than the least."""
     codecs = {"mxfp4": MXFP4}
     setting, samples = Scope(codecs, [(4, 1024), (32, 1024), (192, 1024)], "float32", 1), {}
     truth = replace(known(), hidden=hidden)
@@ -70,7 +73,7 @@ def test_times_that_follow_the_model_give_back_its_figures(hidden):
                 wire, work = wire_and_work(shape, MXFP4, 3, way, truth, chunks)
                 together = hidden * min(wire, work) * (chunks - 1) / chunks
                 samples["pieces", shape, "mxfp4", way, chunks] = [wire + work - together]
-    made = fit.figures(setting, Timings(samples), truth.measured)
+    made = fit.calibration(setting, Timings(samples), truth.measured)
     for name in LINKS:
         assert made.links[name].bytes_per_s == pytest.approx(1e7) and made.links[name].latency_s == pytest.approx(1e-4)
         assert len(made.links[name].points) == 3
@@ -85,7 +88,7 @@ def test_times_that_follow_the_model_give_back_its_figures(hidden):
             samples[what] = [3 * samples[what][0]]
     lost = [gain - 1 for gain in promised if gain < 3]
     assert 0 < len(lost) < len(promised)
-    assert fit.figures(setting, Timings(samples), truth.measured).margin == pytest.approx(max(0.1, *lost))
+    assert fit.calibration(setting, Timings(samples), truth.measured).margin == pytest.approx(max(0.1, *lost))
 
 
 def test_a_link_goes_by_its_largest_size():
@@ -111,32 +114,32 @@ def test_small_messages_that_a_shaper_lets_through_do_not_close_the_gate_for_lar
             taken = 2e-4 + 6e-9 * values + on_wire(MXFP4.message_bytes(shape))
             samples["sum", shape, "mxfp4", way] = [taken]
             samples |= {("pieces", shape, "mxfp4", way, chunks): [taken] for chunks in (1, CHUNKS)}
-    made = fit.figures(setting, Timings(samples), {"ranks": 2, "device": "cpu"})
+    made = fit.calibration(setting, Timings(samples), {"ranks": 2, "device": "cpu"})
     assert pays((1024, 576), 2, MXFP4, 2, "auto", made)
     assert not pays((32, 576), 2, MXFP4, 2, "auto", made)
 
 
-def decided(rows, figures, hidden=256):
-    return pays((rows, hidden), 4, MXFP4, 3, "auto", figures)
+def decided(rows, calibration, hidden=256):
+    return pays((rows, hidden), 4, MXFP4, 3, "auto", calibration)
 
 
 def test_compressed_sizes_begin_where_the_gate_turns():
-    figures = known()
-    ((first, last),) = fit.compressed_sizes(MXFP4, 4, figures, hidden=256)
+    calibration = known()
+    ((first, last),) = fit.compressed_sizes(MXFP4, 4, calibration, hidden=256)
     rows = first // (256 * 4)
     assert rows > 1 and last is None
-    assert decided(rows, figures) and not decided(rows - 1, figures)
+    assert decided(rows, calibration) and not decided(rows - 1, calibration)
 
 
 def test_compressed_sizes_may_have_a_gap():
     """Small gathers that beat a slow all-reduce of small messages, a fast one between, the wire's rate after it."""
     slow_first = Link(1e7, 1e-4, ((4096.0, 9e-3), (90000.0, 5e-4), (1e6, 9e-2)))
-    figures = replace(known(), links=known().links | {"all_reduce": slow_first})
-    ranges = fit.compressed_sizes(MXFP4, 4, figures, hidden=256)
+    calibration = replace(known(), links=known().links | {"all_reduce": slow_first})
+    ranges = fit.compressed_sizes(MXFP4, 4, calibration, hidden=256)
     assert len(ranges) == 2 and ranges[0][0] == 256 * 4 and ranges[1][1] is None
     for first, last in ranges:
-        assert decided(first // 1024, figures) and (first == 1024 or not decided(first // 1024 - 1, figures))
-        assert last is None or (decided(last // 1024, figures) and not decided(last // 1024 + 1, figures))
+        assert decided(first // 1024, calibration) and (first == 1024 or not decided(first // 1024 - 1, calibration))
+        assert last is None or (decided(last // 1024, calibration) and not decided(last // 1024 + 1, calibration))
 
 
 def test_sizes_that_pay_grow_with_the_link():
@@ -153,10 +156,10 @@ def test_nothing_is_gained_past_a_measured_loss():
     largest = float(ring_bytes(4 * 256 * rows, 3))
     measured = Link(1e7, 1e-4, tuple((size, 1e-4 + size / 1e7) for size in (largest / 2, largest)))
     line = known(1e7, encode_fixed_s=fixed)
-    figures = replace(line, links=line.links | {"all_reduce": measured})
+    calibration = replace(line, links=line.links | {"all_reduce": measured})
     assert not decided(rows, line) and decided(4 * rows, line)
-    assert not decided(rows, figures) and not decided(4 * rows, figures)
-    assert fit.compressed_sizes(MXFP4, 4, figures, hidden=256) == []
+    assert not decided(rows, calibration) and not decided(4 * rows, calibration)
+    assert fit.compressed_sizes(MXFP4, 4, calibration, hidden=256) == []
     gains = known(1e7)
     gains = replace(gains, links=gains.links | {"all_reduce": measured})
     assert decided(rows, gains) and decided(1000 * rows, gains)
@@ -190,7 +193,7 @@ def test_codecs_of_policies(tmp_path):
     def codecs(*arguments):
         parser = argparse.ArgumentParser()
         calibrate.add_arguments(parser)
-        return [*calibrate.check(parser.parse_args(["--ranks", "2", *arguments])).codecs]
+        return [*calibrate.check(parser.parse_args(["--tp", "2", *arguments])).codecs]
 
     (tmp_path / "a.yaml").write_text("codec: mxfp4\nlayers: {1: {attention: drop, mlp: 'int8:32:fp16>int4:32:fp16'}}\n")
     (tmp_path / "b.yaml").write_text("codec: none\nphases: {prefill: mxfp8}\n")
@@ -204,13 +207,13 @@ def test_codecs_of_policies(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--ranks", "1"], "--ranks 1: a link needs at least two"),
-        (["--ranks", "2", "--rounds", "0"], "--rounds 0"),
-        (["--ranks", "2", "--tokens", "8", "--tokens", "8"], "--tokens 8: two different sizes"),
-        (["--ranks", "2", "--codec", "mxfp4>mxfp8"], "mxfp4>mxfp8"),
-        (["--ranks", "2", "--codec", "mxfp5"], "codec 'mxfp5'"),
-        (["--ranks", "2", "--policy", "nowhere.yaml"], "nowhere.yaml"),
-        (["--ranks", "2", "--out", "nowhere/figures.yaml"], "--out nowhere/figures.yaml"),
+        (["--tp", "1"], "--tp 1: a link needs at least two"),
+        (["--tp", "2", "--runs", "0"], "--runs 0"),
+        (["--tp", "2", "--tokens", "8", "--tokens", "8"], "--tokens 8: two different sizes"),
+        (["--tp", "2", "--codec", "mxfp4>mxfp8"], "mxfp4>mxfp8"),
+        (["--tp", "2", "--codec", "mxfp5"], "codec 'mxfp5'"),
+        (["--tp", "2", "--policy", "nowhere.yaml"], "nowhere.yaml"),
+        (["--tp", "2", "--out", "nowhere/calibration.yaml"], "--out nowhere/calibration.yaml"),
     ],
 )
 def test_seen_before_any_rank_starts(capsys, monkeypatch, arguments, message):
@@ -228,15 +231,37 @@ def calibrated(rank, world_size, arguments):
     return said.getvalue()
 
 
-def test_a_run_leaves_figures_that_later_runs_find(tmp_path):
+def test_a_run_leaves_a_calibration_that_later_runs_find(tmp_path):
     words = ["--codec", "mxfp4", "--tokens", "1", "--tokens", "16", "--rounds", "2", "--hidden", "512"]
-    files = ["--json", str(tmp_path / "rows.json"), "--out", str(tmp_path / "figures.yaml")]
+    files = ["--json", str(tmp_path / "rows.json"), "--out", str(tmp_path / "calibration.yaml")]
     first, second = run_ranks(calibrated, 2, words + files)
-    made = Figures.from_file(tmp_path / "figures.yaml")
+    made = Calibration.from_file(tmp_path / "calibration.yaml")
     assert (made.ranks, made.measured["backend"], made.measured["dtype"]) == (2, "gloo", "float32")
     assert set(made.codecs) == {str(MXFP4)} and made.margin >= 0.1 and 0 <= made.hidden <= 1
     assert all(1e5 < link.bytes_per_s < 1e13 for link in made.links.values())
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row.get("collective") or row["codec"] for row in rows] == [*LINKS, "mxfp4"]
-    assert str(tmp_path / "figures.yaml") in first and second == ""
+    assert str(tmp_path / "calibration.yaml") in first and second == ""
     assert ("Compress: " in first) != ("Leave compression off" in first)
+
+
+def calibrated_on_machines(rank, world_size, arguments):
+    socket.gethostname = lambda: f"machine{rank // 2}"
+    return calibrated(rank, world_size, arguments)
+
+
+def test_machines_of_several_ranks_are_measured_in_two_levels(tmp_path):
+    """And what is found there is what `auto` goes by."""
+    words = ["--codec", "mxfp4", "--tokens", "1", "--tokens", "64", "--rounds", "2", "--hidden", "512"]
+    run_ranks(calibrated_on_machines, 4, [*words, "--out", str(tmp_path / "calibration.yaml")])
+    made, islands = Calibration.from_file(tmp_path / "calibration.yaml"), Islands.of_size(4, 2)
+    assert made.measured["hosts"] == 2
+    for links in (made.inside, made.across):
+        assert set(links) == set(LEVEL_LINKS) and all(len(link.points) == 2 for link in links.values())
+        # A rank receives from one other what it sends, all of it or half.
+        assert [points[0] for points in links["all_gather"].points] == [512, 32768]
+        assert [points[0] for points in links["all_to_all"].points] == [256, 16384]
+    slow = replace(made, links=dict.fromkeys(LINKS, Link(1e3, 0.0)))
+    assert choose_algorithm((64, 512), MXFP4, 4, "auto", slow, islands) == "hierarchical"
+    fast = replace(made, links=dict.fromkeys(LINKS, Link(1e12, 0.0)))
+    assert choose_algorithm((64, 512), MXFP4, 4, "auto", fast, islands) in ("gather_sum", "two_step")

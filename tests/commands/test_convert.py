@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face to Megatron and generating from the result; and whatever keeps it from being made."""
 
 import json
@@ -98,3 +99,67 @@ def test_counts_the_whole_model(source):
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(config).num_parameters()
     assert convert.parameter_count(config) == expected
+
+
+# The rule in a checkpoint's config, and the words of Megatron's command line for it.
+ROPES = {
+    "default": ({"rope_type": "default", "rope_theta": 500.0}, {"use_rope_scaling": False}),
+    "linear": (
+        {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.5},
+        {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": 2.5},
+    ),
+    "llama3": (
+        {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, **convert.MEGATRON_ROPE},
+        {"use_rope_scaling": True, "rope_scaling_factor": 32.0},
+    ),
+}
+
+
+def frequencies(rank, world_size, cases, out):
+    """Of each case: the args in the checkpoint, and the angles of a model built by them as Megatron's scripts build it,
+    beside those of the model that was converted."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    init_parallel(world_size)
+    made = {}
+    for name, folder in cases.items():
+        convert.convert(str(folder), out / name, "auto")
+        args = dist_checkpointing.load_common_state_dict(str(out / name / "release"))["args"]
+        theirs = RotaryEmbedding(
+            args.kv_channels,
+            args.rotary_percent,
+            rotary_base=args.rotary_base,
+            rope_scaling=args.use_rope_scaling,
+            rope_scaling_factor=getattr(args, "rope_scaling_factor", 8.0),
+            seq_len_interpolation_factor=getattr(args, "rotary_seq_len_interpolation_factor", None),
+            use_cpu_initialization=True,
+        )
+        made[name] = vars(args), theirs(40), build_model(folder).rotary_pos_emb(40)
+    return made
+
+
+def test_args_carry_rope_scaling(tmp_path):
+    shape = {"num_hidden_layers": 1, "max_position_embeddings": 16384}
+    cases = {name: tiny_llama(tmp_path / name, rope_parameters=rope, **shape) for name, (rope, _) in ROPES.items()}
+    (tmp_path / "out").mkdir()
+    (made,) = run_ranks(frequencies, 1, cases, tmp_path / "out")
+    for name, (args, theirs, ours) in made.items():
+        assert args.items() >= ROPES[name][1].items()
+        torch.testing.assert_close(theirs, ours)
+    assert not torch.equal(made["linear"][2], made["default"][2])
+
+
+@pytest.mark.parametrize(
+    "change", [{"low_freq_factor": 2.0}, {"high_freq_factor": 8.0}, {"original_max_position_embeddings": 64}]
+)
+def test_rope_scaling_that_megatron_has_no_words_for(command, tmp_path, change):
+    """Is told, once; the checkpoint itself is as good as any."""
+    rope = {**ROPES["llama3"][0], **change}
+    with pytest.raises(ValueError, match=r"no words for the rope type 'llama3' with .*; its own has .*8192"):
+        convert.rope_args(rope)
+    folder = tiny_llama(tmp_path / "model", num_hidden_layers=1, max_position_embeddings=16384, rope_parameters=rope)
+    done = command("convert", "--model", folder, "--out", tmp_path / "out", "--tp", 2)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("megatron-comp: warning: ")]
+    assert "Megatron has no words for the rope type 'llama3'" in line and "has other frequencies" in line

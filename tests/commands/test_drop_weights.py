@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of `megatron-comp drop distill`: what is in them, how they go on, and models that load them."""
 
 import csv

@@ -1,4 +1,5 @@
-"""`megatron-comp plan`: its arithmetic by hand, its errors on published figures, its advice and its messages."""
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp plan`: its arithmetic by hand, its advice and its messages."""
 
 import argparse
 import json
@@ -7,15 +8,14 @@ from dataclasses import replace
 import pytest
 
 from megatron_comp import cli
-from megatron_comp.commands import plan
 from megatron_comp.policy import CompressionPolicy
-from megatron_comp.predict import published
-from megatron_comp.predict.figures import figures_of
-from megatron_comp.predict.hardware import Gpu, Interconnect, Shares, figures_for, wire_of
+from megatron_comp.predict.advice import advice
+from megatron_comp.predict.calibrations import calibration_of
+from megatron_comp.predict.hardware import Gpu, Interconnect, Shares, assumed_calibration, wire_of
 from megatron_comp.predict.models import MODELS, Model, from_config, load
 from megatron_comp.predict.times import Job, compute_seconds, sums
+from megatron_comp.wire.calibration import LINKS, Calibration, CodecCost, Link
 from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.figures import LINKS, CodecCost, Figures, Link
 
 TINY = Model(layers=3, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=100)
 EASY = Gpu(tflops=1e-6, memory_gb_s=1e-3, source="a million flops and bytes a second")
@@ -68,7 +68,7 @@ def test_a_token_takes_its_active_experts_and_a_batch_reads_all():
     assert more == pytest.approx(3 * 6 * 3 * 64 * 128 * 2 / 2 / 1e6, rel=1e-3)
 
 
-FIGURES = Figures(
+CALIBRATION = Calibration(
     dict.fromkeys(LINKS, Link(1e6, 0.0)),
     {str(Codec.parse("mxfp4")): CodecCost()},
     0.1,
@@ -79,21 +79,21 @@ FIGURES = Figures(
 def test_sums_by_hand():
     job = Job(TINY, 2, 1, 16)
     stock, message = 16 * 64 * 2 / 1e6, (16 * 32 + 16 * 2) / 1e6
-    assert sums(job, CompressionPolicy(), FIGURES).seconds == pytest.approx(6 * stock)
+    assert sums(job, CompressionPolicy(), CALIBRATION).seconds == pytest.approx(6 * stock)
     words = {"codec": "mxfp4", "algorithm": "gather_sum", "min_bytes": 0}
-    made = sums(job, CompressionPolicy(**words), FIGURES)
+    made = sums(job, CompressionPolicy(**words), CALIBRATION)
     assert (made.seconds, made.compressed) == (pytest.approx(6 * message), 6)
     layers = {0: "none", 1: {"attention": "drop"}}
-    made = sums(job, CompressionPolicy(**words, layers=layers), FIGURES)
+    made = sums(job, CompressionPolicy(**words, layers=layers), CALIBRATION)
     assert (made.compressed, made.dropped) == (3, 1)
     assert made.seconds == pytest.approx(2 * stock + 3 * message)
-    assert sums(Job(TINY, 1, 1, 16), CompressionPolicy(**words), FIGURES).seconds == 0
+    assert sums(Job(TINY, 1, 1, 16), CompressionPolicy(**words), CALIBRATION).seconds == 0
 
 
 def test_sums_that_layers_overlap_by_hand():
     """On a CPU, in eight parts: codec and an eighth of the wire, as long as MLPs compute no less than that hides."""
     model, cost = Model(3, 1024, 2048, 16, 16, 64, 100), CodecCost(0.0, 1e-9, 0.0, 1e-9)
-    known = replace(FIGURES, codecs={str(Codec.parse("mxfp4")): cost})
+    known = replace(CALIBRATION, codecs={str(Codec.parse("mxfp4")): cost})
     job, values, message = Job(model, 2, 1, 2048), 2048 * 1024, 2048 * (512 + 32)
     policy = CompressionPolicy(codec="mxfp4", algorithm="gather_sum", min_bytes=0)
     wire, work = message / 1e6, values * 3e-9
@@ -109,29 +109,17 @@ def test_sums_that_layers_overlap_by_hand():
 
 
 def test_a_policy_is_gated_by_the_prediction():
-    fast = figures_for(Gpu(100, 1e-3, "codecs that crawl"), wire_of("nvlink4"), Shares(), [Codec.parse("mxfp4")], 2)
+    fast = assumed_calibration(
+        Gpu(100, 1e-3, "codecs that crawl"), wire_of("nvlink4"), Shares(), [Codec.parse("mxfp4")], 2
+    )
     job = Job(TINY, 2, 1, 16)
     assert sums(job, CompressionPolicy(codec="mxfp4"), fast).compressed == 0
-    assert sums(job, CompressionPolicy(codec="mxfp4"), FIGURES).compressed == 6
+    assert sums(job, CompressionPolicy(codec="mxfp4"), CALIBRATION).compressed == 6
 
 
 @pytest.mark.parametrize("link, gb_s", [("100mbit", 0.0125), ("2.5gbit", 0.3125), ("pcie4x16", 32)])
 def test_links_by_name_and_by_rate(link, gb_s):
     assert wire_of(link).gb_s == pytest.approx(gb_s)
-
-
-def test_published_rows_are_met_as_well_as_the_readme_says():
-    rows = published.rows()
-    paper = [row for row in rows if row["source"] == "2411.09510"]
-    assert max(abs(row["error_pct"]) for row in paper if row["use"] == "fitted") < 8
-    held_out = [abs(row["error_pct"]) for row in paper if row["use"] == "held out" and "7b" not in row["case"]]
-    assert len(held_out) == 9 and max(held_out) < 15
-    large = [row for row in rows if abs(row["error_pct"]) > 100 * published.LARGE]
-    assert all(row["reason"] or row["use"] == "fitted" for row in large)
-    quickreduce = [row for row in rows if row["case"].startswith("2xMI300X") and row["use"] == "held out"]
-    assert len(quickreduce) == 4 and max(abs(row["error_pct"]) for row in quickreduce) < 8
-    (through_host,) = [row for row in rows if row["source"] == "2412.04964" and row["use"] == "fitted"]
-    assert abs(through_host["error_pct"]) < 3  # 7 if a quarter of PCIe were reached where a fifth is
 
 
 def run(capsys, *arguments):
@@ -141,8 +129,9 @@ def run(capsys, *arguments):
 
 def test_slow_links_should_compress_and_fast_ones_not(capsys, tmp_path):
     out = run(capsys, "--model", "llama-2-70b", "--tp", 8, "--gpu", "l4", "--link", "pcie4x16")
-    assert "Compress with mxfp4 by two_step" in out
-    out = run(capsys, "--model", "llama-2-7b", "--tp", 2, "--tokens", 64, "--gpu", "H100", "--link", "nvlink4")
+    # mxfp4 takes 496 ms, this 508: within 5 %, the codec that rounds less is recommended.
+    assert "Compress with int4:32:fp16:hadamard by two_step" in out
+    out = run(capsys, "--model", "llama-2-7b", "--tp", 2, "--prompt-tokens", 64, "--gpu", "H100", "--link", "nvlink4")
     assert "Leave compression off" in out
     policy, rows = tmp_path / "policy.yaml", tmp_path / "rows.json"
     policy.write_text("codec: int8:32:fp16\nlayers: {3-9: {attention: drop}}\n")
@@ -153,14 +142,15 @@ def test_slow_links_should_compress_and_fast_ones_not(capsys, tmp_path):
     assert (made[2]["dropped"], made[2]["compressed"]) == (7, 57)
 
 
-def test_check_prints_every_row(capsys):
-    out = run(capsys, "--check")
-    assert out.count("llama-2-70b") == 12 and "Held out: " in out
+def test_what_has_moved_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "--check"])
+    assert ended.value.code == 2 and capsys.readouterr().err.endswith("python -m research.published\n")
 
 
 def test_measured_rows(capsys, tmp_path):
     """Made by the model itself: no error is found, and the file's circumstances are used."""
-    FIGURES.write(tmp_path / "figures.yaml")
+    CALIBRATION.write(tmp_path / "calibration.yaml")
     row = {"algorithm": "all_reduce", "tp": 2, "link": "local", "prompt_tokens": 16, "speedup_vs_none": 1.0}
     model = tmp_path / "config.json"
     sizes = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
@@ -169,8 +159,8 @@ def test_measured_rows(capsys, tmp_path):
     rows = [row | {"policy": "none", "ttft_ms": 50 + stock}, row | {"policy": "none", "ttft_ms": 1.0, "tp": 4}]
     rows.append(row | {"policy": "none", "ttft_ms": 50 + stock * 1e6 / 11.25e3, "link": "100kbit"})
     (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
-    words = ("--model", model, "--tp", 2, "--tokens", 16, "--dtype", "float32", "--compute-ms", 50)
-    files = ("--calibration", tmp_path / "figures.yaml", "--measured", tmp_path / "rows.json")
+    words = ("--model", model, "--tp", 2, "--prompt-tokens", 16, "--dtype", "float32", "--compute-ms", 50)
+    files = ("--calibration", tmp_path / "calibration.yaml", "--measured", tmp_path / "rows.json")
     run(capsys, *words, *files, "--json", tmp_path / "out.json")
     made = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [each["link"] for each in made] == ["local", "100kbit"]
@@ -179,7 +169,7 @@ def test_measured_rows(capsys, tmp_path):
 
 def test_measured_rows_of_a_policy_with_drops_and_mixed_codecs(capsys, tmp_path):
     """As `bench ttft` names it: by its file. Times by hand, at 0.9 of 100 kbit/s and no latency."""
-    FIGURES.write(tmp_path / "figures.yaml")
+    CALIBRATION.write(tmp_path / "calibration.yaml")
     policy, model = tmp_path / "policy.yaml", tmp_path / "config.json"
     policy.write_text(
         "codec: mxfp4\nalgorithm: gather_sum\nmin_bytes: 0\n"
@@ -192,8 +182,8 @@ def test_measured_rows_of_a_policy_with_drops_and_mixed_codecs(capsys, tmp_path)
     row = {"algorithm": "gather_sum", "tp": 2, "link": "100kbit", "prompt_tokens": 16, "speedup_vs_none": 1.0}
     rows = [row | {"policy": str(policy), "ttft_ms": 2 * predicted, "dropped": 2}]
     (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
-    words = ["--model", model, "--tp", 2, "--tokens", 16, "--dtype", "float32", "--compute-ms", 50]
-    words += ["--calibration", tmp_path / "figures.yaml", "--json", tmp_path / "out.json"]
+    words = ["--model", model, "--tp", 2, "--prompt-tokens", 16, "--dtype", "float32", "--compute-ms", 50]
+    words += ["--calibration", tmp_path / "calibration.yaml", "--json", tmp_path / "out.json"]
     run(capsys, *words, "--measured", tmp_path / "rows.json")
     (made,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert (made["predicted_ms"], made["error_pct"]) == (pytest.approx(predicted), pytest.approx(-50))
@@ -220,16 +210,28 @@ def test_what_dropping_would_add(capsys, tmp_path):
         in out
     )
     out = run(
-        capsys, "--model", "llama-2-7b", "--tp", 2, "--gpu", "H100", "--link", "nvlink4", "--tokens", 64, "--drop", 25
+        capsys,
+        "--model",
+        "llama-2-7b",
+        "--tp",
+        2,
+        "--gpu",
+        "H100",
+        "--link",
+        "nvlink4",
+        "--prompt-tokens",
+        64,
+        "--drop",
+        25,
     )
     assert "Leave compression off" in out and "Dropping 8 of attention's sums alone" in out
 
 
 def test_a_link_alone_leaves_codecs_out():
     args = argparse.Namespace(calibration=None, gpu=None, wire="100mbit")
-    known = figures_of(args, [Codec.parse("mxfp4")], 3, 4)
+    known = calibration_of(args, [Codec.parse("mxfp4")], 3, 4)
     assert known.cost(Codec.parse("mxfp4")) == CodecCost() and known.links["all_gather"].bytes_per_s == 0.9 * 100e6 / 8
-    assert known.links == figures_for(EASY, wire_of("100mbit"), ALL, [], 3).links
+    assert known.links == assumed_calibration(EASY, wire_of("100mbit"), ALL, [], 3).links
 
 
 WHOLE = ["--model", "llama-2-7b", "--tp", "2"]
@@ -238,8 +240,6 @@ WHOLE = ["--model", "llama-2-7b", "--tp", "2"]
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "--model is needed, or --check"),
-        (["--model", "llama-2-7b"], "--tp is needed"),
         (["--model", "llama-9", "--tp", "2", "--gpu", "L4", "--link", "1gbit"], "--model llama-9: neither a folder"),
         (WHOLE, "give --gpu, one of L4"),
         ([*WHOLE, "--gpu", "L4"], "give --link, a name (pcie3x16"),
@@ -263,14 +263,14 @@ def test_mistakes_are_told_in_one_line(capsys, arguments, message):
 
 
 def test_wires_reach_a_share_of_their_rate():
-    known = figures_for(EASY, Interconnect(10, 2, "", reached=0.5), ALL, [], 3)
+    known = assumed_calibration(EASY, Interconnect(10, 2, "", reached=0.5), ALL, [], 3)
     assert known.links["all_gather"] == Link(5e9, pytest.approx(4e-6))
     assert known.links["all_reduce"].latency_s == pytest.approx(8e-6)
 
 
 def test_advice_names_what_gains_most():
     base = {"codec": "none", "algorithm": "all_reduce", "ttft_ms": 100.0, "speedup_vs_none": 1.0, "share_of_sums": 0.5}
-    base["dropped"] = 0
+    base |= {"dropped": 0, "rounds": 0}
     rows = [base, base | {"codec": "a", "ttft_ms": 60.0, "speedup_vs_none": 100 / 60}, base | {"codec": "b"}]
-    assert plan.advice(rows).startswith("Compress with a by all_reduce: 60 ms instead of 100")
-    assert plan.advice([base, base | {"speedup_vs_none": 1.04}]).startswith("Leave compression off: sums take 50%")
+    assert advice(rows).startswith("Compress with a by all_reduce: 60 ms instead of 100")
+    assert advice([base, base | {"speedup_vs_none": 1.04}]).startswith("Leave compression off: sums take 50%")

@@ -1,10 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command on a tiny random Llama over two ranks: what it promises is what another command measures."""
 
 import json
 import shutil
 
 import pytest
-import yaml
 from searches import CODECS, LENGTH, rows_of, search
 
 from megatron_comp import cli
@@ -85,19 +85,7 @@ def test_finished_state_serves_other_bounds(done, llama, text, tmp_path):
     assert after["sensitivity"] == before["sensitivity"]
     assert CompressionPolicy.from_file(tmp_path / "policy.yaml").min_bytes == "auto"
     status, said = mixed(tmp_path, llama, text, "--max-kl", "0.01", "--tokens", "192")
-    assert status == 2 and "of another search: it has tokens 128, not 192" in said
-
-
-def test_paper(llama, text, tmp_path):
-    assert search(tmp_path, llama, text, "--paper", "--max-kl", "0.5")[0] == 0
-    rows = rows_of(tmp_path)
-    (chosen,) = (row for row in rows if row["chosen"])
-    within = [row for row in rows if row["kind"] == "format" and float(row["kl"]) <= 0.5]
-    assert float(chosen["bits_per_value"]) == min(float(row["bits_per_value"]) for row in within)
-    assert yaml.safe_load((tmp_path / "policy.yaml").read_text())["codec"] == chosen["name"]
-    int4, topk = (row for row in rows if row["kind"] == "baseline")
-    assert (int4["name"], float(int4["bits_per_value"])) == ("int4 channel-wise", 4.25)
-    assert (topk["name"], float(topk["kl"]) > float(chosen["kl"])) == ("topk 3x", True)
+    assert status == 2 and "of another run: it has tokens 128, not 192" in said
 
 
 def test_bound_out_of_reach(llama, text, tmp_path):
@@ -118,13 +106,11 @@ def test_bound_out_of_reach(llama, text, tmp_path):
         (["--max-kl", "0.1", "--context", "1"], "--context 1: allowed are 2 to --tokens"),
         (["--max-kl", "0.1", "--out", "nowhere/policy.yaml"], "--out nowhere/policy.yaml: not a file"),
         (["--max-kl", "0.1", "--text", "nowhere.txt"], "--text nowhere.txt: no such file"),
-        (["--paper", "--algorithm", "two_step"], "--paper has its own candidates and sums by gather_sum"),
         (["--max-kl", "0.1", "--link", "1gbit"], "--link is for --with-drop"),
         (["--max-kl", "0.1", "--with-drop"], "--with-drop needs --link, a rate or one of pcie3x16"),
         (["--max-kl", "0.1", "--with-drop", "--link", "fast"], "--link 'fast' is no rate"),
         (["--max-kl", "0.1", "--with-drop", "--link", "1gbit", "--gpu", "L5"], "--gpu L5: allowed are L4"),
         (["--max-kl", "0.1", "--with-drop", "--link", "1gbit", "--weights", "w"], "--weights and --weights-out go"),
-        (["--with-drop", "--paper"], "--paper has its own candidates: leave --with-drop out"),
     ],
 )
 def test_seen_before_any_rank_starts(capsys, monkeypatch, llama, text, arguments, message):
@@ -133,3 +119,10 @@ def test_seen_before_any_rank_starts(capsys, monkeypatch, llama, text, arguments
     required = ["search", "--model", str(llama), "--tp", "2", "--text", str(text), "--out", "policy.yaml"]
     assert cli.main([*required, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_has_moved_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["search", "--model", "llama", "--paper", "--tp", "2"])
+    assert ended.value.code == 2 and "--paper is now a command of its own" in (said := capsys.readouterr().err)
+    assert said.endswith("python -m research.paper_search\n")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command's own options, which need nothing that takes long to import."""
 
 import subprocess
@@ -6,6 +7,7 @@ import sys
 import pytest
 
 from megatron_comp import cli
+from megatron_comp.commands import bench, drop
 
 SLOW = ("torch", "numpy", "rich", "tqdm", "transformers", "megatron", "yaml")
 
@@ -17,6 +19,7 @@ def test_version_and_help_import_nothing_slow(option, said):
     code = f"""
 import sys
 from megatron_comp import cli
+from megatron_comp.commands import bench, drop
 try:
     cli.main({option.split()!r})
 finally:
@@ -42,3 +45,37 @@ def test_help_without_docstrings():
     command = [sys.executable, "-OO", "-m", "megatron_comp.cli", "plan", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--link" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["generate", "--model", "x", "--tp", "0", "--prompt", "x", "--max-new-tokens=1"], "--tp 0: at least one rank"),
+        (["calibrate", "--ranks", "1"], "--tp 1: a link needs at least two"),
+        (["calibrate", "--tp", "2", "--rounds", "0"], "--runs 0: at least one"),
+        (["bench", "codec", "--repeats=0"], "--runs 0: at least one"),
+        (["bench", "collective", "--ranks", "1"], "--tp 1: allowed are 2 and more"),
+        (
+            ["plan", "--model", "x", "--tp", "2", "--dtype", "bfloat16", "--tokens", "0"],
+            "--prompt-tokens 0: at least one",
+        ),
+    ],
+)
+def test_earlier_spellings_are_understood(argv, said, capsys, monkeypatch):
+    """And an error names the option by the word that it has now."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert cli.main(argv) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_one_word_per_concept(capsys):
+    """No help shows an earlier spelling, and every one ends with an example."""
+    names = [[name] for name in cli.SUBCOMMANDS.modules if name not in ("bench", "drop")]
+    names += [["bench", name] for name in bench.BENCHES.modules] + [["drop", name] for name in drop.STEPS.modules]
+    for words in names:
+        with pytest.raises(SystemExit):
+            cli.main([*words, "--help"])
+        said = capsys.readouterr().out
+        for former in ("--ranks", "--repeats", "--rounds", "--max-new-tokens", "--distilled", "float32"):
+            assert former not in said, (words, former)
+        assert f"megatron-comp {' '.join(words)} " in said.partition("Example:")[2], words

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """examples/compress_gpt.py, started as its docstring says."""
 
 import os

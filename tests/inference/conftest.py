@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny random checkpoints, one for each thing that a Llama's shape can do, with what Hugging Face makes of them."""
 
 import pytest

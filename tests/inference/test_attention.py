@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CausalAttention against a loop over positions: whole sequences, chunks, single tokens, grouped heads."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Distributed checkpoints: what a compressed model writes, stock Megatron reads, and the other way round, at any TP."""
 
 import os
@@ -13,7 +14,7 @@ from models import message_of, policy
 from ranks import run_ranks
 
 import megatron_comp as mc
-from megatron_comp.inference import checkpoint
+from megatron_comp.inference import checkpoint, model_files
 from megatron_comp.inference.generate import generate
 from megatron_comp.inference.model import build_model, destroy_parallel, init_parallel
 
@@ -136,7 +137,7 @@ def test_what_training_wrote(sources, tmp_path):
     command = commands.on_ranks(2, [sys.executable, "-c", code, source, tmp_path])
     done = commands.run(command, {**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
-    (tmp_path / checkpoint.TRACKER).write_text("20")
+    (tmp_path / model_files.TRACKER).write_text("20")
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     for compressed, plain, expected in run_ranks(load_trained, 3, source, tmp_path):
         assert plain == expected and compressed[0] == expected[0]
@@ -195,13 +196,13 @@ def test_what_does_not_fit_is_named(sources, tmp_path):
         ({}, None),
         ({"config.json": ""}, None),
         ({".metadata": "", "metadata.json": ""}, "."),
-        ({checkpoint.TRACKER: "release\n", "release/.metadata": "", "release/metadata.json": ""}, "release"),
-        ({checkpoint.TRACKER: "12", "iter_0000012/.metadata": "", "iter_0000012/metadata.json": ""}, "iter_0000012"),
+        ({model_files.TRACKER: "release\n", "release/.metadata": "", "release/metadata.json": ""}, "release"),
+        ({model_files.TRACKER: "12", "iter_0000012/.metadata": "", "iter_0000012/metadata.json": ""}, "iter_0000012"),
     ],
 )
 def test_finds_what_megatron_would(tmp_path, files, expected):
     write(tmp_path, files)
-    found = checkpoint.find(tmp_path)
+    found = model_files.find_distributed(tmp_path)
     assert found == (None if expected is None else tmp_path / expected)
 
 
@@ -209,13 +210,13 @@ def test_finds_what_megatron_would(tmp_path, files, expected):
     "files, message",
     [
         ({".metadata": ""}, "metadata.json is missing: expected a complete checkpoint"),
-        ({checkpoint.TRACKER: "7", "iter_0000007/mp_rank_00/model_optim_rng.pt": ""}, "iter_0000007/.metadata is miss"),
-        ({checkpoint.TRACKER: "last"}, "says 'last'; expected an iteration's number or 'release'"),
+        ({model_files.TRACKER: "7", "iter_0000007/mp_rank_00/model_optim_rng.pt": ""}, "0000007/.metadata is miss"),
+        ({model_files.TRACKER: "last"}, "says 'last'; expected an iteration's number or 'release'"),
     ],
 )
 def test_an_incomplete_checkpoint_is_not_taken_for_another(tmp_path, files, message):
     write(tmp_path, files)
-    assert message in message_of(checkpoint.find, tmp_path)
+    assert message in message_of(model_files.find_distributed, tmp_path)
 
 
 def write(folder, files):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products with frozen bf16 weights on a machine without CUDA: right for any number of rows, and by one matrix."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generation: stopping, the callback, the figures, and what bad prompts say."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model folder is data: nothing in it runs. Each attack here would make a file, by a harmless command."""
 
 import os
@@ -113,7 +114,9 @@ def test_loading_a_checkpoint_runs_nothing(tmp_path):
     source = tiny_llama(tmp_path / "source")
     ((attack, no_tensor, of_ranks), same, ran) = run_ranks(loads, 1, source, tmp_path / "saved")[0]
     assert "which no description of tensors needs" in attack
-    assert "1 tensors of this model are no tensors in the checkpoint, the first is decoder.final_layern" in no_tensor
+    # From Megatron 0.19 on the damaged file also holds what stands beside the tensors, which is looked at first.
+    first = "1 tensors of this model are no tensors in the checkpoint, the first is decoder.final_layern"
+    assert first in no_tensor or "saved: cannot be read" in no_tensor
     assert "describes the parts of single ranks" in of_ranks
     assert same and not ran
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny checkpoints on real Megatron-Core, against Hugging Face: every shape at every TP size it allows."""
 
 import os
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_comp.inference import hf
 from megatron_comp.inference.generate import generate, logits
-from megatron_comp.inference.model import build_model, check_tensor_parallel, destroy_parallel, init_parallel
+from megatron_comp.inference.model import build_model, destroy_parallel, init_parallel
+from megatron_comp.inference.shards import check_tensor_parallel
 
 # TP -> the shapes it fits
 SIZES = {

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real pretrained Llama on real Megatron-Core: SmolLM2-135M-Instruct at TP 1, 2, 3 and 4."""
 
 import pytest

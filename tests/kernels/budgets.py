@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What compilers may make of the kernels: no spills, wide accesses, room for enough threads."""
 
 from megatron_comp.wire import message
@@ -33,17 +34,19 @@ def complaints(row):
     if registers > most:
         yield f"{row['registers']} registers of {most} for {f'{waves} waves' if amd else f'{blocks} blocks'}"
 
-    # The tensor's side in vectors; the message's side in words, or 16 bits for fields of that width. Single bytes are
-    # the zeros that fill up a section, stored by the first program.
+    # The tensor's side in vectors; the message's side in words, or 16 bits for fields of that width. Scales of a byte
+    # are loaded one by one, each by the threads that hold its block. Single bytes that are stored are the zeros that
+    # fill up a section.
     tensor, message_side = {"encode": ("load", "store"), "decode_sum": ("store", "load")}.get(op, (None, None))
     if tensor and any(f"{tensor} {size}" in found for size in (1, 2, 4, 8)):
         yield f"the tensor is accessed by less than 16 bytes: {found}"
     if tensor and f"{tensor} 16" not in found:
         yield f"the tensor is not accessed by 16 bytes: {found}"
     sections = [section for field in message.layout(fmt, 1, fmt.block).fields.values() for section in field]
-    if found.get("load 1", 0) or found.get("store 1", 0) > (op != "decode_sum") * len(sections):
+    scales_alone = op != "encode" and fmt.scale.bits <= 8
+    if ("load 1" in found and not scales_alone) or found.get("store 1", 0) > (op != "decode_sum") * len(sections):
         yield f"codes are accessed byte by byte: {found}"
-    if ("load 2" in found or "store 2" in found) and not any(section.width == 16 for section in sections):
+    if ("load 2" in found and not scales_alone or "store 2" in found) and all(each.width != 16 for each in sections):
         yield f"codes are accessed by 16 bits: {found}"
     if not any(f"{way} {size}" in found for way in [message_side or "load"] for size in (4, 8, 16)):
         yield f"codes are not accessed by words: {found}"

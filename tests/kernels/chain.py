@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a whole sum of many ranks costs besides its wire, on one GPU: kernels, launches and Python.
 
 One process is rank 0 of a group that is not there (torch's fake process group). Collectives do nothing: what is decoded

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels compile for GPUs that need not be here, within the budgets of registers, spills and accesses.
 
 A child process (aot.py) compiles what `wire/gpu.py` launches: this process runs Triton's interpreter, and a compiler

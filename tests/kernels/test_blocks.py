@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What mixes the values of a block: the order of every addition is fixed, so results are compared to the bit."""
 
 import kernel_cases as cases

@@ -1,10 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages to their sum: the reference's bits, in rank order and rounded once."""
 
 import kernel_cases as cases
 import pytest
 import torch
 
-from megatron_comp.wire.formats import Format
+from megatron_comp.wire import message
+from megatron_comp.wire.formats import SCALES, Format
 
 DTYPES = [*cases.DTYPES]
 # Decoding knows nothing of the search that an encoder made.
@@ -38,6 +40,18 @@ def test_many_rows(codec):
 @pytest.mark.parametrize("codec", ["mxfp4", "mxfp8", "nvfp4", "flash-int4", "int4:32:fp16:hadamard"])
 def test_every_type(codec, dtype):
     check(codec, (4, 2048 + 8), dtype, seed=1)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("options", ["", ":hadamard", ":asym"])
+def test_damaged_scales(scale, options):
+    """Messages of random bytes: whatever stands in the place of a scale, it means what the reference says."""
+    fmt, shape = Format.parse(f"int4:16:{scale}{options}"), (2, 8 * 16 * 256)
+    nbytes = message.layout(fmt, *shape).nbytes
+    generator = torch.Generator().manual_seed(nbytes)
+    messages = torch.randint(0, 256, (2, nbytes), generator=generator, dtype=torch.uint8).to(cases.DEVICE)
+    for ranks, dtype in ((1, torch.float32), (2, torch.bfloat16)):
+        cases.check_decode_sum(fmt, messages[:ranks], shape, dtype)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])

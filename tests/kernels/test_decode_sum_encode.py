@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages to the message of their sum, which both the first codec and the second may lay out in their own way."""
 
 import itertools

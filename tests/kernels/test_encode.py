@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Partial sums to messages: the reference's bytes, for every stage, on every way through the kernel."""
 
 import kernel_cases as cases

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`exact_products`: where it is claimed, decode_sum lets the compiler fuse a multiplication with the addition after it.
 
 That gives the bits of the two apart only if no product is ever rounded, so all products there can be are formed.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiled kernels on a real GPU: the CPU's bytes, and nothing that a CUDA graph or an asynchronous caller cannot have.
 
 `pytest tests/kernels` on a machine with a GPU runs all other tests of this folder compiled as well, in some minutes.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Codes to and from bytes."""
 
 import kernel_cases as cases

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All slices of a tensor in one launch: the bytes, and back the values, that each slice has by itself."""
 
 import kernel_cases as cases

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 import json
 import subprocess
 
@@ -10,7 +11,7 @@ PROMPT = "The three branches of the government of the United States are"
 @pytest.fixture(scope="session")
 def generate():
     """generate(file): the arguments of a short generation that goes into that JSON file."""
-    return lambda file: ("generate", "--prompt", PROMPT, "--codec", "mxfp4", "--max-new-tokens", "12", "--json", file)
+    return lambda file: ("generate", "--prompt", PROMPT, "--codec", "mxfp4", "--new-tokens", "12", "--json", file)
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scripts that start a model: the commands they make, what they refuse, and a run of two nodes without Slurm."""
 
 import re
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from slurm import ROOT, launch_environment, unused_ports
+
+from megatron_comp import cli
 
 SCRIPTS = ["launch/model.sh", "launch/model.sbatch", "launch/slow_network.sh"]
 FORMER_NAMES = [f"{model}.{suffix}" for model in ("llama", "mixtral") for suffix in ("sh", "sbatch")]
@@ -99,6 +102,22 @@ def test_a_signal_for_the_script_reaches_torchrun(tmp_path):
     env = launch_environment(MODEL=tmp_path, PYTHON=python)
     script = subprocess.Popen(["bash", ROOT / "launch/model.sh", *GENERATE], env=env, stdout=subprocess.PIPE, text=True)
     assert script.communicate(timeout=60)[0] == f"{script.pid}\n"
+
+
+@pytest.mark.parametrize("cache", [None, "a folder's name"])
+def test_quickstart_ends_with_commands_to_copy(tmp_path, cache):
+    """As a shell takes them apart, they are what the command line accepts."""
+    folder = tmp_path / cache if cache else ROOT / ".cache"
+    done = launch("launch/quickstart.sh", DRY_RUN=1, MEGATRON_COMP_CACHE=folder)
+    assert done.returncode == 0, done.stderr
+    activate, *commands = [shlex.split(line) for line in done.stdout.partition("\nNext, in ")[2].splitlines()[1:]]
+    assert activate[0] == "source" and activate[1].endswith("/bin/activate")
+    assert len(commands) == 3
+    for program, *arguments in commands:
+        assert program == "megatron-comp"
+        args = cli._parser().parse_args(arguments)
+        if args.subcommand != "plan":
+            assert (ROOT / args.model) == folder / "smollm2"
 
 
 SEVERAL = {"MODEL": "model", "NNODES": 2, "DRY_RUN": 1}

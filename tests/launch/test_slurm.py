@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """launch/model.sbatch on a cluster of two nodes: what it computes, and that no rank stays behind, however it ends."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Figures: text stays text, equal figures give equal files, and a figure that fails leaves the old file."""
 
 import xml.etree.ElementTree as ElementTree

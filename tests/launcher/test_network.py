@@ -1,4 +1,5 @@
-"""Networks of `ranks.start(link=RATE)` and launch/slow_network.sh: what a rank finds there, and that none is left."""
+# SPDX-License-Identifier: Apache-2.0
+"""Networks that `ranks.start` takes and launch/slow_network.sh: what a rank finds there, and that none is left."""
 
 import json
 import os
@@ -82,13 +83,32 @@ def test_bursts():
     assert network.burst_bytes(10e9) >= 2 << 20
 
 
+@pytest.mark.parametrize(
+    "text, machines", [("3", (1, 1, 1)), ("2x3", (3, 3)), ("2+3", (2, 3)), ("1+2+1", (1, 2, 1)), ("1x4", (4,))]
+)
+def test_machines(text, machines):
+    assert network.machines_of(text) == machines
+
+
+@pytest.mark.parametrize("text, seconds", [("1ms", 1e-3), ("200us", 2e-4), ("0.5ms", 5e-4), ("0", 0.0), ("1s", 1.0)])
+def test_round_trips(text, seconds):
+    assert network.seconds_of(text) == pytest.approx(seconds)
+
+
+def test_the_name_of_a_network_tells_its_slowest_link():
+    assert network.Network([2, 2], "100mbit").environment["MEGATRON_COMP_LINK"] == "100mbit"
+    name = network.Network([2, 2], "1gbit,300mbit", "1ms").environment["MEGATRON_COMP_LINK"]
+    assert name == "1gbit,300mbit@1ms" and network.slowest_rate(name) == 300e6
+    assert network.slowest_rate("unshaped@1ms") is None and network.slowest_rate("unshaped,1gbit") == 1e9
+
+
 # What cannot be.
 
 
 def test_a_command_that_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="needs the command ip"):
-        ranks.start(2, ["true"], link="100mbit")
+        ranks.start(2, ["true"], network.Network([1, 1], "100mbit"))
 
 
 @pytest.mark.slow_network
@@ -102,7 +122,7 @@ def test_a_kernel_without_tbf(monkeypatch, tmp_path):
     with pytest.raises(
         ValueError, match="cannot make such a network: tc qdisc add .*: Error: Specified qdisc kind is unk"
     ):
-        ranks.start(2, ["true"], link="100mbit")
+        ranks.start(2, ["true"], network.Network([1, 1], "100mbit"))
     assert set(os.listdir("/proc/self/fd")) == before
 
 
@@ -134,9 +154,20 @@ def test_without_root():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["2", "100mbit", "true"], "usage: slow_network.sh N RATE -- COMMAND"),
-        (["2", "100mbit", "--"], "usage: slow_network.sh N RATE -- COMMAND"),
-        (["two", "100mbit", "--", "true"], "usage: slow_network.sh N RATE -- COMMAND"),
+        (["2", "100mbit", "true"], "usage: slow_network.sh MACHINES RATE [--rtt TIME] -- COMMAND"),
+        (["2", "100mbit", "--"], "usage: slow_network.sh MACHINES RATE [--rtt TIME] -- COMMAND"),
+        (["2", "100mbit", "--rtt", "--", "true"], "usage: slow_network.sh MACHINES RATE [--rtt TIME] -- COMMAND"),
+        (
+            ["2", "100mbit", "--ttl", "1ms", "--", "true"],
+            "usage: slow_network.sh MACHINES RATE [--rtt TIME] -- COMMAND",
+        ),
+        (["two", "100mbit", "--", "true"], "'two' are no machines: 4 are four of one rank"),
+        (["2x", "100mbit", "--", "true"], "'2x' are no machines"),
+        (["2x0", "100mbit", "--", "true"], "a network of 0 ranks"),
+        (["2+0", "100mbit", "--", "true"], "a network of 2 ranks: allowed are 1 to 200, and one or more to a machine"),
+        (["2", "1gbit,1gbit,1gbit", "--", "true"], "3 rates for 2 machines"),
+        (["2", "100mbit", "--rtt", "1", "--", "true"], "'1' is no round trip: allowed are 0 to 1s"),
+        (["2", "100mbit", "--rtt", "2s", "--", "true"], "'2s' is no round trip"),
         (["0", "100mbit", "--", "true"], "a network of 0 ranks: allowed are 1 to 200"),
         (["2", "fast", "--", "true"], "'fast' is no rate of a link"),
     ],
@@ -162,7 +193,7 @@ def test_dry_run():
 def test_both_directions_of_a_link_have_the_rate(tmp_path, rate):
     need_network()
     before = interfaces()
-    assert ranks.start(3, [sys.executable, "-c", EXCHANGE, str(tmp_path)], link=rate) == 0
+    assert ranks.start(3, [sys.executable, "-c", EXCHANGE, str(tmp_path)], network.Network([1] * 3, rate)) == 0
     assert interfaces() == before
     said = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)]
     first, *others = (each.pop("seconds") for each in said)
@@ -176,10 +207,81 @@ def test_both_directions_of_a_link_have_the_rate(tmp_path, rate):
         assert at_40_mbit < first < 3 * at_40_mbit and at_40_mbit < max(others)
 
 
+# The last rank answers the first, which says how long it took, and how long so many bytes took each way; all say where
+# they are.
+PING = """
+import json, os, socket, statistics, sys, time
+rank, last, place = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1, (os.environ["MASTER_ADDR"], 5000)
+said = {"host": socket.gethostname(), "link": os.environ["MEGATRON_COMP_LINK"]}
+NBYTES = 3_000_000
+def receive(peer, left):
+    while left:
+        left -= len(peer.recv(min(left, 1 << 20)))
+if rank == 0:
+    peer = socket.create_server(place).accept()[0]
+while rank == last:
+    try:
+        peer = socket.create_connection(place)
+        break
+    except OSError:
+        time.sleep(0.05)
+if rank in (0, last):
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+if rank == 0:
+    trips = []
+    for _ in range(100):
+        start = time.perf_counter()
+        peer.sendall(b"x")
+        receive(peer, 1)
+        trips.append(time.perf_counter() - start)
+        time.sleep(0.002)
+    said["rtt"] = statistics.quantiles(trips, n=5)[0]
+    start = time.perf_counter()
+    peer.sendall(bytes(NBYTES))
+    receive(peer, 1)
+    there = time.perf_counter()
+    receive(peer, NBYTES)
+    said["there"], said["back"] = there - start, time.perf_counter() - there
+elif rank == last:
+    for _ in range(100):
+        receive(peer, 1)
+        peer.sendall(b"y")
+    receive(peer, NBYTES)
+    peer.sendall(b"z" + bytes(NBYTES))
+json.dump(said, open(sys.argv[1] + "/" + str(rank), "w"))
+"""
+
+
+@pytest.mark.slow_network
+def test_machines_of_several_ranks_with_latency(tmp_path):
+    """Host names by machine, the round trip that was asked for, and the slower link's rate, both ways."""
+    need_network()
+    before = interfaces()
+    its = network.Network([2, 1], "100mbit,30mbit", "4ms")
+    assert ranks.start(3, [sys.executable, "-c", PING, str(tmp_path)], its) == 0
+    assert interfaces() == before
+    first, *others = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(3))
+    assert [each["host"] for each in (first, *others)] == ["machine0", "machine0", "machine1"]
+    assert {each["link"] for each in (first, *others)} == {"100mbit,30mbit@4ms"}
+    assert 3.9e-3 < first["rtt"] < 6e-3
+    shortest = 8 * (3_000_000 - network.burst_bytes(30e6)) / 30e6
+    for way in ("there", "back"):  # a first burst goes for nothing at each end; headers take 4 %
+        assert 0.85 * shortest < first[way] < 2 * shortest
+
+
+@pytest.mark.slow_network
+def test_no_relay_outlives_its_network():
+    need_network()
+    with network.Network([1, 1], "unshaped", "1ms") as its:
+        inside = set(its._processes())
+        assert len(inside) == 1
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in inside)
+
+
 @pytest.mark.slow_network
 def test_two_networks_at_once_are_apart():
     need_network()
-    with network.Network(2, "100mbit") as one, network.Network(3, "1gbit") as other:
+    with network.Network([1, 1], "100mbit") as one, network.Network([1] * 3, "1gbit") as other:
         spaces = [
             subprocess.run([*net.enter(rank), "readlink", "/proc/self/ns/net"], capture_output=True, text=True).stdout
             for net, count in ((one, 2), (other, 3))
@@ -203,7 +305,7 @@ if os.environ["RANK"] == "0":
 time.sleep(0.5)
 sys.exit(3)
 """
-    assert ranks.start(2, [sys.executable, "-c", code, str(tmp_path)], link="100mbit") == 3
+    assert ranks.start(2, [sys.executable, "-c", code, str(tmp_path)], network.Network([1, 1], "100mbit")) == 3
     assert "error on rank 0: was killed" in capfd.readouterr().err
     wait_until_gone(namespaces(tmp_path, 2))
 

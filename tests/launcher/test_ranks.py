@@ -1,7 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """`ranks.start` with commands of a few lines: what comes back, and that nobody stays behind."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -147,3 +149,34 @@ def test_srun_without_a_place_to_meet_is_an_error(srun_task, capsys):
 def test_one_srun_task_starts_its_own_ranks(srun_task):
     srun_task("SLURM_STEP_NUM_TASKS", "1")
     assert not ranks.joined()
+
+
+LISTENING = """
+import os, torch.distributed as dist
+dist.init_process_group("gloo")
+dist.barrier()
+print(os.environ["MASTER_PORT"] if dist.get_rank() == 0 else "", flush=True)
+dist.barrier()
+"""
+
+
+def listening_addresses(port):
+    """What sockets of this machine listen on the port, as hexadecimal addresses of /proc."""
+    lines = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return [words[1].split(":")[0] for words in lines if int(words[1].split(":")[1], 16) == port and words[3] == "0A"]
+
+
+def test_the_store_listens_on_this_machine_alone():
+    """An object that ranks hand to one another is pickled: who reaches the store runs what they like."""
+    with ranks._meeting(2, None) as (place, _):
+        port = int(place["MASTER_PORT"])
+        assert listening_addresses(port) == ["0100007F"]  # 127.0.0.1
+        with socket.socket() as elsewhere:
+            elsewhere.bind(("127.0.0.2", port))  # would be taken if the store listened on all addresses
+
+
+def test_ranks_meet_at_the_store(tmp_path):
+    done = commands.run(commands.on_ranks(2, [sys.executable, "-c", LISTENING]), dict(os.environ))
+    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr

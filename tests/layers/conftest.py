@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny random Llama that fits TP 1, 2 and 3."""
 
 import pytest

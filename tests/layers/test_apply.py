@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`apply_compression` on real GPTModels over gloo: what it reaches, what it sums, what it leaves as it was."""
 
 import os
@@ -107,7 +108,7 @@ def test_every_rank_has_the_same_bits(either):
             assert torch.equal(made[name], ranks[0][name]), name
             assert [(site.layer, site.site) for site in made[f"{name} stats"].sites] == PLACES
             assert made[f"{name} stats"].compressed.calls == 2 * LAYERS
-            assert made[f"{name} stats"].kept.calls == 0 and made[f"{name} stats"].compressed.seconds == 0
+            assert made[f"{name} stats"].kept.calls == 0 and made[f"{name} stats"].compressed.seconds is None
 
 
 def test_applying_again_takes_the_new_policy_and_starts_counting_again(either):

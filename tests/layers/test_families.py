@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models other than GPT with its plain attention: built by Megatron while the hook is installed, as scripts are."""
 
 import copy

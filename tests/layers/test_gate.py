@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`min_bytes: auto` and `algorithm: auto` by calibration files, on real ranks: what is kept, on all ranks alike."""
 
 import os
@@ -10,19 +11,19 @@ from ranks import run_ranks
 import megatron_comp as mc
 from megatron_comp.inference.generate import generate
 from megatron_comp.inference.model import build_model, init_parallel
-from megatron_comp.layers.apply import _say_figures
+from megatron_comp.layers.agreement import say_calibration
+from megatron_comp.wire.calibration import LINKS, VARIABLE, Calibration, CodecCost, Link
 from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.figures import LINKS, VARIABLE, CodecCost, Figures, Link
 
 RANKS = 2
 PROMPT, NEW = list(range(1, 40)), 3
 ONE = 2 * LAYERS  # calls of a forward
 
 
-def figures(rate, latency=1e-6, ranks=RANKS, encode_fixed_s=0.0):
+def calibration(rate, latency=1e-6, ranks=RANKS, encode_fixed_s=0.0):
     """Codecs that take a nanosecond a value, on links of a rate."""
     cost = CodecCost(encode_fixed_s, 1e-9, 0.0, 1e-9)
-    return Figures(
+    return Calibration(
         dict.fromkeys(LINKS, Link(rate, latency)),
         {str(Codec.parse("mxfp4")): cost},
         0.1,
@@ -32,12 +33,12 @@ def figures(rate, latency=1e-6, ranks=RANKS, encode_fixed_s=0.0):
 
 # name -> file; the stock prefill of 39 tokens of 96 fp32 values takes 15 KB, a decoded token 384 bytes.
 FILES = {
-    "slow": figures(1e5),
-    "fast": figures(1e12),
+    "slow": calibration(1e5),
+    "fast": calibration(1e12),
     # To encode takes 5 us before it starts, as 1200 bytes do here: a token's message cannot save that.
-    "middle": figures(2.4e8, encode_fixed_s=5e-6),
+    "middle": calibration(2.4e8, encode_fixed_s=5e-6),
     # Two phases cost a start more, and at N=2 as many bytes.
-    "two_starts": figures(1e5, latency=1.0),
+    "two_starts": calibration(1e5, latency=1.0),
 }
 
 
@@ -75,7 +76,7 @@ def gated(llama, tmp_path_factory):
     files = tmp_path_factory.mktemp("files")
     for name, made in FILES.items():
         made.write(files / f"{name}.yaml")
-    figures(1e5, ranks=3).write(files / "three.yaml")
+    calibration(1e5, ranks=3).write(files / "three.yaml")
     (files / "broken.yaml").write_text("schema: 1\nspeed: 5\n")
     return run_ranks(gate, RANKS, llama, str(files))
 
@@ -129,9 +130,9 @@ def test_every_rank_says_what_rank_0_could_not_read(gated, name, told):
 
 def test_codecs_that_were_not_measured_are_named_in_one_line(caplog):
     words = policy(codec="mxfp4", sites={"mlp": "nvfp4"}, layers={1: "int8:32:fp16>mxfp4"})
-    _say_figures(figures(1e5), words, RANKS)
+    say_calibration(calibration(1e5), words, RANKS)
     (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert "has no time of " + ", ".join(sorted(map(str, map(Codec.parse, ("nvfp4", "int8:32:fp16"))))) + "," in warning
     caplog.clear()
-    _say_figures(figures(1e5), policy(codec="mxfp4"), RANKS)
+    say_calibration(calibration(1e5), policy(codec="mxfp4"), RANKS)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What compression decides of GPUs, as far as a machine without one can ask: peers, captured graphs, buffers."""
 
 import logging
@@ -6,22 +7,22 @@ import pytest
 import torch
 
 import megatron_comp as mc
-from megatron_comp.layers import apply
-from megatron_comp.layers.site import ReductionSite
+from megatron_comp.layers import agreement
+from megatron_comp.layers.reducer import Reducer
 from megatron_comp.policy import CompressionPolicy
 from megatron_comp.wire import exchange
-from megatron_comp.wire.figures import ASSUMED, ASSUMED_PEERS
+from megatron_comp.wire.calibration import ASSUMED, ASSUMED_PEERS
 
 LARGE = {"layer": 0, "site": "mlp", "phase": "prefill", "shape": (4096, 8192), "itemsize": 2, "world_size": 8}
 
 
 def test_nothing_is_compressed_between_peers_that_nobody_measured():
     policy = CompressionPolicy(codec="mxfp4")
-    assert policy.decide(**LARGE, figures=ASSUMED).codec is not None
-    decision = policy.decide(**LARGE, figures=ASSUMED_PEERS)
+    assert policy.decide(**LARGE, calibration=ASSUMED).codec is not None
+    decision = policy.decide(**LARGE, calibration=ASSUMED_PEERS)
     assert decision.codec is None and decision.reason == "fast link, not calibrated"
     # Whoever gives a number of bytes has decided.
-    assert CompressionPolicy(codec="mxfp4", min_bytes=0).decide(**LARGE, figures=ASSUMED_PEERS).codec is not None
+    assert CompressionPolicy(codec="mxfp4", min_bytes=0).decide(**LARGE, calibration=ASSUMED_PEERS).codec is not None
 
 
 @pytest.mark.parametrize(
@@ -30,16 +31,16 @@ def test_nothing_is_compressed_between_peers_that_nobody_measured():
 def test_which_gpus_are_peers(monkeypatch, seen, ranks, reach, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: other <= reach)
-    assert apply._reach_one_another(ranks) is expected
+    assert agreement.reach_one_another(ranks) is expected
 
 
-@pytest.mark.parametrize("figures", [ASSUMED, ASSUMED_PEERS])
-def test_what_is_assumed_is_said_with_the_command_that_measures(caplog, monkeypatch, figures):
+@pytest.mark.parametrize("calibration", [ASSUMED, ASSUMED_PEERS])
+def test_what_is_assumed_is_said_with_the_command_that_measures(caplog, monkeypatch, calibration):
     monkeypatch.delenv("MEGATRON_COMP_CALIBRATION", raising=False)
-    apply._say_figures(figures, CompressionPolicy(codec="mxfp4"), 8)
+    agreement.say_calibration(calibration, CompressionPolicy(codec="mxfp4"), 8)
     (said,) = caplog.records
     assert said.levelno == logging.WARNING
-    assert figures.source in said.getMessage() and "megatron-comp calibrate" in said.getMessage()
+    assert calibration.source in said.getMessage() and "megatron-comp calibrate" in said.getMessage()
 
 
 def test_captured_graphs_keep_their_sums():
@@ -58,15 +59,14 @@ def test_reductions_in_a_capture_are_told_apart(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: pytest.fail("a synchronization in a capture"))
-    site = ReductionSite(CompressionPolicy(codec="none"), 0, "mlp", timing=True)
+    reducer = Reducer(CompressionPolicy(codec="none"), 0, "mlp", Alone(), timing=True)
 
-    class OnGPU:  # what counting asks of a tensor
-        is_cuda = True
-
-    choice = apply.Plans(site.policy, ASSUMED).all_reduce("none", torch.zeros(2, 4), Alone())
-    assert site._run(choice, OnGPU(), lambda: "sum") == "sum"
-    assert (site.stats.kept.calls, site.stats.captured, site.stats.kept.seconds) == (1, 1, 0)
-    assert mc.ModelStats([site.stats, site.stats]).captured == 2
+    choice = reducer.choose((2, 4), torch.zeros(2, 4))
+    with reducer.meter.clock(reducer.meter.record(choice, on_gpu=True)):
+        pass
+    stats = reducer.meter.stats
+    assert (stats.kept.calls, stats.captured, stats.kept.seconds) == (1, 1, None)
+    assert mc.ModelStats([stats, stats]).captured == 2
 
 
 class Alone:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Both mappings against Megatron's own: gradients equal theirs, values are those of the compressed collectives."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole models with experts: compression off, on, with another policy, off again; what policies reach."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients through mixture-of-experts layers: refused in training mode, or as Megatron has them."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One layer of experts: the very sum that its token dispatcher makes, and everything that travels."""
 
 import math
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_comp as mc
 from megatron_comp.inference.model import build_model
-from megatron_comp.layers import mappings
+from megatron_comp.layers import reducer
 from megatron_comp.wire.codec import parse_codec
 from megatron_comp.wire.collectives import run
 
@@ -64,7 +65,7 @@ def one_layer(rank, world_size, tp, ep, folder):
                     return run(plan, partial, *args)
 
                 sent = Sent()
-                with patch.object(mappings, "run", noted), sent:
+                with patch.object(reducer, "run", noted), sent:
                     output, bias = layer(x)
                 assert bias is None and output.dtype == x.dtype and output.shape == x.shape
                 stats = [site for site in mc.stats(model).sites if (site.layer, site.site) == (1, "experts")]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts whose ranks hold other tokens than their neighbours, none at all, dropped ones, or half-precision ones."""
 
 from unittest.mock import patch
@@ -14,7 +15,7 @@ from ranks import run_ranks
 import megatron_comp as mc
 from megatron_comp.inference import cpu
 from megatron_comp.inference.model import build_model, init_parallel
-from megatron_comp.layers import mappings
+from megatron_comp.layers import reducer
 from megatron_comp.wire.collectives import run
 
 
@@ -95,7 +96,7 @@ def half_precision(rank, world_size, folder):
                 return run(plan, partial, *args)
 
             mc.apply_compression(model, policy(codec=INT8))
-            with patch.object(mappings, "run", noted):
+            with patch.object(reducer, "run", noted):
                 ours, _ = layer(x)
             mc.apply_compression(model, policy(min_bytes=10**9))
             kept, _ = layer(x)

@@ -1,7 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row-parallel linears that multiply rows in parts: the order of things, equal results, and when they do not."""
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from models import policy
@@ -10,10 +12,12 @@ from ranks import run_ranks
 
 import megatron_comp as mc
 from megatron_comp.inference.model import init_parallel
-from megatron_comp.layers.site import Phase, ReductionSite
+from megatron_comp.layers.plans import Plans
+from megatron_comp.layers.reducer import Phase, Reducer
+from megatron_comp.layers.row_parallel import attach
 from megatron_comp.wire import exchange
+from megatron_comp.wire.calibration import LINKS, Calibration, CodecCost, Link
 from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.figures import LINKS, CodecCost, Figures, Link
 
 INPUT, OUTPUT = 144, 96
 SETTINGS = {
@@ -25,7 +29,11 @@ SETTINGS = {
 }
 
 
-def linear(ranks, site=None, sequence_parallel=False, **kwargs):
+def reducer(phase=None, words=None, **kwargs):
+    return Reducer(words or policy(), 3, "mlp", parallel_state.get_tensor_model_parallel_group(), phase, **kwargs)
+
+
+def linear(ranks, reducer=None, sequence_parallel=False, **kwargs):
     torch.manual_seed(0)
     config = TransformerConfig(
         num_layers=1,
@@ -40,8 +48,8 @@ def linear(ranks, site=None, sequence_parallel=False, **kwargs):
     made = mc.CompressedRowParallelLinear(INPUT, OUTPUT, config=config, init_method=init, **options).eval()
     with torch.no_grad():
         made.bias.normal_()
-    if site is not None:
-        made.attach(site)
+    if reducer is not None:
+        attach(made, reducer)
     return made
 
 
@@ -65,10 +73,10 @@ def in_parts_and_whole(rank, ranks):
     for name, words in SETTINGS.items():
         results = []
         for bytes_of_a_part in (4000, 1 << 30):
-            site = ReductionSite(policy(**words), 3, "mlp", timing=True)
-            results.append((*run(linear(ranks, site), x, bytes_of_a_part), site.stats))
+            ours = reducer(words=policy(**words), timing=True)
+            results.append((*run(linear(ranks, ours), x, bytes_of_a_part), ours.meter.stats))
         made[name] = results
-    sizes = [(linear(ranks, ReductionSite(policy(), 3, "mlp"), input_is_parallel=False), n) for n in (4000, 1 << 30)]
+    sizes = [(linear(ranks, reducer(), input_is_parallel=False), n) for n in (4000, 1 << 30)]
     made["input"] = [(*run(whole, x.repeat(1, 1, ranks), size), None) for whole, size in sizes]
     return made
 
@@ -95,10 +103,13 @@ def test_parts_give_what_the_whole_gives(ranks):
                 assert parts[3] == whole[3] and parts[3].compressed.calls == 1, name
 
 
-class Whole(ReductionSite):
-    """A site that reduces something else than what it is given must be given the whole."""
+class Quantized(mc.CompressedRowParallelLinear):
+    """As ModelOpt makes classes: a forward of its own around the stock one."""
 
-    takes_parts = False
+    __module__ = "modelopt.torch.quantization.plugins.megatron"
+
+    def forward(self, input_):
+        return super().forward(input_)
 
 
 def not_in_parts(rank, ranks):
@@ -106,18 +117,20 @@ def not_in_parts(rank, ranks):
     init_parallel(ranks)
     x = its_input(rank, ranks)
 
-    def order(site=None, rows=150, **kwargs):
-        return run(linear(ranks, site or ReductionSite(policy(), 3, "mlp"), **kwargs), x[:rows], 1)[2]
+    def order(phase=None, rows=150, words=None, cls=None, **kwargs):
+        made = linear(ranks, reducer(phase=phase, words=words), **kwargs)
+        made.__class__ = cls or type(made)
+        return run(made, x[:rows], 1)[2]
 
     with torch.no_grad():
         made = {
             "few rows": order(rows=15),
             "one row": order(rows=1),
-            "min_bytes": order(ReductionSite(policy(min_bytes=1 << 20), 3, "mlp")),
-            "none": order(ReductionSite(policy(codec="none"), 3, "mlp")),
-            "decode": order(ReductionSite(policy(phases={"decode": "none"}), 3, "mlp", Phase("decode"))),
+            "min_bytes": order(words=policy(min_bytes=1 << 20)),
+            "none": order(words=policy(codec="none")),
+            "decode": order(Phase("decode"), words=policy(phases={"decode": "none"})),
             "scatter": order(sequence_parallel=True),
-            "another site": order(Whole(policy(), 3, "mlp")),
+            "quantized": order(cls=Quantized),
             "detached": order(),
         }
         with torch.autocast("cpu", torch.bfloat16):
@@ -142,9 +155,9 @@ def by_figures(rank, ranks):
     x, orders = its_input(rank, ranks), []
     for hidden in (1.0, 0.0):
         cost = {str(Codec.parse("mxfp4")): CodecCost(1e-6, 1e-9, 1e-6, 1e-9)}
-        known = Figures(dict.fromkeys(LINKS, Link(1e7, 1e-4)), cost, measured={"ranks": 2}, hidden=hidden)
-        site = ReductionSite(policy(codec="mxfp4"), 3, "mlp", figures=known)
-        orders.append(run(linear(ranks, site), x, 4000)[2])
+        known = Calibration(dict.fromkeys(LINKS, Link(1e7, 1e-4)), cost, measured={"ranks": 2}, hidden=hidden)
+        words = policy(codec="mxfp4")
+        orders.append(run(linear(ranks, reducer(words=words, plans=Plans(words, known))), x, 4000)[2])
     return orders
 
 
@@ -158,7 +171,7 @@ def policies(rank, ranks):
     """A policy that compresses nothing, with a part size that would make parts: Megatron's own bits."""
     init_parallel(ranks)
     exchange.OVERLAP_BYTES["cpu"] = 1
-    x, ours = its_input(rank, ranks), linear(ranks, ReductionSite(policy(codec="none"), 3, "mlp"))
+    x, ours = its_input(rank, ranks), linear(ranks, reducer(words=policy(codec="none")))
     stock = linear(ranks)
     stock.__class__ = RowParallelLinear
     return ours(x)[0], stock(x)[0]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model in two pipeline stages: a policy counts its layers over the whole model, and every stage does its own."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The seam on the real Python of Transformer Engine, two ranks over gloo; only its C++ is replaced (tests/support)."""
 
 import os

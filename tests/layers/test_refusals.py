@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `apply_compression` refuses: on every rank, in words that name the key, and before anything is changed."""
 
 from unittest.mock import patch
@@ -6,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.moe import shared_experts
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from models import LAYERS, all_logits, experts_model, inside_view, message_of, policy
@@ -13,7 +15,7 @@ from ranks import run_ranks
 
 import megatron_comp as mc
 from megatron_comp.inference.model import build_model, init_parallel
-from megatron_comp.layers import apply
+from megatron_comp.layers import agreement
 
 RANKS = 3
 KEPT_EXPERTS = {"experts": "none", "shared_experts": "none"}
@@ -26,21 +28,23 @@ class TEFusedMLP(torch.nn.Module):
 class OwnRowParallelLinear(RowParallelLinear):
     """Somebody else's subclass, whose forward nobody here knows."""
 
+    def forward(self, input_):
+        return super().forward(input_)
+
 
 class OwnSharedExperts(SharedExpertMLP):
     """Somebody else's subclass."""
 
 
+class FusedSharedExpertMLP(SharedExpertMLP):
+    """Stands for Megatron's of that name (0.19), which goes past its linears and needs Transformer Engine."""
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states)
+
+
 class MoEFlexTokenDispatcher(MoETokenDispatcher):
     """Stands for Megatron's, which needs libraries for GPUs."""
-
-
-class Elsewhere(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.head = model.decoder.layers[0].mlp.linear_fc2
-        del model.decoder.layers[0].mlp.linear_fc2
 
 
 def refused(rank, world_size, folder):
@@ -59,7 +63,7 @@ def refused(rank, world_size, folder):
         attempt(f"layers {site}", {"layers": {1: {site: "mxfp8"}}})
     attempt("policies", {"codec": "mxfp4" if rank < 2 else "mxfp6", "layers": {3: "none", "0-1": "mxfp8"}})
     attempt("one policy is wrong", {"layers": {4: "none"}} if rank == 1 else {})
-    with patch.object(apply, "__version__", "9.9.9" if rank == 0 else apply.__version__):
+    with patch.object(agreement, "__version__", "9.9.9" if rank == 0 else agreement.__version__):
         attempt("versions", {})
     attempt("no layers", {}, torch.nn.Linear(3, 3))
     attempt("layers", {"layers": {"2-4": "none"}})
@@ -77,7 +81,6 @@ def refused(rank, world_size, folder):
     last.linear_fc2.__class__ = OwnRowParallelLinear
     attempt("own class", {})
     last.linear_fc2.__class__ = RowParallelLinear
-    attempt("elsewhere", {}, Elsewhere(build_model(folder)))
     model.decoder.layers[-1].mlp = TEFusedMLP()
     attempt("fused", {})
     return made
@@ -102,8 +105,7 @@ def refusals(llama):
         ("versions", ["rank 0: version 9.9.9", f"rank 1: version {mc.__version__}"]),
         ("no layers", ["Linear has no row-parallel linear", "nothing to compress"]),
         ("bias", ["RowParallelLinear(in_features", "skip_bias_add=True"]),
-        ("own class", ["OwnRowParallelLinear", "cannot compress"]),
-        ("elsewhere", ["head is a row-parallel linear outside"]),
+        ("own class", ["OwnRowParallelLinear", "cannot be compressed"]),
         ("fused", ["use_te_op_fuser=True", "set it to False"]),
     ],
 )
@@ -161,8 +163,8 @@ def test_a_mixture_of_experts_has_the_sites_of_its_layers(sites_said, name, told
 def unable(rank, world_size):
     """name -> what was said to a model whose experts' sums cannot be compressed, which is as it was afterwards."""
     init_parallel(world_size)
-    pair, overlap = {"codec": "mxfp4>mxfp8"}, {"moe_shared_expert_overlap": True}
-    overlap |= {"moe_shared_expert_intermediate_size": 32, "moe_token_dispatcher_type": "alltoall"}
+    pair, shared = {"codec": "mxfp4>mxfp8"}, {"moe_shared_expert_intermediate_size": 32}
+    overlap = shared | {"moe_shared_expert_overlap": True, "moe_token_dispatcher_type": "alltoall"}
     padded = {"moe_token_dispatcher_type": "alltoall", "moe_expert_capacity_factor": 1.0}
     padded |= {"moe_pad_expert_input_to_capacity": True}
     scattered = {"sequence_parallel": True}
@@ -180,21 +182,24 @@ def unable(rank, world_size):
         layer.token_dispatcher.__class__ = MoEFlexTokenDispatcher
 
     def optimized(layer):
-        layer._inference_token_dispatcher = object()
+        layer._inference_token_dispatcher = layer.token_dispatcher
 
     def own_shared(layer):
         layer.shared_experts.__class__ = OwnSharedExperts
 
+    def fused_shared(layer):
+        layer.shared_experts.__class__ = getattr(shared_experts, "FusedSharedExpertMLP", FusedSharedExpertMLP)
+
     for name, change, options in (
         ("flex", flex, {}),
         ("optimized", optimized, {}),
-        ("padded", lambda layer: None, padded | scattered),
     ):
         attempt(name, {}, change, **options)
         attempt(f"{name}, one layer", {"codec": "none", "layers": {1: {"experts": "mxfp8"}}}, change, **options)
         attempt(f"{name}, other layer", {"codec": "none", "layers": {0: {"experts": "mxfp8"}}}, change, **options)
         attempt(f"{name}, experts kept", {"sites": {"experts": "none"}}, change, **options)
         attempt(f"{name}, in decode", {"phases": {"prefill": "none"}}, change, **options)
+    attempt("padded", {}, **padded, **scattered)
     attempt("padded, whole tokens", {}, **padded)
     attempt("pair", pair, **scattered)
     attempt("pair for experts", {"sites": {"experts": pair["codec"]}}, **scattered)
@@ -202,6 +207,10 @@ def unable(rank, world_size):
     attempt("pair, whole tokens", pair)
     attempt("own shared", {}, own_shared, **overlap)
     attempt("own shared, kept", {"sites": {"shared_experts": "none"}}, own_shared, **overlap)
+    for name, options in (("fused shared", shared), ("fused shared, overlapped", overlap)):
+        attempt(name, {}, fused_shared, **options)
+        attempt(f"{name}, kept", {"sites": {"shared_experts": "none"}}, fused_shared, **options)
+    attempt("own shared, not overlapped", {}, own_shared, **shared)
     attempt("pair for shared", {"sites": {"shared_experts": pair["codec"]}}, **scattered, **overlap)
     return made
 
@@ -211,7 +220,13 @@ def unable_with_expert_parallelism(rank, world_size):
     init_parallel(1, expert_parallel=world_size)
     words = {"codec": "none", "sites": {"experts": "mxfp4>mxfp8"}}
     made = [message_of(mc.apply_compression, experts_model(), policy(**words))]
-    made.append(message_of(mc.apply_compression, experts_model(moe_token_dispatcher_type="alltoall"), policy(**words)))
+    model = experts_model(moe_token_dispatcher_type="alltoall")
+    made.append(message_of(mc.apply_compression, model, policy(**words)))
+    # As inference-optimized layers have it: all-to-all in training, which sums nothing, and a dispatcher that gathers.
+    for layer, gathering in zip(model.decoder.layers, experts_model().decoder.layers, strict=True):
+        layer.mlp._inference_token_dispatcher = gathering.mlp.token_dispatcher
+    made.append(message_of(mc.apply_compression, model, policy(codec="none", sites={"experts": "mxfp4"})))
+    made.append(message_of(mc.apply_compression, model, policy(sites={"experts": "none"})))
     return made
 
 
@@ -220,9 +235,9 @@ def experts_said():
     return run_ranks(unable, 2)
 
 
-OPTIMIZED = ["transformer_impl='inference_optimized'", "sites: {experts: none}"]
+OPTIMIZED = ["transformer_impl='inference_optimized'", "TokenDispatcher", "sites: {experts: none}"]
 FLEX = ["MoEFlexTokenDispatcher cannot be compressed", "allgather or alltoall", "sites: {experts: none}"]
-PADDED = ["moe_pad_expert_input_to_capacity", "sites: {experts: none}"]
+FUSED = ["FusedSharedExpertMLP are shared", "use_grouped_gemm_for_shared_expert=False", "{shared_experts: none}"]
 PAIR = ["policy: experts: 'mxfp4>mxfp8': with sequence or expert parallelism", "one codec"]
 PLAIN_PAIR = ["policy: 'mxfp4>mxfp8': sequence parallelism reduces in one phase and takes one codec"]
 
@@ -235,10 +250,12 @@ PLAIN_PAIR = ["policy: 'mxfp4>mxfp8': sequence parallelism reduces in one phase 
             for name, told in (("flex", FLEX), ("optimized", OPTIMIZED))
             for where in ("", ", one layer", ", in decode")
         ),
-        *(("padded" + where, PADDED) for where in ("", ", one layer", ", in decode")),
-        *((f"{name}, experts kept", ["no error"]) for name in ("flex", "optimized", "padded")),
-        *((f"{name}, other layer", ["no error"]) for name in ("flex", "optimized")),
-        ("padded, other layer", PADDED),
+        *(
+            (f"{name}, {where}", ["no error"])
+            for name in ("flex", "optimized")
+            for where in ("experts kept", "other layer")
+        ),
+        ("padded", ["no error"]),
         ("padded, whole tokens", ["no error"]),
         ("pair", PLAIN_PAIR),
         ("pair for experts", PAIR),
@@ -246,6 +263,11 @@ PLAIN_PAIR = ["policy: 'mxfp4>mxfp8': sequence parallelism reduces in one phase 
         ("pair, whole tokens", ["no error"]),
         ("own shared", ["OwnSharedExperts are shared experts of a kind that cannot be compressed"]),
         ("own shared, kept", ["no error"]),
+        ("own shared, not overlapped", ["no error"]),
+        ("fused shared", FUSED),
+        ("fused shared, overlapped", FUSED),
+        ("fused shared, kept", ["no error"]),
+        ("fused shared, overlapped, kept", ["no error"]),
         ("pair for shared", PLAIN_PAIR),
     ],
 )
@@ -256,9 +278,15 @@ def test_experts_that_cannot_be_compressed(experts_said, name, told):
 
 
 def test_expert_parallelism_takes_one_codec_where_it_sums():
-    for gathers, sends in run_ranks(unable_with_expert_parallelism, 2):
+    for gathers, sends, *_ in run_ranks(unable_with_expert_parallelism, 2):
         assert all(part in gathers for part in PAIR)
         assert sends == "no error"  # one rank for each expert: there is nothing to sum
+
+
+def test_sums_of_inference_dispatchers_are_refused_over_expert_parallel_ranks_too():
+    for *_, optimized, without_experts in run_ranks(unable_with_expert_parallelism, 2):
+        assert all(part in optimized for part in OPTIMIZED)
+        assert without_experts == "no error"
 
 
 def test_a_process_without_ranks():

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`CompressedRowParallelLinear`: single linears against the stock class, and the class in hand-written layer specs."""
 
 from functools import partial
@@ -16,7 +17,8 @@ from ranks import run_ranks
 import megatron_comp as mc
 from megatron_comp.inference.generate import generate
 from megatron_comp.inference.model import build_model, init_parallel
-from megatron_comp.layers.site import ReductionSite
+from megatron_comp.layers.reducer import Reducer
+from megatron_comp.layers.row_parallel import attach, detach
 
 RANKS = 3
 INPUT, OUTPUT = 144, 96
@@ -76,7 +78,7 @@ def forwards(rank, world_size):
     keys = [list(linear(cls).state_dict()) for cls in (RowParallelLinear, mc.CompressedRowParallelLinear)]
 
     detached = linear(policy=policy(), site="mlp")
-    detached.detach()
+    detach(detached)
     made["detached"] = detached(x)
     made["scattered"] = linear(policy=policy(), site="mlp", input_is_parallel=False).eval()(x.repeat(1, 1, 3))[0]
     made["from_whole"] = mc.all_reduce(partial_sum(x.repeat(1, 1, 3).chunk(3, -1)[rank]), "mxfp4")
@@ -128,7 +130,7 @@ def in_sequence_parallel(rank, world_size):
     compressed = linear(policy=policy(), site="mlp", sequence_parallel=True).eval()
     none = linear(policy=policy(codec="none"), site="mlp", sequence_parallel=True).eval()
     stock = linear(RowParallelLinear, sequence_parallel=True)
-    return compressed(x)[0], whole.chunk(world_size)[rank], none(x)[0], stock(x)[0], compressed.reduction.stats
+    return compressed(x)[0], whole.chunk(world_size)[rank], none(x)[0], stock(x)[0], compressed.reducer.meter.stats
 
 
 def test_sequence_parallelism_gives_each_rank_its_slice():
@@ -150,7 +152,7 @@ def gradients(rank, world_size):
         return output.detach(), module.weight.grad, x.grad
 
     compressed = linear()
-    compressed.attach(ReductionSite(policy(codec="mxfp8"), 0, "mlp", allow_training=True))
+    attach(compressed, Reducer(policy(codec="mxfp8"), 0, "mlp", compressed.tp_group, allow_training=True))
     refusing = linear(policy=policy(codec="mxfp8"), site="mlp").train()
     try:
         step(refusing)
@@ -184,9 +186,9 @@ def refusals(rank, world_size):
         "expert": message_of(compressed, site="mlp", is_expert=True),
         "experts": message_of(compressed, site="mlp", experts=4),
         "sites": [
-            compressed(tp_comm_buffer_name="proj").reduction.site,
-            compressed(tp_comm_buffer_name="fc2").reduction.site,
-            compressed(tp_comm_buffer_name="fc2", site="shared_experts").reduction.site,
+            compressed(tp_comm_buffer_name="proj").reducer.site,
+            compressed(tp_comm_buffer_name="fc2").reducer.site,
+            compressed(tp_comm_buffer_name="fc2", site="shared_experts").reducer.site,
         ],
     }
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared experts, plain and overlapped with the token dispatcher, against stock Megatron."""
 
 import math

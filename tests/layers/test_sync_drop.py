@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Blocks without attention's sum, by policy: what they compute on which ranks, beside which codecs."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where blocks can be without attention's sum: in a spec, on Transformer Engine's linears; and where they cannot."""
 
 from unittest.mock import patch
@@ -81,7 +82,7 @@ def on_transformer_engine(rank, world_size, folder):
     """By policy: logits of linears that stand for Transformer Engine's, and of the local ones."""
     init_parallel(world_size)
     local, made = build_model(folder), {}
-    with patch.object(transformer_engine, "stock_classes", lambda: {TEStandIn: transformer_engine._CompressedTELinear}):
+    with patch.object(transformer_engine, "stock_classes", lambda: (TEStandIn,)):
         model = build_model(folder)
         for layer in model.decoder.layers:
             layer.self_attention.linear_proj = TEStandIn(layer.self_attention.linear_proj)

@@ -1,8 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megatron_comp.quality.metrics import Prediction, Quality
+from megatron_comp.quality.metrics import MAX_NLL, Prediction, Quality, increase_pct, perplexity
 
 TOKENS, VOCABULARY = 50, 31
 
@@ -37,3 +41,11 @@ def test_equals_unsharded():
         assert best[0] == 3
         assert torch.equal(best[1:], logits[1:].argmax(-1))
         torch.testing.assert_close(torch.tensor(figures), expected, rtol=1e-5, atol=1e-4, check_dtype=False)
+
+
+def test_perplexity_of_what_a_codec_has_ruined():
+    """One rule: infinite above 700 nats, and never an OverflowError; what is not a number stays so."""
+    assert perplexity(3.0) == pytest.approx(20.0855, rel=1e-5) and perplexity(MAX_NLL) == math.exp(700)
+    assert perplexity(700.1) == math.inf == perplexity(math.inf) and math.isnan(perplexity(math.nan))
+    assert increase_pct(3.0, 3.0) == 0 and increase_pct(3.1, 3.0) == pytest.approx(10.517, rel=1e-4)
+    assert increase_pct(3.0, 3.1) == pytest.approx(-9.516, rel=1e-4) and increase_pct(704.0, 3.0) == math.inf

@@ -1,25 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
 """The knapsack, the way to the bound, and the words of a policy: what needs no model."""
 
 import itertools
 import math
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_comp.policy import CompressionPolicy
 from megatron_comp.predict.models import Model
 from megatron_comp.predict.times import Job
-from megatron_comp.search import paper, solve, with_drop
+from megatron_comp.search import solve, with_drop
 from megatron_comp.search.bound import Bound
 from megatron_comp.search.candidates import policy_of, policy_of_names
 from megatron_comp.search.results import policy_text
 from megatron_comp.search.solve import Choice, Frontier
 from megatron_comp.search.tune import tune
 from megatron_comp.search.with_drop import Words
+from megatron_comp.wire.calibration import LINKS, Calibration, Link
 from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.figures import LINKS, Figures, Link
 
 CHOICES = st.lists(
     st.tuples(st.integers(1, 60), st.integers(0, 40)).map(lambda t: Choice(f"{t}", 16 * t[0], t[1] / 8)),
@@ -134,7 +134,7 @@ def test_policy_says_which_blocks_drop():
 def test_blocks_take_the_least_time_of_all_combinations(algorithm):
     """Two layers, two codecs, one layer that can be dropped in two ways: against every combination, times by hand."""
     model = Model(layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=100)
-    figures = Figures(dict.fromkeys(LINKS, Link(1e6, 1e-4)), {}, 0.1, {"ranks": 2, "device": "cpu"})
+    calibration = Calibration(dict.fromkeys(LINKS, Link(1e6, 1e-4)), {}, 0.1, {"ranks": 2, "device": "cpu"})
     codecs = tuple(map(Codec.parse, ("int4:32:fp16", "int8:32:fp16")))
     nbytes = {"none": 2 * 16 * 64 * 4 // 2} | {str(codec): codec.message_bytes((16, 64)) for codec in codecs}
     half = {str(codec): codec.message_bytes((8, 64)) for codec in codecs}
@@ -160,7 +160,7 @@ def test_blocks_take_the_least_time_of_all_combinations(algorithm):
             for a, b in words(mlp["joined"]):
                 yield a, kl + b
 
-    found = with_drop.items(places, Words(codecs, algorithm, Job(model, 2, 1, 16, 4), figures), 10, drops)
+    found = with_drop.items(places, Words(codecs, algorithm, Job(model, 2, 1, 16, 4), calibration), 10, drops)
     frontier, dropped = Frontier(found), set()
     for bound in (0.05, 0.5, 1.2, 1.6, 3.5, 8.0):
         picked = frontier.cheapest(bound)
@@ -178,17 +178,3 @@ def test_policy_is_short():
     policy = policy_of(picked, "gather_sum")
     assert policy.codec == "mxfp4" and not policy.sites
     assert policy.layers == {"0-2": {"mlp": "mxfp8"}, 29: {"mlp": "mxfp8"}}
-
-
-def test_simulated_baselines():
-    x = torch.randn(6, 2, 96, generator=torch.Generator().manual_seed(0))
-    x[..., 5] = 0
-    kept = paper.topk(x)
-    assert torch.equal((kept != 0).sum(-1), torch.full((6, 2), 16))  # of 96, 16 + 16 bits each: a third of 16 bits
-    assert torch.equal(kept[kept != 0], x[kept != 0])
-    assert (kept.abs().masked_fill(kept == 0, 9).amin(-1) >= x.masked_fill(kept != 0, 0).abs().amax(-1)).all()
-
-    rounded = paper.int4_by_channel(x)
-    step = x.abs().amax((0, 1)) / 7
-    assert ((rounded - x).abs() <= step * 0.503).all()  # half a step, and the scale's own rounding to fp16
-    assert max(len(rounded[..., channel].unique()) for channel in range(96)) <= 15

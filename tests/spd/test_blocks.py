@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Blocks without attention's sum in one process: against Megatron's ranks, their gradients, and distillation."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-comp drop group`: heads assigned to ranks anew, and the criteria by which they are."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny checkpoints whose tokens are characters: with a tokenizer that costs next to nothing."""
 
 from checkpoints import tiny_llama

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints for tests: tiny random Llamas and Mixtrals, a real Llama with padded heads, the same as a Mixtral, and
 what Hugging Face makes of them."""
 

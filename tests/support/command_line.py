@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the command as a user would: another process, its exit status, its output.
 
 Fixtures with models import what they need themselves: the benches' tests also run where there is no Megatron.

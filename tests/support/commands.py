@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs `python ...` command lines in processes forked from the server of `ranks`, which has imported all that is heavy.
 
     done = run([sys.executable, "-m", "megatron_comp.cli", "generate", ...], environment)   # a CompletedProcess

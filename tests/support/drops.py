@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests of `megatron-comp drop` share: a small model, its blocks, and its command line."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of mixture-of-experts layers share: setups, what stock dispatchers need on gloo, what is counted.
 
 Tokens stay: without sequence and expert parallelism every rank holds all tokens, and one all-reduce sums up.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Codecs, tensors and checks for the kernels: what one writes must be what `wire/reference.py` writes, bit for bit.
 
 On a GPU the checks run compiled kernels; without one Triton's interpreter (see conftest.py), whose time goes by

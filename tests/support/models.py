@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests of compressed models share: a policy's defaults, small models with experts, and views of a model."""
 
 import torch

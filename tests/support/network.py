@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests of slow networks share: whether they can run here, and whether a network is gone."""
 
 import os

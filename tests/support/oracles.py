@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `wire/` must do, written a second time from the contracts: numpy and Python floats, nothing of `wire/` itself.
 
 Codec names are taken apart here too; a message is read bit by bit with `numpy.unpackbits`.
@@ -149,8 +150,8 @@ def scale_table(scale: str) -> np.ndarray:
     if scale in POWERS_OF_TWO:
         bits, bias = POWERS_OF_TWO[scale]
         return np.array([2.0 ** (code - bias) for code in range(2**bits - 1)] + [math.nan])
-    if scale == "e4m3":
-        return element_table("fp8_e4m3")
+    if scale == "e4m3":  # without a sign: 448 is the last number
+        return np.append(element_table("fp8_e4m3")[:127], [math.nan] * 129)
     return np.array([minifloat_value(code, 5, 3) for code in range(255)] + [math.nan])
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a test sees of the order in which things are computed and sent."""
 
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a function on several gloo ranks, each in a process of its own, inside an ordinary pytest test.
 
     def work(rank, world_size, scale):          # at the top level of the test's file

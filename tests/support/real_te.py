@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The real Python of Transformer Engine on a CPU: what its bindings would compute is done by torch.
 
 The wheel `transformer-engine` holds Python alone, and none of it is changed. Its C++ bindings need CUDA. Here they are

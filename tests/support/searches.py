@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests of `megatron-comp search` share: its command line, and its ranks."""
 
 import contextlib
@@ -8,23 +9,23 @@ import os
 from ranks import run_ranks
 
 from megatron_comp import cli
-from megatron_comp.search import state as state_module
+from megatron_comp.quality import journal
 
 CODECS = ("int3:32:e5m3", "int4:32:e5m3", "int5:16:e5m3", "int6:32:e5m3", "int8:32:e5m3")
 LENGTH = ("--tokens", "128", "--context", "64")
 
 
 def rank_of_command(rank, world_size, folder, arguments, saves):
-    """One rank of the command, in `folder`; interrupted when the state is to be saved once more than `saves`."""
+    """One rank of the command, in `folder`; interrupted when more than `saves` measurements are to be kept."""
     os.chdir(folder)
-    save, left = state_module.State.save, iter(range(saves))
+    keep, left = journal.Journal.keep, iter(range(saves))
 
-    def save_or_end(state):
+    def keep_or_end(*arguments):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        save(state)
+        return keep(*arguments)
 
-    state_module.State.save = save_or_end
+    journal.Journal.keep = keep_or_end
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         status = cli.main(arguments)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Slurm cluster of two nodes on this machine, and jobs on it, for tests of launch scripts.
 
     with cluster() as slurm, slurm.job("launch/model.sbatch", "generate", ..., MODEL=folder) as job:

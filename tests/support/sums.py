@@ -1,10 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compressed sums as one process computes them, in plain fp32 additions, and a record of what ranks really exchange."""
 
 import hashlib
 import math
+from collections import Counter
 
 import oracles
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_comp.wire.codec import CodecPair, parse_codec
@@ -58,6 +61,23 @@ def expected_reduce_scatter(tensors, codec, rank):
     return expected_gather_sum([each[rank * size : (rank + 1) * size] for each in tensors], codec)
 
 
+def island_sums(tensors, islands):
+    """The fp32 sum of each island's tensors, from its first rank's on."""
+    sums = []
+    for first, *others in islands:
+        total = tensors[first].float()
+        for rank in others:
+            total = total + tensors[rank].float()
+        sums.append(total)
+    return sums
+
+
+def expected_hierarchical(tensors, codec, islands):
+    """A flat sum over the islands of what each has added up. Rows share nothing, so who owns them does not matter."""
+    flat = expected_two_step if len(islands) > 2 or isinstance(codec, CodecPair) else expected_gather_sum
+    return flat(island_sums(tensors, islands), codec).to(tensors[0].dtype)
+
+
 class Wire(TorchDispatchMode):
     """Records everything that goes to torch.distributed, whatever the Python function was called."""
 
@@ -65,15 +85,17 @@ class Wire(TorchDispatchMode):
         super().__init__()
         self.rank = rank
         self.calls = []  # (collective, bytes received from other ranks)
+        self.sources = Counter()  # bytes by the rank of the job that they came from
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
             tensors = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
             assert [x.dtype for x in tensors] == [torch.uint8, torch.uint8], f"{function} of {tensors}"
-            name, received = function.overloadpacket.__name__, tensors[0].numel()
-            if name == "_allgather_base_":
-                received -= tensors[1].numel()
-            elif name == "alltoall_base_":
-                received -= args[3][self.rank]
-            self.calls.append((name, received))
+            name, group = function.overloadpacket.__name__, dist.ProcessGroup.unbox(args[2])
+            ranks = dist.get_process_group_ranks(group)
+            sizes = args[3] if name == "alltoall_base_" else [tensors[1].numel()] * len(ranks)
+            assert sum(sizes) == tensors[0].numel()
+            received = {rank: size for rank, size in zip(ranks, sizes, strict=True) if rank != self.rank}
+            self.calls.append((name, sum(received.values())))
+            self.sources.update(received)
         return function(*args, **(kwargs or {}))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rank of tests/layers/test_real_transformer_engine.py: `te_ranks.py WHEEL MODEL OUT`, under torchrun.
 
 A process of its own, since Megatron looks for Transformer Engine when it is first imported.

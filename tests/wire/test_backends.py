@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which backend serves a device."""
 
 import oracles
@@ -75,3 +76,25 @@ def test_codecs_use_the_choice(monkeypatch):
     monkeypatch.setattr(native, "encode", lambda x, fmt, out: calls.append(fmt) or reference.encode(x, fmt, out))
     monkeypatch.setattr(native, "compiler", lambda: ("cc",))
     assert torch.equal(codec.encode(x), expected) and calls == [codec.format]
+
+
+def warm_up(device):
+    mxfp4 = Codec.parse("mxfp4").format
+    backends.warm_up(mxfp4, mxfp4, torch.bfloat16, 64, 2, "two_step", torch.device(device))
+
+
+def test_nothing_is_compiled_later_for_a_cpu(monkeypatch):
+    gpu = pytest.importorskip("megatron_comp.wire.gpu")
+    monkeypatch.setattr(gpu, "warm_up", None)
+    warm_up("cpu")
+
+
+def test_a_compiler_that_fails_is_one_clear_error(monkeypatch):
+    gpu = pytest.importorskip("megatron_comp.wire.gpu")
+
+    def failing(*_):
+        raise OSError("no such thing as gcc")
+
+    monkeypatch.setattr(gpu, "warm_up", failing)
+    with pytest.raises(RuntimeError, match="codec fp4_e2m1:32:e8m0 .*: OSError: no such thing.* needs a C compiler"):
+        warm_up("cuda")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums in chunks: how messages are cut, that neither bits nor bytes depend on it, and handles of unfinished sums."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Properties of `Codec` over all formats: error bounds, rows on their own, any shape and strides."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums of messages, and slices of rows: order and rounding, one transform a sum, fp16's range."""
 
 import itertools

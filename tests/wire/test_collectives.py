@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compressed sums on real gloo ranks: the same bits everywhere, those of one process, and the promised bytes.
 
 Each process start runs many cases; the expected results come from `sums.py`, plain fp32 additions.

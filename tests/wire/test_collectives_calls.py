@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls of compressed sums: in groups, of odd inputs, wrong ones, and when a rank goes. Which: `test_collectives`."""
 
 import os
@@ -52,6 +53,27 @@ def test_sub_groups():
                 expected = expected_reduce_scatter(parts, parse_codec("mxfp8"), index)
                 assert results[rank][tuple(members), "scatter"] == digest(expected)
     assert all(((0, 2), 0) not in results[rank] for rank in (1, 3))
+
+
+def uncompressed(rank, ranks):
+    x = tensor(3, rank, (5, 33), FP32)
+    before, odd = x.clone(), x.t()
+    sums = [
+        all_reduce(x, "none"),
+        all_reduce(x, "none", async_op=True).wait(),
+        all_reduce(odd, "none").t(),
+        reduce_scatter(x, "none", splits=[1, 0, 4]),
+        reduce_scatter(x[:3], "none", async_op=True).wait(),
+    ]
+    return sums, torch.equal(x, before)
+
+
+def test_the_codec_none_is_the_stock_sum():
+    total = sum(tensor(3, rank, (5, 33), FP32) for rank in range(3))
+    for rank, (sums, kept) in enumerate(run_ranks(uncompressed, 3)):
+        assert kept
+        for found, expected in zip(sums, [total] * 3 + [total.split([1, 0, 4])[rank], total[rank : rank + 1]]):
+            torch.testing.assert_close(found, expected)
 
 
 def one_rank(rank, ranks):

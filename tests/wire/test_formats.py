@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Elements and scales stand for the stated values, and codec names are parsed strictly."""
 
 import math

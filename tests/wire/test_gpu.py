@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reference codec writes the same bytes, and sums to the same bits, on a GPU as on a CPU.
 
 So it may be the judge of what else runs on either. The kernels have their own file, tests/kernels/test_gpu.py.

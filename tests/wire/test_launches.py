@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a sum costs a GPU: kernel launches, collectives, and nothing beside them. Counted on tensors without data."""
 
 import math

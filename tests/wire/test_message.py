@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where everything stands in a message, by examples with literal bytes, so that a change of layout is noticed."""
 
 import numpy as np

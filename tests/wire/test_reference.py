@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reference codec against other people's code: ml_dtypes and torchao."""
 
 import ml_dtypes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reference codec on corner blocks: NaN, infinities, zeros, the largest and the least numbers."""
 
 import itertools

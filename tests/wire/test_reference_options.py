@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reference codec, option by option."""
 
 import numpy as np

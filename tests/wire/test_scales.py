@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block maxima become the scale codes that the contracts state; values near the ends of each scale's range."""
 
 import itertools

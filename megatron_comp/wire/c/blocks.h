@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* From blocks to values and back, and the transform of blocks. */
 
 #pragma once

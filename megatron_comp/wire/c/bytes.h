@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Codes to and from the bit planes of a message. */
 
 #pragma once

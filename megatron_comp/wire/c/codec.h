@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* What a codec and a tile are, and the words that all stages use. */
 
 #pragma once

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Numbers by their bits: minifloats, of which IEEE half precision is one, and bf16. */
 
 #pragma once

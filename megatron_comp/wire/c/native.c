@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Codecs on a CPU: the stages of reference.py in C, the same bytes and sums to the bit.
  *
  * One source for all formats: what tells them apart is data, which native.py fills in from the rows of formats.py and

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* What goes before the scale: blocks that hold no numbers, spikes and zero points. */
 
 #pragma once

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Scales: from what blocks need to codes, and from codes to values. */
 
 #pragma once

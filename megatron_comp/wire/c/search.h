@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* The scale of least squared error out of a short list. */
 
 #pragma once

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* A tile of a row: its memory, and all stages on it, there and back. */
 
 #pragma once

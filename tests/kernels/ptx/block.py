@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One block of threads in lockstep: a register is a numpy array with one value per thread.
 
 All threads take each instruction together, so a branch on which they disagree is a fault: Triton makes none. Warps that

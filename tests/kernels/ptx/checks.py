@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiled kernels against `wire/reference.py`: cases, and one check for each operation.
 
 A case is a codec, an operation, a shape and a type of number. Tensors are those of `kernel_cases`: every block is of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A device without a GPU: Triton's own compiler and launcher, and this emulator in place of the GPU.
 
 `Device` puts a stub libcuda under Triton's driver (libcuda.c, built by the machine's C compiler). A kernel is compiled
@@ -51,6 +52,14 @@ def build_stub(folder: Path) -> Path:
     return library
 
 
+def load_stub(folder: Path, capability: int = 90) -> ctypes.CDLL:
+    """From now on Triton compiles for this GPU and launches on the stub, where a launch does nothing."""
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)  # where Triton's driver looks for what it links to
+    library = ctypes.CDLL(str(build_stub(folder)), mode=ctypes.RTLD_GLOBAL)
+    driver.set_active(_driver(capability))
+    return library
+
+
 class Device:
     """capability: 90 for sm_90. edit: called with each kernel's PTX, gives what to execute in its place."""
 
@@ -59,12 +68,9 @@ class Device:
             raise ValueError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
         self.edit, self.programs, self.launches = edit, {}, []
         self.memory, self.blocks, self.fault = Global(), None, None
-        os.environ["TRITON_LIBCUDA_PATH"] = str(folder)  # where Triton's driver looks for what it links to
-        library = ctypes.CDLL(str(build_stub(folder)), mode=ctypes.RTLD_GLOBAL)
         self._handler = HANDLER(self._launched)  # kept: C has only a pointer to it
-        library.set_launch_handler(self._handler)
+        load_stub(folder, capability).set_launch_handler(self._handler)
         knobs.runtime.kernel_load_end_hook.add(self._loaded)
-        driver.set_active(_driver(capability))
 
     def run(self, call, inputs, outputs, blocks=None) -> list[Program]:
         """Calls `call`, which launches kernels on these CPU tensors, and returns what was launched.

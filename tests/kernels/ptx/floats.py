@@ -1,7 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a GPU's float instructions do to bits, where numpy's own operations do something else.
 
-Arguments and results are bits: uint32 for fp32, uint16 for fp16 and bf16. No instruction here flushes subnormals or
-approximates, and an instruction that did would be unknown (instructions.py).
+Arguments and results are bits: uint32 for fp32, uint16 for fp16 and bf16. Only `flushed` flushes subnormals.
 """
 
 import numpy as np
@@ -17,6 +17,11 @@ def bits_of(x: np.ndarray) -> np.ndarray:
     """Of the floats, any NaN as a GPU makes it."""
     dtype = x.dtype.type
     return np.where(np.isnan(x), NAN[dtype], x.view(NAN[dtype].dtype))
+
+
+def flushed(x: np.ndarray) -> np.ndarray:
+    """fp32 with zeros of their sign for subnormals."""
+    return np.where(x & U32(0x7F800000), x, x & U32(0x80000000))
 
 
 def fma(dtype: type, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

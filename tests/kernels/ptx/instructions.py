@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Instructions that each thread does by itself: registers in, one register out.
 
 `result(instruction, read)` gives the bits of the first operand. read(i, bits) gives operand i as unsigned integers of
@@ -23,6 +24,8 @@ PLAIN_WORDS = {"rn", "lo", "wide", "hi", "NaN"}
 
 def result(instruction: Instruction, read) -> np.ndarray:
     operation = instruction.words[0]
+    if instruction.words in APPROXIMATE:
+        return APPROXIMATE[instruction.words](instruction, read)
     if operation in SPECIAL:
         return SPECIAL[operation](instruction, read)
     if instruction.kind == "pred":
@@ -98,6 +101,7 @@ FLOATS = {
     "max": lambda dtype, x, y: floats.greatest(x, y, dtype),
     "abs": lambda dtype, x: x & ~_sign(x),
     "neg": lambda dtype, x: x ^ _sign(x),
+    "copysign": lambda dtype, x, y: (x & _sign(x)) | (y & ~_sign(y)),
 }
 
 
@@ -259,6 +263,21 @@ def _convert(instruction, read):
     return converted.astype(U16) if new == 8 else converted  # no register is smaller
 
 
+def _flushing_product(instruction, read):
+    """mul.ftz: subnormal factors and products are zeros of their sign."""
+    x, y = (floats.flushed(read(i, 32)) for i in (1, 2))
+    return floats.flushed(FLOATS["mul"](F32, x, y))
+
+
+def _near_quotient(instruction, read):
+    """div.full: here it is off by up to two units in the last place, one way or the other, as a GPU's may be."""
+    x, y = read(1, 32), read(2, 32)
+    quotient = FLOATS["div"](F32, x, y)
+    error = ((x ^ y) * U32(0x9E3779B1) >> U32(16)) % U32(5) - U32(2)
+    a_number = np.isfinite(quotient.view(F32)) & (quotient << U32(1) > U32(2 << 24))
+    return np.where(a_number, quotient + error, quotient)
+
+
 SPECIAL = {
     "setp": _compare,
     "mov": _move,
@@ -272,3 +291,5 @@ SPECIAL = {
     "lop3": _any_logic,
     "cvt": _convert,
 }
+
+APPROXIMATE = {("mul", "ftz", "f32"): _flushing_product, ("div", "full", "f32"): _near_quotient}

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* A libcuda.so.1 without a GPU: Triton's launcher links to it, and each launch goes to a function of Python's.
 
    All that the launcher and the loader of Triton 3.6 to 3.9 call is here; device.py says what becomes of a launch. */
@@ -13,7 +14,7 @@ void set_launch_handler(launch_handler new_handler) { handler = new_handler; }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **params, void **extra) {
     const unsigned grid[3] = {config->gridDimX, config->gridDimY, config->gridDimZ};
-    return handler(function, grid, config->sharedMemBytes, params);
+    return handler ? handler(function, grid, config->sharedMemBytes, params) : CUDA_SUCCESS;
 }
 
 /* A kernel is known by its module's number. */

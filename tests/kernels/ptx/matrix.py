@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiled kernels executed without a GPU, over codecs, operations, shapes and types: the bytes of the reference?
 
 Usage: python tests/kernels/ptx/matrix.py [--capability 80] [--suite shapes] [--every 12] [--codec mxfp4] [--op encode]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A device's global memory and a block's shared memory: every access is checked.
 
 Places are bytes. An access of `size` bytes by n threads: addresses [n], data uint8 [n, size].

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Broken kernels, each of which the checks must find: do they?
 
 A mutant is a change of a kernel's source or of its PTX, and the case that has to fail with it. Without the change the
@@ -53,6 +54,16 @@ MUTANTS = {
     "scales rounded towards zero": Mutant(
         Case("encode", "int6:128:fp16:asym", (3, 1024), "bf16"),
         source=(r"bits \+ 0x7FFF \+ \(\(bits >> 16\) & 1\)", "bits"),
+    ),
+    "reciprocals as they are approximated": Mutant(
+        Case("encode", "int8:32:fp16", (3, 1024), "bf16"),
+        source=(r"tl\.fma\(tl\.fma\(-scales, near, 1\.0\), near, near\)", "near"),
+    ),
+    "subnormals that are not flushed": Mutant(
+        Case("encode", "mxfp4", (3, 1024), "bf16"), ptx=(r"mul\.ftz\.f32", "mul.f32")
+    ),
+    "blocks of NaN with codes": Mutant(
+        Case("encode", "mxfp4", (3, 1024), "bf16"), source=(r"groups &= keep", "groups &= -1")
     ),
     "input addresses of 32 bits": Mutant(
         FAR[0], source=(r"first = tl\.cast\(tile, tl\.int64\) \* TILE", "first = tile * TILE")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PTX text, as Triton writes it, to instructions in order."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels as compiled write the reference's bytes, and nothing beside them: executed on a CPU (device.py).
 
 Each test is a process of its own, because Triton's driver is replaced in it. `python tests/kernels/ptx/matrix.py` runs
@@ -53,3 +54,15 @@ def test_older_gpu(compiled_kernels):
 def test_broken_kernel_is_found(name, compiled_kernels):
     lines = run("mutants.py", name, cache=compiled_kernels)
     assert lines and all(line.startswith(name) and "NOT FOUND" not in line for line in lines)
+
+
+def test_nothing_is_left_to_compile(compiled_kernels):
+    lines = run("warm_up.py", cache=compiled_kernels)
+    assert len(lines) == 9 and all(line.endswith(" 0 in sums") for line in lines)
+    assert sum(int(line.partition(": ")[2].split()[0]) for line in lines) > 9  # kernels that were compiled
+
+
+def test_missing_compiler(tmp_path):
+    (error,) = run("warm_up.py", "--without-compiler", cache=tmp_path)
+    assert error.startswith("the kernels of codec fp4_e2m1:32:e8m0 cannot be compiled for cpu: FileNotFoundError")
+    assert "needs a C compiler" in error and "MEGATRON_COMP_BACKEND=reference" in error

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with a model's folder, the environment or an output is said before any rank starts, in one line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from characters import character_llama, character_tokenizer
+from checkpoints import tiny_mixtral
+
+from megatron_comp import cli
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """In shards, so that one can be missing; four heads, two key-value heads."""
+    shape = {"num_hidden_layers": 2, "num_key_value_heads": 2, "max_shard_size": "60KB"}
+    return Path(character_llama(tmp_path_factory.mktemp("source"), **shape))
+
+
+@pytest.fixture
+def model(source, tmp_path):
+    return shutil.copytree(source, tmp_path / "model")
+
+
+@pytest.fixture
+def main(capsys, monkeypatch):
+    """main(*arguments, **environment) -> the one line that a command fails with, before any rank starts."""
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cli.ranks, "start", lambda *_, **__: pytest.fail("ranks were started"))
+
+    def run(*arguments, **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        start = time.process_time()
+        status = cli.main(list(map(str, arguments)))
+        assert time.process_time() - start < 3
+        errors = capsys.readouterr().err
+        lines = [line for line in errors.splitlines() if line.startswith("megatron-comp: error")]
+        assert status == 2 and len(lines) == 1 and "Traceback" not in errors, errors
+        return lines[0]
+
+    return run
+
+
+def generate(model, *more, tp=2):
+    return ("generate", "--model", model, "--tp", tp, "--prompt", "hello", *more)
+
+
+def edit(folder, name="config.json", **changes):
+    content = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps({**content, **changes}))
+
+
+def shard(folder, number=1):
+    return sorted(folder.glob("*.safetensors"))[number]
+
+
+def dangle(path):
+    """A link into a cache, to a file that the download had not finished."""
+    path.unlink(missing_ok=True)
+    path.symlink_to("../../blobs/4d7a.incomplete")
+
+
+def tokenizer_model_alone(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+
+
+def only_bin(folder):
+    for file in [*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"]:
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"PK")
+
+
+FOLDERS = {
+    "rope_theta": (
+        lambda f: edit(f, rope_theta="500000"),
+        r"config.json: rope_theta is '500000'; allowed: a number above",
+    ),
+    "factor": (
+        lambda f: edit(f, rope_scaling={"type": "linear", "factor": "4"}),
+        r"config.json: rope_scaling: factor is '4'; allowed: a number above 0",
+    ),
+    "groups": (
+        lambda f: edit(f, num_key_value_heads=0),
+        r"num_key_value_heads is 0; allowed: an integer of at least 1",
+    ),
+    "quantized": (lambda f: edit(f, quantization_config={"quant_method": "awq"}), r"the weights are quantized by awq"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), r"config.json is not valid JSON"),
+    "LFS config": (lambda f: (f / "config.json").write_text(POINTER), r"config.json is a pointer of git-lfs"),
+    "LFS weights": (
+        lambda f: shard(f).write_text(POINTER),
+        r"model-00002-of-\d+.safetensors is a pointer of git-lfs.*git lfs p",
+    ),
+    "LFS index": (
+        lambda f: (f / "model.safetensors.index.json").write_text(POINTER),
+        r"index.json is a pointer of git-lfs",
+    ),
+    "LFS tokenizer": (lambda f: (f / "tokenizer.json").write_text(POINTER), r"tokenizer.json is a pointer of git-lfs"),
+    "link of a shard": (
+        lambda f: dangle(shard(f)),
+        r"model-00002.* is a link to a file that is not there \(.*4d7a.incomplete\)",
+    ),
+    "link of the config": (lambda f: dangle(f / "config.json"), r"config.json is a link to a file that is not there"),
+    "link of the index": (
+        lambda f: dangle(f / "model.safetensors.index.json"),
+        r"index.json is a link to a file that is",
+    ),
+    "link of the tokenizer": (
+        lambda f: dangle(f / "tokenizer.json"),
+        r"tokenizer.json is a link to a file that is not",
+    ),
+    "missing shard": (lambda f: shard(f).unlink(), r"model-00002-of-\d+.safetensors is missing"),
+    "cut shard": (
+        lambda f: shard(f).write_bytes(shard(f).read_bytes()[:-10]),
+        r"model-00002.* is damaged or incomplete \(\d+ by",
+    ),
+    "empty shard": (lambda f: shard(f).write_bytes(b""), r"model-00002.* is damaged or incomplete \(0 bytes\)"),
+    "other weights": (only_bin, r"holds neither model.safetensors nor .*; pytorch_model.bin is not read"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"holds no tokenizer: expected one of tokenizer.json"),
+    "tokenizer.model": (
+        tokenizer_model_alone,
+        r"tokenizer.model is a sentencepiece file, and .*cannot be imported: pip ins",
+    ),
+    "stops": (
+        lambda f: edit(f, "generation_config.json", eos_token_id="2"),
+        r"generation_config.json: eos_token_id is \"2\"",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, message", FOLDERS.values(), ids=FOLDERS)
+def test_folders(main, model, monkeypatch, change, message):
+    from re import search
+
+    from megatron_comp.inference import model_files
+
+    monkeypatch.setattr(model_files, "_there", lambda _module: False)  # sentencepiece, wherever this runs
+    change(model)
+    assert search(message, line := main(*generate(model))), line
+
+
+def test_experts(main, tmp_path):
+    folder = character_tokenizer(tiny_mixtral(tmp_path / "model"))
+    edit(folder, num_experts_per_tok=5)
+    assert "num_experts_per_tok is 5; allowed: 1 to num_local_experts, 4" in main(*generate(folder))
+
+
+@pytest.mark.parametrize("tp", [3, 10])
+@pytest.mark.parametrize("command", ["generate", "evaluate", "search", "convert", "bench ttft", "drop sensitivity"])
+def test_heads(main, model, tmp_path, sotu_text, command, tp):
+    text = ("--text", sotu_text, "--tokens", 64, "--context", 32)
+    options = {
+        "generate": ("--prompt", "hello"),
+        "evaluate": text,
+        "search": (*text, "--max-kl", 0.1, "--out", tmp_path / "policy.yaml"),
+        "convert": ("--out", tmp_path / "out"),
+        "bench ttft": ("--tokens", 16),
+        "drop sensitivity": text,
+    }[command]
+    line = main(*command.split(), "--model", model, "--tp", tp, *options)
+    assert f"tensor_parallel {tp} does not divide 4 attention heads; this model allows [1, 2, 4]" in line
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"WORLD_SIZE": "1"}, "WORLD_SIZE=1, but not RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=''; expected a launcher's number of ranks"),
+        ({"WORLD_SIZE": "four"}, "WORLD_SIZE='four'; expected a launcher's number of ranks"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'; expected"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE='-2'; expected"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2, but not MASTER_ADDR, MASTER_PORT"),
+        (
+            {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"},
+            "--tp is 2, but the environment says",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"},
+            "RANK='2'; allowed with WORLD_SIZE=2",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "WORLD_SIZE=2, but not RANK"),
+    ],
+    ids=str,
+)
+def test_left_over_variables(main, model, environment, message):
+    line = main(*generate(model), **environment)
+    assert message in line and "the environment says" in line and ("unset WORLD_SIZE" in line or "RANK='2'" in line)
+
+
+@pytest.mark.parametrize("option", ["--json", "--csv", "--figure", "--out"])
+@pytest.mark.parametrize("place", ["nowhere/file.svg", "/proc/file.svg", "."])
+def test_outputs(main, model, sotu_text, tmp_path, option, place):
+    files = {"--json": "rows.json", "--csv": "rows.csv", "--figure": "figure.svg", "--out": "policy.yaml"}
+    files = {name: tmp_path / file for name, file in files.items()} | {option: place}
+    options = [each for pair in files.items() for each in pair]
+    line = main(
+        *("search", "--model", model, "--tp", 2, "--text", sotu_text, "--max-kl", 0.1, "--tokens", 64, "--context", 32),
+        *options,
+    )
+    assert f"{option} {place}: " in line
+    assert ("cannot be written: " if place.startswith("/proc") else "its folder does not exist") in line
+
+
+def test_figures_need_matplotlib(main, model, sotu_text, tmp_path, monkeypatch):
+    from megatron_comp.launcher import output
+
+    monkeypatch.setattr(output.importlib.util, "find_spec", lambda _name: None)
+    options = ("--text", sotu_text, "--max-kl", 0.1, "--tokens", 64, "--context", 32, "--out", tmp_path / "policy.yaml")
+    line = main("search", "--model", model, "--tp", 2, *options, "--figure", tmp_path / "figure.svg")
+    assert "--figure needs matplotlib: pip install matplotlib" in line
+
+
+def test_without_torch(source):
+    """The rules import neither torch nor transformers."""
+    code = (
+        "import sys; from pathlib import Path; from megatron_comp.inference import config, model_files, shards\n"
+        "folder = Path(sys.argv[1]); raw = config.read_raw(folder); model_files.check_weights(folder)\n"
+        "shards.check_tensor_parallel(config.sizes(raw), 2); model_files.check_tokenizer(folder)\n"
+        "print([name for name in ('torch', 'transformers', 'megatron.core') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code, source], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "[]", done.stderr

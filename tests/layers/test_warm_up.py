@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernels `apply_compression` has compiled on a GPU: all that the policy can ask for, and no others."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import megatron_comp as mc
+from megatron_comp.layers import apply
+
+CUDA = torch.device("cuda", 1)
+
+
+@dataclass(frozen=True)
+class Group:
+    ranks: int
+
+    def size(self):
+        return self.ranks
+
+
+def place(site, ranks, sequence_parallel=False):
+    config = SimpleNamespace(hidden_size=96, sequence_parallel=sequence_parallel)
+    return SimpleNamespace(layer=0, site=site, module=SimpleNamespace(config=config), group=Group(ranks))
+
+
+def compiled(monkeypatch, places, device=CUDA, topologies=(), dtype=torch.bfloat16, **policy):
+    """{(first, second, ranks, algorithm)} of the calls in `dtype`, all with the model's hidden size and device."""
+    calls = []
+    monkeypatch.setattr(apply, "warm_up", lambda *arguments: calls.append(arguments))
+    weight = SimpleNamespace(is_cuda=device.type == "cuda", dtype=torch.bfloat16, device=device)
+    model = SimpleNamespace(parameters=lambda: iter([weight]))
+    apply._compile_kernels(model, places, mc.CompressionPolicy(**policy), dict(topologies))
+    assert all(call[3] == 96 and call[6] == CUDA for call in calls)
+    assert len(calls) == len(set(calls))
+    return {(str(first), str(second), ranks, way) for first, second, its, _, ranks, way, _ in calls if its == dtype}
+
+
+MXFP4, MXFP8 = "fp4_e2m1:32:e8m0", "fp8_e4m3:32:e8m0"
+
+
+@pytest.mark.parametrize(
+    "policy, expected",
+    [
+        ({"codec": "mxfp4"}, {(MXFP4, MXFP4, 4, "gather_sum"), (MXFP4, MXFP4, 4, "two_step")}),
+        ({"codec": "mxfp4", "algorithm": "two_step"}, {(MXFP4, MXFP4, 4, "two_step")}),
+        ({"codec": "mxfp4>mxfp8"}, {(MXFP4, MXFP8, 4, "two_step")}),
+        (
+            {"codec": "none", "sites": {"mlp": "mxfp4"}, "phases": {"decode": "mxfp8"}, "algorithm": "gather_sum"},
+            {(MXFP4, MXFP4, 4, "gather_sum"), (MXFP8, MXFP8, 4, "gather_sum")},
+        ),
+        ({"codec": "none"}, set()),
+    ],
+)
+def test_kernels_of_a_policy(monkeypatch, policy, expected):
+    places = [place("attention", 4), place("mlp", 4), place("mlp", 4)]
+    assert compiled(monkeypatch, places, **policy) == expected
+
+
+def test_sequence_parallel(monkeypatch):
+    assert compiled(monkeypatch, [place("mlp", 2, True)], codec="mxfp4") == {(MXFP4, MXFP4, 2, "reduce_scatter")}
+
+
+def test_sums_across_machines_are_of_fp32(monkeypatch):
+    """Two machines of two ranks: flat sums of four ranks in the model's type, and sums of sums between two."""
+    topologies = {Group(4): SimpleNamespace(islands=SimpleNamespace(members=((0, 1), (2, 3))))}
+    how = {"topologies": topologies, "codec": "mxfp4", "algorithm": "hierarchical"}
+    flat = {(MXFP4, MXFP4, 4, "gather_sum"), (MXFP4, MXFP4, 4, "two_step")}
+    across = {(MXFP4, MXFP4, 2, "gather_sum"), (MXFP4, MXFP4, 2, "two_step")}
+    assert compiled(monkeypatch, [place("mlp", 4)], **how) == flat
+    assert compiled(monkeypatch, [place("mlp", 4)], dtype=torch.float32, **how) == across
+
+
+def test_nothing_to_compile(monkeypatch):
+    """On a CPU, and where one rank has all there is to sum."""
+    assert not compiled(monkeypatch, [place("mlp", 4)], device=torch.device("cpu"), codec="mxfp4")
+    assert not compiled(monkeypatch, [place("mlp", 1)], codec="mxfp4")
