@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much of a partial sum every rank can compute by itself, and what is gained by sending only the rest.
 
 All ranks of a tensor-parallel group hold a block's input X. With n = norm(X), rank r's partial sum is
@@ -33,7 +34,7 @@ SITES = ("attention", "mlp")
 # A row that is this many times as large as the median row weighs less in the fit: a few tokens have activations that
 # are larger by orders of magnitude, and would decide everything.
 CLIP = 3.0
-COLUMNS = "ranks text codec algorithm predictor sites dropped kl perplexity increase_pct".split()
+COLUMNS = ["ranks", "text", "codec", "algorithm", "predictor", "sites", "dropped", "kl", "perplexity", "increase_pct"]
 CODEC = "int4:32:e5m3:search:hadamard"
 RIDGES = (1e-3, 1e-2, 1e-1)
 
