@@ -20,7 +20,11 @@ VARIABLE = "MEGATRON_COMP_POLICY"
 def _install() -> None:
     if not (path := os.environ.get(VARIABLE)):
         raise ValueError(f"megatron_comp.auto needs {VARIABLE}, the path of a policy file")
-    hook = Hook(CompressionPolicy.from_file(path))
+    try:
+        policy = CompressionPolicy.from_file(path)
+    except OSError as error:
+        raise ValueError(f"megatron_comp.auto: {VARIABLE}={path}: {error.strerror}") from None
+    hook = Hook(policy)
     hook.install()
     hook.report_before_the_process_ends()
     atexit.register(_finish, hook)

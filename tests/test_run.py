@@ -195,3 +195,9 @@ def test_the_import_needs_a_policy():
     result = started("-c", "import megatron_comp.auto", MEGATRON_COMP_POLICY="")
     assert result.returncode == 1
     assert "megatron_comp.auto needs MEGATRON_COMP_POLICY, the path of a policy file" in result.stderr
+
+
+def test_the_import_names_a_policy_that_is_missing():
+    result = started("-c", "import megatron_comp.auto", MEGATRON_COMP_POLICY="absent.yaml")
+    assert result.returncode == 1
+    assert "megatron_comp.auto: MEGATRON_COMP_POLICY=absent.yaml: No such file or directory" in result.stderr
