@@ -21,6 +21,7 @@ from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 
 from ..policy import CompressionPolicy
 from .apply import apply_compression, stats
+from .logits import gathers
 from .meter import ModelStats
 from .not_recognised import find_not_recognised, find_sums, shortened
 from .places import find_places, numbered_layers, reducers
@@ -97,7 +98,7 @@ class Hook:
             return
         apply_compression(model, self.policy)
         name, found = type(model).__name__, list(reducers(model))
-        counters = ModelStats([reducer.meter.stats for reducer in found])  # as they go on counting
+        counters = ModelStats([each.meter.stats for each in (*found, *gathers(model))])  # as they go on counting
         self._models.append((name, weakref.ref(model), counters))
         compressed = sum(bool(reducer.codecs) for reducer in found)
         link = f"; {stats(model).link}" if stats(model).link else ""

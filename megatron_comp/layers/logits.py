@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_tens
 
 from ..wire import exchange
 from .meter import UNTIMED, Meter
+from .plans import Choice
 from .reducer import Phase
 from .row_parallel import runs_forward_of
 
@@ -47,14 +48,9 @@ class LogitsGather:
         """`[..., V / N]`, this rank's part of the vocabulary, to `[..., V]`, equal on all ranks."""
         reason = self._stock_because(logits)
         ranks, sent = self.group.size(), self._message_bytes(logits) if not reason else logits.nbytes
-        traffic = self.meter.count(
-            None if reason else "candidates",
-            reason,
-            values=ranks * logits.numel(),
-            message_bytes=ranks * sent,
-            received_bytes=(ranks - 1) * sent,
-            on_gpu=logits.is_cuda,
-        )
+        algorithm = None if reason else "candidates"
+        choice = Choice(None, None, reason, ranks * logits.numel(), ranks * sent, (ranks - 1) * sent, algorithm)
+        traffic = self.meter.record(choice, logits.is_cuda)
         with self.meter.clock(traffic) if self.meter.timing else UNTIMED:
             if reason:
                 return gather_from_tensor_model_parallel_region(logits, group=self.group)

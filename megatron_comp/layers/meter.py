@@ -119,25 +119,18 @@ class Meter:
         self.stats, self.timing = SiteStats(layer, site), timing
 
     def record(self, choice: Choice, on_gpu: bool) -> Traffic:
-        """Counts one sum that does what `choice` says; returns where its seconds belong."""
-        algorithm = choice.plan.algorithm if choice.plan is not None else None
-        return self.count(algorithm, choice.reason, choice.values, choice.message_bytes, choice.received_bytes, on_gpu)
-
-    def count(
-        self, algorithm: str | None, reason: str, values: int, message_bytes: int, received_bytes: int, on_gpu: bool
-    ) -> Traffic:
-        """Counts one call; returns where its seconds belong. algorithm: None where it is kept, for this `reason`."""
+        """Counts one call that does what `choice` says; returns where its seconds belong."""
         stats = self.stats
-        if algorithm is None:
+        if choice.algorithm is None:
             traffic = stats.kept
-            stats.kept_because[reason] += 1
+            stats.kept_because[choice.reason] += 1
         else:
             traffic = stats.compressed
-            stats.algorithms[algorithm] += 1
+            stats.algorithms[choice.algorithm] += 1
         traffic.calls += 1
-        traffic.values += values
-        traffic.message_bytes += message_bytes
-        traffic.received_bytes += received_bytes
+        traffic.values += choice.values
+        traffic.message_bytes += choice.message_bytes
+        traffic.received_bytes += choice.received_bytes
         if on_gpu and torch.cuda.is_current_stream_capturing():
             stats.captured += 1
         return traffic

@@ -34,6 +34,8 @@ class Choice:
     values: int
     message_bytes: int
     received_bytes: int
+    algorithm: str | None = None
+    """That sums, or None where the stock collective does."""
 
 
 class Plans:
@@ -91,7 +93,7 @@ class Plans:
             way = choose_scatter(*how, decision.algorithm, self.calibration, islands)
             topology = self.topology if way == "hierarchical_scatter" else None
             plan = plan_reduce_scatter(*how, group.rank(), splits, of_bytes, topology, itemsize)
-            return Choice(plan, None, "", plan.values, plan.message_bytes, plan.received_bytes)
+            return Choice(plan, None, "", plan.values, plan.message_bytes, plan.received_bytes, plan.algorithm)
         algorithm = choose_algorithm(*how, decision.algorithm, self.calibration, islands)
         chunks = choose_chunks(*how, algorithm, self.calibration, of_bytes, islands)
         parts = choose_parts(*how, algorithm, self.calibration, device, islands)
@@ -101,4 +103,4 @@ class Plans:
         in_parts = plan_all_reduce(*shared, parts, **raw) if parts > 1 else None
         if in_parts is not None and len(in_parts.chunks) == 1:
             in_parts = None
-        return Choice(plan, in_parts, "", plan.values, plan.message_bytes, plan.received_bytes)
+        return Choice(plan, in_parts, "", plan.values, plan.message_bytes, plan.received_bytes, plan.algorithm)

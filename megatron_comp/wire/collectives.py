@@ -24,7 +24,7 @@ from . import exchange
 from .codec import Codec, CodecPair, parse_codec
 from .cost import choose_scatter, scatter_rows
 from .hierarchical import Steps, hierarchical_scatter, hierarchical_sum
-from .plan import Chunk, SumPlan, plan_all_reduce, plan_reduce_scatter
+from .plan import SCATTERS, Chunk, SumPlan, plan_all_reduce, plan_reduce_scatter
 from .spans import span
 from .topology import Topology
 
@@ -189,7 +189,7 @@ def run(
 
     A new tensor; with one rank, or no elements, where nothing is to be sent, `x` itself or its empty slice.
     """
-    scatters = plan.scatters
+    scatters = plan.algorithm in SCATTERS  # as `plan.scatters`, for one call less per sum
     if plan.ranks == 1 or plan.values == 0:
         out = x[: plan.out_rows] if scatters and plan.ranks > 1 else x
         return PendingSum(out) if async_op else out

@@ -29,6 +29,10 @@ from .topology import Topology
 KNOWN_PLANS = 4096
 
 
+# Algorithms that leave each rank a slice of the sum.
+SCATTERS = ("reduce_scatter", "hierarchical_scatter")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
     """Rows of a sum that go through all of its steps together. Sizes are in bytes.
@@ -87,7 +91,7 @@ class SumPlan:
 
     @property
     def scatters(self) -> bool:
-        return self.algorithm in ("reduce_scatter", "hierarchical_scatter")
+        return self.algorithm in SCATTERS
 
     @property
     def exchanges(self) -> int:

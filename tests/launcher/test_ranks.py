@@ -170,7 +170,7 @@ def listening_addresses(port):
 
 def test_the_store_listens_on_this_machine_alone():
     """An object that ranks hand to one another is pickled: who reaches the store runs what they like."""
-    with ranks._meeting(2, None) as (place, _):
+    with ranks._meeting(None) as (place, _):
         port = int(place["MASTER_PORT"])
         assert listening_addresses(port) == ["0100007F"]  # 127.0.0.1
         with socket.socket() as elsewhere:
