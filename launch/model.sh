@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # A model, tensor-parallel on one or several machines with compressed communication: the text for a prompt with its
-# speed, or what codecs do to the model's predictions. The folder's config.json tells which model it is.
+# speed, what codecs do to the model's predictions, and what the link costs. The folder's config.json tells which model.
 #
 # Usage:    MODEL=DIR NPROC_PER_NODE=8 bash launch/model.sh generate --prompt TEXT [--codec C] [more options]
 #           MODEL=DIR NPROC_PER_NODE=8 bash launch/model.sh evaluate --text FILE [--codec C]... [more options]
+#           NPROC_PER_NODE=8 bash launch/model.sh calibrate [--codec C]...    # needs no model; search and bench ttft do
 #           on several machines the same on each, with NNODES, MASTER_ADDR and its own NODE_RANK
 #           all options: megatron-comp generate --help, megatron-comp evaluate --help
 # Required: MODEL            folder of a checkpoint that `megatron-comp generate --model` takes, on every machine; the

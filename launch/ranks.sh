@@ -25,16 +25,22 @@ fail() { # MESSAGE: one line, and the status of wrong usage
     exit 2
 }
 
-# run_model generate|evaluate OPTIONS...: that command of megatron-comp, for the checkpoint in MODEL, on this node's share
-# of the ranks.
+# run_model COMMAND OPTIONS...: that command of megatron-comp, for the checkpoint in MODEL, on this node's share of the
+# ranks. calibrate needs no checkpoint.
 run_model() {
-    local command=${1:-} name ranks
-    [[ $command == generate || $command == evaluate ]] ||
-        fail "the first argument is '$command': it has to be generate or evaluate"
-    [[ -n ${MODEL:-} ]] || fail "set MODEL to the folder of a checkpoint"
-    [[ ${DRY_RUN:-0} == 1 || -f $MODEL/config.json ]] ||
-        fail "MODEL=$MODEL: no such folder on $(uname -n), or no config.json in it"
+    local command=("${1:-}") name ranks
+    case ${1:-} in
+    generate | evaluate | search | calibrate) ;;
+    bench) [[ ${2:-} == ttft ]] || fail "of bench, ttft runs a model" && command+=(ttft) && shift ;;
+    *) fail "the first argument is '${1:-}': it has to be generate, evaluate, search, calibrate or bench ttft" ;;
+    esac
     shift
+    if [[ ${command[0]} != calibrate ]]; then
+        [[ -n ${MODEL:-} ]] || fail "set MODEL to the folder of a checkpoint"
+        [[ ${DRY_RUN:-0} == 1 || -f $MODEL/config.json ]] ||
+            fail "MODEL=$MODEL: no such folder on $(uname -n), or no config.json in it"
+        command+=(--model "$MODEL")
+    fi
 
     NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(gpus)}}
     NNODES=${NNODES:-1}
@@ -57,7 +63,7 @@ run_model() {
     choose_python
     # torchrun, of that interpreter
     become "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" "${nodes[@]}" \
-        -m megatron_comp.cli "$command" --model "$MODEL" --tp "$ranks" "$@"
+        -m megatron_comp.cli "${command[@]}" --tp "$ranks" "$@"
 }
 
 # The environment is not made here: nodes that share it would all write into it.

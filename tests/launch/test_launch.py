@@ -120,13 +120,22 @@ def test_quickstart_ends_with_commands_to_copy(tmp_path, cache):
             assert (ROOT / args.model) == folder / "smollm2"
 
 
+@pytest.mark.parametrize("words", [["calibrate"], ["bench", "ttft"], ["search"], ["evaluate"]], ids=" ".join)
+def test_commands_that_run_on_all_machines(words):
+    done = launch("launch/model.sh", *words, "--codec", "mxfp4", MODEL="model", NPROC_PER_NODE=2, DRY_RUN=1, SETUP=0)
+    assert done.returncode == 0, done.stderr
+    model = [] if words == ["calibrate"] else ["--model", "model"]
+    expected = ["-m", "megatron_comp.cli", *words, *model, "--tp", "2", "--codec", "mxfp4"]
+    assert shlex.split(done.stdout)[-len(expected) :] == expected
+
+
 SEVERAL = {"MODEL": "model", "NNODES": 2, "DRY_RUN": 1}
 
 
 @pytest.mark.parametrize(
     "arguments, env, message",
     [
-        ([], {"MODEL": "model"}, "the first argument is '': it has to be generate or evaluate"),
+        ([], {"MODEL": "model"}, "the first argument is '': it has to be generate, evaluate, search"),
         (["train"], {"MODEL": "model"}, "the first argument is 'train'"),
         (["generate"], {}, "set MODEL to the folder of a checkpoint"),
         (["generate"], {"MODEL": "nowhere"}, "MODEL=nowhere: no such folder on .*, or no config.json in it"),
