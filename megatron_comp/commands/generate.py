@@ -17,8 +17,8 @@ COLUMNS = {
     "new_tokens": ("new tokens", "d"),
     "ttft_ms": ("time to first token, ms", ".1f"),
     "decode_tokens_per_s": ("decode, tokens/s", ".1f"),
-    "prefill_bytes_per_rank": ("bytes received a rank, prefill", ",d"),
-    "decode_bytes_per_rank": ("bytes received a rank, decode", ",d"),
+    "prefill_bytes_per_rank": ("bytes received per rank, prefill", ",d"),
+    "decode_bytes_per_rank": ("bytes received per rank, decode", ",d"),
     "compressed_calls": ("compressed reductions", "d"),
     "kept_calls": ("uncompressed reductions", "d"),
 }

@@ -122,6 +122,7 @@ QUANTIZATION = ("quantization_config", "compression_config")
 WITHOUT_EFFECT = {
     # What it is for, and how it was made and saved.
     *("model_type", "architectures", "auto_map", "custom_pipelines", "name_or_path", "_name_or_path", "_commit_hash"),
+    "_model_name_or_path",
     *("transformers_version", "unsloth_version", "unsloth_fixed", "mlx_lm_version", "tokenizer_class", "is_decoder"),
     *("finetuning_task", "task_specific_params", "base_model", "license", "language", "model_max_length"),
     # Of training.
