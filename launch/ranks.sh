@@ -31,7 +31,11 @@ run_model() {
     local command=("${1:-}") name ranks
     case ${1:-} in
     generate | evaluate | search | calibrate) ;;
-    bench) [[ ${2:-} == ttft ]] || fail "of bench, ttft runs a model" && command+=(ttft) && shift ;;
+    bench)
+        [[ ${2:-} == ttft ]] || fail "of bench, ttft runs a model"
+        command+=(ttft)
+        shift
+        ;;
     *) fail "the first argument is '${1:-}': it has to be generate, evaluate, search, calibrate or bench ttft" ;;
     esac
     shift
