@@ -95,7 +95,7 @@ class Rounded(Trial):
 
 
 def search_uniform(measurements: Measurements, bound: Bound, min_bytes: int | str) -> Found:
-    """The codec of fewest bits within the bound, for all places. Raises ValueError if there is none."""
+    """The codec of fewest bits within the bound, for all places. Raises ValueError if no codec keeps it."""
     points = {}
     for codec in (f"{value}:{block}:{scale}" for value in VALUES for block in BLOCKS for scale in SCALES):
         points[codec] = measurements.point(codec, "format", uniform(codec, "gather_sum"))

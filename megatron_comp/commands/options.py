@@ -152,7 +152,7 @@ def add_timeout(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=300,
         metavar="SECONDS",
-        help="After this time a rank that hears nothing from another one fails (default 300).",
+        help="A rank fails if another rank is silent for this long (default 300).",
     )
 
 

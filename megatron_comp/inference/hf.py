@@ -30,8 +30,8 @@ def read_config(model_dir) -> PretrainedConfig:
     Its `tie_word_embeddings` is what the weights say: false where they hold an output layer unlike the embedding,
     which transformers takes too. A line tells of that, and another of keys that are not known here.
 
-    Raises FileNotFoundError or ValueError, naming file, key, value and what is allowed, if there is none, if it is of
-    another architecture, or if it asks for what is not built here.
+    Raises FileNotFoundError or ValueError if the folder has no config, if the architecture is another one, or if a
+    value is not supported. The message names file, key, value and what is allowed.
     """
     path = Path(model_dir) / "config.json"
     raw = read_raw(model_dir)

@@ -90,7 +90,7 @@ def quantized_by(tensor: str) -> str | None:
 def shards(folder: Path) -> dict[str, str] | None:
     """The index of a folder of shards: the file of each tensor. None where there is a single file.
 
-    Raises FileNotFoundError or ValueError if there is neither, or the index is none.
+    Raises FileNotFoundError or ValueError if both are missing, or if the index is not a valid one.
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() or single.is_symlink():

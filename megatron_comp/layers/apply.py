@@ -163,7 +163,7 @@ def _number_of_layers(config) -> int:
 
 
 def _codec_names(policy: CompressionPolicy, place: Place) -> set[str]:
-    """Of the codecs that a place compresses in, in one phase or another."""
+    """Names of the codecs that a place uses, in any phase."""
     return {policy.codec_name(place.layer, place.site, phase) for phase in PHASES} - {"none"}
 
 

@@ -34,7 +34,7 @@ CONDITIONS = "SmolLM2-135M on 3 ranks, docs/results.md"
 
 
 def recommended(rows: Sequence[dict], key: str = "ttft_ms") -> dict:
-    """Of the rows that are within 5 % of the fastest, that of the codec with the least rounding error."""
+    """The row with the least rounding error among those within 5 % of the fastest."""
     fastest = min(rows, key=lambda row: row[key])
     near = [row for row in rows if row[key] <= WORTH * fastest[key]]
     judged = [row for row in near if row["rounds"]]  # neither stock sums nor a policy's

@@ -48,7 +48,7 @@ class Machines:
     def of_options(cls, count: int, gpus: int, link: str, inside: str, cards: int, rtt: str) -> "Machines":
         """link: a name or a rate, or one for each machine, as in `1gbit,100mbit`.
 
-        Raises ValueError for what is none of these.
+        Raises ValueError for any other value.
         """
         links = link.split(",")
         if len(links) not in (1, count):

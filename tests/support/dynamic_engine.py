@@ -84,7 +84,7 @@ def _attend(q, k_cache, v_cache, blocks, keys, scale):
 
 
 def _unpinned(make):
-    """Memory for copies to a GPU is no different where there is none."""
+    """Without a GPU, memory for copies to it is ordinary memory."""
 
     @functools.wraps(make)
     def made(*args, pin_memory=False, **how):

@@ -94,7 +94,7 @@ def run(cls, sequence_parallel, bias, codec):
 
 
 init_parallel(2)
-# Of Megatron 0.16, for GPUs on one NVLink switch: there is none.
+# A buffer of Megatron 0.16 for GPUs on one NVLink switch. Here it is empty.
 parallel_state._GLOBAL_SYMMETRIC_MEMORY_BUFFER = types.SimpleNamespace(
     maybe_get_tensor=lambda shape, dtype: {"tensor": None, "handle": None}
 )
