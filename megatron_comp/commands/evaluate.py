@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..launcher import output
 from ..policy import DROP
+from ..quality.bootstrap import check_scipy
+from ..quality.metrics import with_intervals
 from ..quality.windows import read_windows
 from . import options
 
@@ -25,14 +27,31 @@ COLUMNS = {
     "bytes_per_rank": ("bytes/rank", ",d"),
     "seconds": ("s", ".1f"),
 }
-
+# A second table: each with its 95 % interval.
+INTERVALS = {
+    "perplexity_increase_pct": ("perplexity, +%", ".2f"),
+    "kl": ("KL: mean", ".4f"),
+    "kl_median": ("median", ".4f"),
+    "kl_p95": ("95 %", ".3f"),
+    "kl_p99": ("99 %", ".3f"),
+    "top1_agreement": ("top-1", ".4f"),
+    "rms_probability_change": ("RMS of change of probability", ".4f"),
+}
 
 DESCRIPTION = """\
 Measure what compression does to a model's predictions on a text: perplexity, KL divergence from the uncompressed model,
 agreement on the most likely token, and bytes. The output has one row per codec and policy. The codecs of a policy file
 are judged whether or not its min_bytes would let these messages through, unless --min-bytes says otherwise.
+
+A second table has 95 % intervals; in the files they are `<column>_low` and `<column>_high`. They come from a bootstrap
+over windows, since tokens of one window depend on each other. Fewer than about ten windows make them too narrow.
 """
 EPILOG = """\
+Columns of the second table, beside those of the first:
+  KL             over tokens: mean, median, and what 95 and 99 % of the tokens stay below
+  RMS of change of probability
+                 root of the mean square change of the true next token's probability
+
 Example:
   megatron-comp evaluate --model llama --tp 2 --text prose.txt --codec mxfp4 --codec int4:32:fp16:hadamard
 """
@@ -44,11 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--codec", action="append", default=[], metavar="C", help="A codec or preset. Repeat it for more rows."
     )
+    options.add_csv(parser)
 
 
 def check(args: argparse.Namespace) -> list[options.Setting]:
     options.check_files(args)
     options.check_text(args)
+    check_scipy()
     gate = args.min_bytes or 0  # of policies, too
     without = argparse.Namespace(**{**vars(args), "min_bytes": None})
     settings = [setting for setting in options.settings(without, args.codec) if setting.name != "none"]  # it has a row
@@ -67,7 +88,10 @@ def run(args: argparse.Namespace) -> None:
     if output.is_first_rank():
         scored = f"{len(windows)} windows of {args.context} tokens, TP={args.tp}"
         output.show(f"evaluate: {Path(args.text).name}, {scored}", COLUMNS, rows)
+        if settings:
+            output.show("evaluate: with 95 % intervals", *_intervals(rows))
         output.write_json(args.json, vars(args), rows)
+        output.write_csv(args.csv, rows)
         for line in kept:
             print(line)
 
@@ -82,6 +106,15 @@ def evaluate(judge: "Judge", settings: list[options.Setting]) -> tuple[list[dict
     base, *_ = judged = judge.judge(trials, "evaluate")
     rows = [_row(name, each, base) for name, each in zip(["none", *(t.name for t in trials)], judged, strict=True)]
     return rows, [line for trial, each in zip(trials, judged[1:], strict=True) if (line := _kept(trial.name, each))]
+
+
+def _intervals(rows: list[dict]) -> tuple[dict, list[dict]]:
+    """Columns and rows of the second table. The uncompressed model has nothing to be compared with."""
+    columns = {key: (heading, "s") for key, (heading, _) in INTERVALS.items()}
+    return {"codec": COLUMNS["codec"], **columns}, [
+        {"codec": row["codec"], **{key: output.with_interval(row, key, spec) for key, (_, spec) in INTERVALS.items()}}
+        for row in rows[1:]
+    ]
 
 
 def _kept(name: str, judged: "Judgement") -> str | None:
@@ -99,10 +132,7 @@ def _row(name: str, judged: "Judgement", base: "Judgement") -> dict:
         "codec": name,
         "algorithm": "+".join(sorted(judged.traffic.algorithms)) or "all_reduce",
         "bits_per_value": judged.traffic.bits_per_value,
-        "perplexity": judged.perplexity,
-        "perplexity_increase_pct": judged.increase_pct(base),
-        "kl": judged.kl,
-        "top1_agreement": judged.top1_agreement,
+        **with_intervals(judged.quality, base.quality),
         "bytes_per_rank": judged.traffic.received_bytes,
         "seconds": judged.seconds,
     }

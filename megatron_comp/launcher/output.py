@@ -74,6 +74,15 @@ def _field(row: dict, key: str, spec: str) -> str:
     return "" if row[key] is None else format(row[key], spec)
 
 
+def with_interval(row: dict, key: str, spec: str) -> str | None:
+    """`row[key]` with its interval in brackets, where `<key>_low` and `<key>_high` have one; None is None."""
+    if row[key] is None:
+        return None
+    ends = [row.get(f"{key}_{end}") for end in ("low", "high")]
+    said = format(row[key], spec)
+    return said if None in ends else f"{said} ({' to '.join(format(end, spec) for end in ends)})"
+
+
 def _console() -> Console:
     """Where the output is no terminal there is no width to keep to."""
     console = Console()

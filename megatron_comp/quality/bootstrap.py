@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """95 % confidence intervals by bootstrap: what was measured is drawn again, with replacement, item by item."""
 
+import importlib.util
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,12 @@ SEED = 0  # equal data give equal intervals
 BATCH_BYTES = 1 << 22  # stays in a cache
 
 Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+def check_scipy() -> None:
+    """Raises ValueError without it; before hours of work, not after."""
+    if importlib.util.find_spec("scipy") is None:
+        raise ValueError("intervals need scipy: pip install scipy, or this package with its extra 'cli'")
 
 
 def intervals(statistic: Statistic, count: int, width: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from ..layers.apply import apply_compression, remove_compression, stats
 from ..layers.meter import ModelStats, wait_for_device
 from ..policy import CompressionPolicy
 from .journal import Journal
-from .metrics import Prediction, Quality, increase_pct, perplexity
+from .metrics import Prediction, Quality
 from .origin import digest
 
 POINTS = "points"  # the part of a journal that points are in
@@ -42,7 +42,7 @@ class Trial:
 
 @dataclass(slots=True)
 class Judgement:
-    """One trial's way through the text: sums over scored tokens, what its reductions sent, seconds of its forwards."""
+    """One trial's way through the text: scored tokens, what its reductions sent, seconds of its forwards."""
 
     quality: Quality = field(default_factory=Quality)
     traffic: ModelStats = field(default_factory=lambda: ModelStats([]))
@@ -51,23 +51,15 @@ class Judgement:
     @property
     def nll(self) -> float:
         """Nats per token; so is `kl`, the divergence from the uncompressed model."""
-        return self.quality.nll / self.quality.tokens
+        return self.quality.nll
 
     @property
     def kl(self) -> float:
-        return self.quality.kl / self.quality.tokens
+        return self.quality.kl
 
     @property
     def top1_agreement(self) -> float:
-        return self.quality.agreements / self.quality.tokens
-
-    @property
-    def perplexity(self) -> float:
-        return perplexity(self.nll)
-
-    def increase_pct(self, base: "Judgement") -> float:
-        """Of perplexity over that of `base`."""
-        return increase_pct(self.nll, base.nll)
+        return self.quality.top1_agreement
 
 
 class _Forward(NamedTuple):

@@ -2,13 +2,18 @@
 """How far a model's predictions are from a baseline's, computed where the vocabulary is split over the ranks."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from .bootstrap import ends, intervals
+
 # The largest mean NLL, and the largest difference of two, whose exponential is taken: beyond it, infinity stands.
 MAX_NLL = 700.0
+
+QUANTILES = (0.5, 0.95, 0.99)  # of KL, over tokens
 
 
 def perplexity(nll: float) -> float:
@@ -47,22 +52,84 @@ class Prediction:
 
 @dataclass(slots=True)
 class Quality:
-    """Sums over scored tokens."""
+    """A model's predictions beside a baseline's, token by token. Figures are means over all tokens.
 
-    nll: float = 0.0
-    kl: float = 0.0
-    agreements: int = 0
-    tokens: int = 0
+    windows: what `add` was given, one after another: float64 `[4, tokens]`, of each token its negative log-likelihood,
+    the KL divergence from the baseline, whether both say the same next token, and the change of the true one's
+    probability.
+    """
+
+    windows: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, said: Prediction, baseline: Prediction, targets: torch.Tensor, vocab_start: int, group) -> None:
-        """Counts the predictions of `targets` `[tokens]`; KL is from the baseline to `said`, in nats."""
+        """Counts the predictions of `targets` `[tokens]`; KL is from the baseline to `said`. All ranks together."""
         local = targets - vocab_start
         mine = (local >= 0) & (local < said.log_probs.shape[1])
-        picked = said.log_probs.gather(1, local.clamp(0, said.log_probs.shape[1] - 1)[:, None])[:, 0]
-        divergence = (baseline.log_probs.exp() * (baseline.log_probs - said.log_probs)).double().sum()
-        sums = torch.stack([-(picked * mine).double().sum(), divergence])
+        place = local.clamp(0, said.log_probs.shape[1] - 1)[:, None]
+        true, base_true = ((p.log_probs.gather(1, place)[:, 0] * mine).double() for p in (said, baseline))
+        divergence = baseline.log_probs.exp() * (baseline.log_probs - said.log_probs)
+        sums = torch.stack([true, base_true, divergence.sum(1, dtype=torch.float64)])
         dist.all_reduce(sums, group=group)
-        self.nll += sums[0].item()
-        self.kl += sums[1].item()
-        self.agreements += int((said.best == baseline.best).sum())
-        self.tokens += len(targets)
+        true, base_true, divergence = sums
+        agrees = (said.best == baseline.best).double()
+        self.windows.append(torch.stack([-true, divergence, agrees, true.exp() - base_true.exp()]).cpu())
+
+    @property
+    def tokens(self) -> int:
+        return sum(window.shape[1] for window in self.windows)
+
+    @property
+    def nll(self) -> float:
+        return self._of_tokens(0).mean().item()
+
+    @property
+    def kl(self) -> float:
+        return self._of_tokens(1).mean().item()
+
+    @property
+    def top1_agreement(self) -> float:
+        return self._of_tokens(2).mean().item()
+
+    def _of_tokens(self, place: int) -> torch.Tensor:
+        return torch.cat([window[place] for window in self.windows])
+
+
+def with_intervals(said: Quality, base: Quality) -> dict[str, float | None]:
+    """A row's figures of a text, each with `_low` and `_high` of a 95 % interval:
+
+    `perplexity`, `perplexity_increase_pct` over that of `base`, `kl` and its quantiles over tokens `kl_median`,
+    `kl_p95` and `kl_p99`, `top1_agreement`, and `rms_probability_change` of the true token.
+
+    Tokens of one window depend on each other, so windows are drawn, not tokens. Those of said and base are the same
+    windows of the same length, and stay together. Raises ModuleNotFoundError without scipy.
+    """
+    ours, theirs = (np.stack([window.numpy() for window in quality.windows], axis=1) for quality in (said, base))
+    nll, kl, agrees, change = ours
+    of_windows = np.stack([nll, nll - theirs[0], kl, agrees, change**2]).mean(2)
+
+    def statistic(chosen: np.ndarray) -> np.ndarray:
+        quantiles = np.quantile(kl[chosen].reshape(len(chosen), -1), QUANTILES, axis=1)
+        return np.concatenate([of_windows[:, chosen].mean(-1), quantiles])
+
+    low, high = intervals(statistic, len(kl), 2 * kl.shape[1])
+    measured, low, high = (
+        _read(*figures.tolist()) for figures in (statistic(np.arange(len(kl))[None])[:, 0], low, high)
+    )
+    row = {}
+    for name, value in measured.items():
+        row |= {name: value, **ends(name, low[name], high[name])}
+    return row
+
+
+def _read(nll, nll_change, kl, agreement, square, kl_median, kl_p95, kl_p99) -> dict[str, float]:
+    """Under their names, from means over tokens. All are monotone: an interval's ends become the ends of theirs."""
+    return {
+        "perplexity": perplexity(nll),
+        "perplexity_increase_pct": increase_pct(nll_change, 0.0),
+        "kl": kl,
+        "kl_median": kl_median,
+        "kl_p95": kl_p95,
+        "kl_p99": kl_p99,
+        "top1_agreement": agreement,
+        "rms_probability_change": math.sqrt(square),
+    }

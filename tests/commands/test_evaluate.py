@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import csv
 import json
 import math
 
@@ -14,6 +15,8 @@ from megatron_comp.inference.model import build_model, init_parallel
 from megatron_comp.quality.judge import Judge
 
 KEYS = "codec algorithm bits_per_value perplexity perplexity_increase_pct kl top1_agreement bytes_per_rank seconds"
+FIGURES = "perplexity perplexity_increase_pct kl kl_median kl_p95 kl_p99 top1_agreement rms_probability_change"
+COLUMNS = {*KEYS.split(), *(key + end for key in FIGURES.split() for end in ("", "_low", "_high"))}
 WINDOWS, CONTEXT = 2, 64
 
 
@@ -34,12 +37,14 @@ def test_rows(command, smollm2, sotu_text, tmp_path, expected_perplexity):
     done = command(
         *("evaluate", "--model", smollm2, "--tp", 3, "--text", sotu_text, "--json", tmp_path / "rows.json"),
         *("--tokens", WINDOWS * CONTEXT, "--context", CONTEXT, "--algorithm", "gather_sum"),
-        *("--codec", "int8:32:fp16", "--codec", "mxfp4"),
+        *("--codec", "int8:32:fp16", "--codec", "mxfp4", "--csv", tmp_path / "rows.csv"),
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["codec"] for row in rows] == ["none", "int8:32:fp16", "mxfp4"]
-    assert all(set(row) == set(KEYS.split()) for row in rows)
+    assert all(set(row) == COLUMNS for row in rows)
+    with (tmp_path / "rows.csv").open() as file:
+        assert [float(row["kl_p95"]) for row in csv.DictReader(file)] == [row["kl_p95"] for row in rows]
     none, int8, mxfp4 = rows
 
     # Sums of fp32 in another order: 2e-5 were seen.
@@ -47,6 +52,9 @@ def test_rows(command, smollm2, sotu_text, tmp_path, expected_perplexity):
     assert (none["kl"], none["top1_agreement"], none["perplexity_increase_pct"]) == (0, 1, 0)
     assert 0 < int8["kl"] < 0.01 < mxfp4["kl"] < 1
     assert mxfp4["top1_agreement"] < int8["top1_agreement"] <= 1
+    assert 0 == none["kl_p99"] < mxfp4["kl_low"] < mxfp4["kl"] < mxfp4["kl_high"]
+    assert int8["rms_probability_change"] < mxfp4["rms_probability_change"]
+    assert f"{mxfp4['kl']:.4f} ({mxfp4['kl_low']:.4f} to {mxfp4['kl_high']:.4f})" in done.stdout
 
     values = 60 * WINDOWS * CONTEXT * 576
     assert [row["bits_per_value"] for row in rows] == [32, 8.5, 4.25]
