@@ -24,6 +24,7 @@ SUBCOMMANDS = Subcommands(
         "generate": ("generate", "Continue a prompt; show time to first token, decode rate and bytes received."),
         "evaluate": ("evaluate", "Measure perplexity, KL divergence and bytes on a text, one row per codec."),
         "search": ("search", "Find the policy of fewest bits that keeps a bound on KL or perplexity."),
+        "report": ("report", "Put on one page what other commands measured, with intervals and figures."),
         "drop": ("drop", "Leave out the sum after attention: in which blocks, and how to make up for it."),
         "bench": ("bench", "Measure speed, beside an uncompressed baseline of the same run."),
         "plan": ("plan", "Predict time to first token on a GPU and link, and whether to compress; needs no GPU."),

@@ -16,6 +16,7 @@ ROOMS = {
     "research": ["research"],  # not in the wheel
     "examples": ["examples"],
     "commands": ["megatron_comp.cli", "megatron_comp.commands", "megatron_comp.run", "megatron_comp.auto"],
+    "report": ["megatron_comp.report"],
     "search": ["megatron_comp.search"],
     "predict": ["megatron_comp.predict"],
     "bench": ["megatron_comp.bench"],

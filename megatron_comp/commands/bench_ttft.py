@@ -165,7 +165,7 @@ def report(args: argparse.Namespace, rows: list[dict], new: list[dict], circumst
     what = f"TP={args.tp}, {args.prompt_tokens} tokens, {new[0]['dtype']}, {circumstances['device']}"
     output.show(f"bench ttft: {args.model}, {what}", columns, new)
     everything = [row | circumstances for row in rows]
-    output.write_json(args.json, vars(args) | {"device": circumstances["device"]}, rows)
+    output.write_json(args.json, vars(args) | {"device": circumstances["device"]}, everything)
     output.write_csv(args.csv, everything)
     if args.figure:
         row = rows[0]

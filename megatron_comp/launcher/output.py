@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import platform
+import shlex
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -117,13 +118,18 @@ def _reader_may_leave():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def command_line() -> str:
+    """What was typed, for a shell."""
+    return shlex.join(["megatron-comp", *sys.argv[1:]])
+
+
 def write_json(path: str | None, config: dict, rows: list[dict]) -> None:
-    """One object with `config`, `versions` and `rows`, if a path is given."""
+    """One object with `command`, `config`, `versions` and `rows`, if a path is given."""
     if path is None:
         return
     # JSON knows no infinities: a perplexity that a codec has ruined is null.
     rows = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
-    content = {"config": config, "versions": versions(), "rows": rows}
+    content = {"command": command_line(), "config": config, "versions": versions(), "rows": rows}
     files.write_json(path, content, indent=1)
 
 

@@ -67,6 +67,7 @@ def draw(
         xlabel=COSTS[cost],
         ylabel="KL to the uncompressed model, nats per token",
     )
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     save(figure, path)

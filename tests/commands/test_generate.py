@@ -25,7 +25,7 @@ def test_own_ranks_and_torchrun_give_one_text(command, real_command, smollm2, tm
     assert torchrun.returncode == 0, torchrun.stderr
 
     content = json.loads((tmp_path / "own.json").read_text())
-    assert set(content) == {"config", "versions", "rows"}
+    assert set(content) == {"command", "config", "versions", "rows"}
     assert {"megatron_comp", "torch", "megatron-core"} <= set(content["versions"])
     (row,) = content["rows"]
     assert row["text"].startswith(PROMPT) and row["text"] in own.stdout

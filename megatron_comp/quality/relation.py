@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which KL is harmless: over all settings, KL on texts beside answers that flip."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .paired import ALL
+
+FLIPS = (0.01, 0.02, 0.05, 0.1)  # shares that a bound on KL is given for
+
+
+@dataclass(frozen=True)
+class Fit:
+    """flips = scale * KL ** exponent, by least squares of logarithms over `settings` of them.
+
+    exponent_error: standard error. If a setting moves log-probabilities by a noise of size s, KL grows as s squared,
+    and flips, which need a lead smaller than about s, grow as s: 0.5 is expected while both are small.
+    """
+
+    scale: float
+    exponent: float
+    exponent_error: float
+    settings: int
+
+    def flips(self, kl: float) -> float:
+        return self.scale * kl**self.exponent
+
+    def kl(self, flips: float) -> float:
+        return (flips / self.scale) ** (1 / self.exponent)
+
+
+def relate(texts: Mapping[str, list[dict]], tasks: list[dict], score: str = "acc") -> list[dict]:
+    """A row for each setting that is in every text and in the tasks, by KL from the least:
+
+    `setting`, `bits_per_value`, `kl` and `perplexity_increase_pct` (means over the texts), and of `compare`, of all
+    tasks together, `items`, `flips`, `accuracy_change` and `margin_change` with their ends, `to_wrong`, `to_right`,
+    `mcnemar_p`.
+
+    texts: rows of `megatron-comp evaluate`, by text. tasks: rows of `paired.compare`. score: `acc` or `acc_norm`.
+    """
+    compared = {row["setting"]: row for row in tasks if row["score"] == score and row["task"] == ALL}
+    # Of one task there are no rows for all.
+    compared = compared or {row["setting"]: row for row in tasks if row["score"] == score}
+    by_setting = [{row["codec"]: row for row in rows} for rows in texts.values()]
+    rows = []
+    for setting, task in compared.items():
+        of_texts = [text[setting] for text in by_setting if setting in text]
+        if by_setting and len(of_texts) == len(by_setting):
+            kl, increase = (_mean([row[key] for row in of_texts]) for key in ("kl", "perplexity_increase_pct"))
+            of_texts = {"bits_per_value": of_texts[0]["bits_per_value"], "kl": kl, "perplexity_increase_pct": increase}
+            rows.append({"setting": setting, **of_texts, **{k: task[k] for k in task if k not in ("setting", "task")}})
+    return sorted((row for row in rows if row["kl"] is not None), key=lambda row: row["kl"])
+
+
+def fit(rows: list[dict]) -> Fit | None:
+    """None of fewer than three settings with a KL and flips: a line through two points is no finding."""
+    points = [(row["kl"], row["flips"]) for row in rows if row["kl"] > 0 and row["flips"] > 0]
+    if len({kl for kl, _ in points}) < 3:
+        return None
+    from scipy import stats
+
+    line = stats.linregress(*([math.log(x) for x in column] for column in zip(*points)))
+    if line.slope <= 0:
+        return None
+    return Fit(math.exp(line.intercept), float(line.slope), float(line.stderr), len(points))
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """None where one of them is not finite, as JSON has it."""
+    return None if None in values else sum(values) / len(values)
