@@ -25,6 +25,10 @@ class Traffic:
     seconds: float | None = None
     """None unless timing was asked for."""
 
+    @property
+    def bits_per_value(self) -> float:
+        return 8 * self.message_bytes / self.values if self.values else 0.0
+
     def __add__(self, other: "Traffic") -> "Traffic":
         counts = (getattr(self, name) + getattr(other, name) for name in Traffic.__slots__[:-1])
         timed = [each.seconds for each in (self, other) if each.seconds is not None]
@@ -46,10 +50,26 @@ class SiteStats:
     """Reductions, of those above, that were recorded into a CUDA graph. Its replays run no Python and are not counted:
     where this is not 0, calls and bytes are those of warm-ups and captures alone."""
 
+    def line(self) -> tuple[str, ...]:
+        """Cells of `ModelStats.table`."""
+        total = self.compressed + self.kept
+        return (
+            "" if self.layer is None else str(self.layer),
+            self.site,
+            _counts(self.algorithms) or "0",
+            _counts(self.kept_because) or "0",
+            f"{total.bits_per_value:.2f}",
+            f"{total.received_bytes:,}",
+            "" if total.seconds is None else f"{total.seconds:.3f}",
+        )
+
 
 @dataclass(slots=True)
 class ModelStats:
-    """What every compressed site of a model did since `apply_compression`, on this rank. `print` shows it in a line."""
+    """What every compressed site of a model did since `apply_compression`, on this rank.
+
+    `print` shows it in a line, `print(stats.table())` each site.
+    """
 
     sites: list[SiteStats]
     link: str = ""
@@ -72,6 +92,17 @@ class ModelStats:
         if self.not_recognised:
             said += f"; {len(self.not_recognised)} sums of the model are not recognised and not counted"
         return said + (f"; {self.link}" if self.link else "")
+
+    def table(self) -> str:
+        """A line for each layer and site, for people: what it did, in how many calls, and what it received."""
+        lines = [("layer", "site", "compressed", "uncompressed", "bits per value", "bytes received", "seconds")]
+        lines += [site.line() for site in self.sites]
+        columns = []
+        for heading, *cells in zip(*lines):
+            width = max(map(len, (heading, *cells)))
+            justify = str.ljust if heading in ("site", "compressed", "uncompressed") else str.rjust
+            columns.append([justify(cell, width) for cell in (heading, *cells)])
+        return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns))
 
     @property
     def compressed(self) -> Traffic:
@@ -101,8 +132,7 @@ class ModelStats:
     @property
     def bits_per_value(self) -> float:
         """Bits that a value of a summed tensor took on the way, over compressed and kept messages."""
-        total = self.compressed + self.kept
-        return 8 * total.message_bytes / total.values if total.values else 0.0
+        return (self.compressed + self.kept).bits_per_value
 
 
 def _counts(counter: Counter) -> str:
