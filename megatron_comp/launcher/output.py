@@ -76,12 +76,15 @@ def _field(row: dict, key: str, spec: str) -> str:
 
 
 def with_interval(row: dict, key: str, spec: str) -> str | None:
-    """`row[key]` with its interval in brackets, where `<key>_low` and `<key>_high` have one; None is None."""
+    """`row[key]` with its interval in brackets, where `<key>_low` and `<key>_high` have one that is more than a point.
+
+    None for None.
+    """
     if row[key] is None:
         return None
     ends = [row.get(f"{key}_{end}") for end in ("low", "high")]
     said = format(row[key], spec)
-    return said if None in ends else f"{said} ({' to '.join(format(end, spec) for end in ends)})"
+    return said if None in ends or ends[0] == ends[1] else f"{said} ({' to '.join(format(end, spec) for end in ends)})"
 
 
 def _console() -> Console:

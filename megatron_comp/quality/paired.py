@@ -7,7 +7,7 @@ Accuracy hides what changes: as many answers may turn right as turn wrong. Flips
 import numpy as np
 
 from ..files import shown
-from .bootstrap import ends, intervals, means
+from .bootstrap import LEVEL, ends, intervals, means
 from .items import Run
 
 # The harness's names: the summed log-probability decides, or that per character.
@@ -20,8 +20,11 @@ def compare(base: Run, said: Run) -> list[dict]:
 
     `setting`, `task`, `score`, `items`, `accuracy_none`, `accuracy`; `accuracy_change`, `flips` (the share of items
     whose answer turned wrong or right) and `margin_change` (mean change of the right choice's lead on the best other
-    one, in nats, or nats per character), each with `_low` and `_high` of a paired bootstrap; `to_wrong` and `to_right`
+    one, in nats, or nats per character), each with `_low` and `_high` of a 95 % interval; `to_wrong` and `to_right`
     (numbers of items), and `mcnemar_p` (exact, two-sided: could chance alone make the two so unlike?).
+
+    Intervals of changes are those of a paired bootstrap. That of a share of flips is exact (Clopper-Pearson), and so
+    also tells something where there are none.
 
     Raises ValueError if the runs are of different models or items.
     """
@@ -45,13 +48,17 @@ def compare(base: Run, said: Run) -> list[dict]:
 
 def _figures(right: np.ndarray, margin: np.ndarray) -> dict:
     """right, margin: float64 `[2, items]`, without and with the setting."""
+    from scipy import stats
+
     change = right[1] - right[0]
-    of_items = np.stack([change, np.abs(change), margin[1] - margin[0]])
+    of_items = np.stack([change, margin[1] - margin[0]])
     low, high = intervals(means(of_items), len(change), len(of_items))
     to_wrong, to_right = int((change < 0).sum()), int((change > 0).sum())
     row = {"items": len(change), "accuracy_none": float(right[0].mean()), "accuracy": float(right[1].mean())}
-    for place, name in enumerate(("accuracy_change", "flips", "margin_change")):
+    for place, name in enumerate(("accuracy_change", "margin_change")):
         row |= {name: float(of_items[place].mean()), **ends(name, low[place], high[place])}
+    flips = stats.binomtest(to_wrong + to_right, len(change))
+    row |= {"flips": float(flips.statistic), **ends("flips", *flips.proportion_ci(LEVEL))}
     return row | {"to_wrong": to_wrong, "to_right": to_right, "mcnemar_p": mcnemar(to_wrong, to_right)}
 
 

@@ -73,17 +73,17 @@ def write(page: Page, path: str) -> None:
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1d2329; background: #fff;
-  max-width: 66rem; margin: 2.5rem auto; padding: 0 1.5rem; }
+  max-width: 68rem; margin: 2.5rem auto; padding: 0 1.5rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1.2rem; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .5rem; border-top: 2px solid #1d2329; }
 p { margin: .6rem 0; max-width: 48rem; }
-table { border-collapse: collapse; margin: .9rem 0; font-size: .86rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .28rem .5rem; text-align: left; vertical-align: top; border-bottom: 1px solid #dde1e6; }
+table { border-collapse: collapse; margin: .9rem 0; font-size: .84rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .28rem .42rem; text-align: left; vertical-align: top; border-bottom: 1px solid #dde1e6; }
 th:first-child, td:first-child { padding-left: 0; }
 th { font-weight: 600; border-bottom: 1.5px solid #6b7681; vertical-align: bottom; }
 th.n, td.n { text-align: right; }
 td.n { white-space: nowrap; }
-small { color: #5b6670; font-size: .82em; }
+small { color: #5b6670; font-size: .8em; }
 pre { background: #f4f6f8; padding: .7rem .9rem; font: .8rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; border-radius: 3px; }
 figure { margin: 1rem 0; }

@@ -4,7 +4,7 @@
 from ..quality.paired import ALL, SCORES
 from ..quality.plot import draw_flips, draw_relation
 from ..quality.relation import FLIPS, Fit
-from .cells import drawn, megabytes, percent, said, spread
+from .cells import drawn, percent, said, spread
 from .document import Code, Figure, Section, Table, Text
 from .sources import Rows
 
@@ -18,25 +18,23 @@ ABOUT_INTERVALS = (
 )
 ABOUT_TASKS = (
     "Multiple choice. acc: the answer is the choice with the highest summed log-probability; acc_norm: the highest per "
-    "character. Every setting answers the same items as the uncompressed model, so the statistics are paired: in "
-    "brackets the 95 % intervals of a bootstrap over items; p is McNemar's exact test of whether as many answers turn "
-    "right as turn wrong. Of many p values, one in twenty is below 0.05 by chance. The lead is the log-probability of "
-    "the right choice less that of the best other one."
+    "character. Every setting answers the same items as the uncompressed model, so the statistics are paired. In "
+    "brackets: 95 % intervals, of changes by a bootstrap over items, of flips exact. p is McNemar's exact test of "
+    "whether as many answers turn right as turn wrong; of many p values, one in twenty is below 0.05 by chance. The "
+    "lead is the log-probability of the right choice less that of the best other one."
 )
 ABOUT_RELATION = (
     "KL on text and flips on tasks, of every setting that has both. KL is far less noisy than accuracy: a few thousand "
     "tokens fix it to a few percent, while as sure a change of accuracy would take tens of thousands of items."
 )
 TEXT_COLUMNS = {
-    "bits_per_value": ("bits per value", ".2f"),
-    "bytes_per_rank": ("MB received per rank", ",.0f"),
     "perplexity": ("perplexity", ".2f"),
     "perplexity_increase_pct": ("change, %", "+.2f"),
     "kl": ("KL, mean", ".4f"),
     "kl_median": ("median", ".4f"),
     "kl_p95": ("95 %", ".3f"),
     "kl_p99": ("99 %", ".3f"),
-    "top1_agreement": ("top-1", ".4f"),
+    "top1_agreement": ("top-1", ".3f"),
     "rms_probability_change": ("RMS Δp", ".4f"),
 }
 TASK_COLUMNS = ("uncompressed, %", "%", "change, points", "turned wrong", "turned right", "flips, %", "p", "lead, nats")
@@ -45,13 +43,10 @@ TASK_COLUMNS = ("uncompressed, %", "%", "change, points", "turned wrong", "turne
 def text(rows: Rows) -> Section:
     """Figures of one text."""
     columns = {key: column for key, column in TEXT_COLUMNS.items() if key in rows.rows[0]}
-    table = []
-    for row in rows.rows:
-        cells = {key: spread(row, key, spec) for key, (_, spec) in columns.items()}
-        table.append([row["codec"], row["algorithm"], *(cells | {"bytes_per_rank": megabytes(row)}).values()])
-    headings = ("setting", "algorithm", *(heading for heading, _ in columns.values()))
+    table = [[row["codec"], *(spread(row, key, spec) for key, (_, spec) in columns.items())] for row in rows.rows]
+    headings = ("setting", *(heading for heading, _ in columns.values()))
     about = ABOUT_TEXTS + (ABOUT_INTERVALS if "rms_probability_change" in columns else "")
-    return Section(f"Text: {rows.scored}", [Text(about), Table(headings, table, range(2, len(headings)))])
+    return Section(f"Text: {rows.scored}", [Text(about), Table(headings, table, range(1, len(headings)))])
 
 
 def together(compared: list[dict], score: str) -> list[dict]:

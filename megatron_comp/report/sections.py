@@ -72,6 +72,7 @@ def _glance(inputs: Inputs, compared: list[dict]) -> Section:
     """A row for each setting, of everything that was measured of it."""
     columns: dict[str, dict[str, str]] = {}
     for rows in inputs.evaluate[:1]:
+        columns["algorithm"] = {row["codec"]: row["algorithm"] for row in rows.rows}
         columns["bits per value"] = {row["codec"]: said(row, "bits_per_value", ".2f") for row in rows.rows}
         columns["MB received per rank"] = {row["codec"]: megabytes(row) for row in rows.rows}
     for rows in inputs.evaluate:
@@ -87,7 +88,8 @@ def _glance(inputs: Inputs, compared: list[dict]) -> Section:
     columns = {heading: cells for heading, cells in columns.items() if cells}
     settings = list(dict.fromkeys(name for cells in columns.values() for name in cells))
     rows = [[name, *(cells.get(name, "") for cells in columns.values())] for name in settings]
-    return Section("At a glance", [Table(("setting", *columns), rows, range(1, len(columns) + 1))] if rows else [])
+    numbers = [place for place, heading in enumerate(columns, 1) if heading != "algorithm"]
+    return Section("At a glance", [Table(("setting", *columns), rows, numbers)] if rows else [])
 
 
 def _times(rows: list[dict]) -> dict[str, dict[str, str]]:
