@@ -46,6 +46,12 @@ def compare(base: Run, said: Run) -> list[dict]:
     return rows
 
 
+def together(rows: list[dict], score: str) -> list[dict]:
+    """Of rows of `compare` by one score, those of all tasks together; of runs of one task, that task's."""
+    of_score = [row for row in rows if row["score"] == score]
+    return [row for row in of_score if row["task"] == ALL] or of_score
+
+
 def _figures(right: np.ndarray, margin: np.ndarray) -> dict:
     """right, margin: float64 `[2, items]`, without and with the setting."""
     from scipy import stats

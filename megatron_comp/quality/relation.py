@@ -5,17 +5,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .paired import ALL
+import numpy as np
+
+from .paired import together
 
 FLIPS = (0.01, 0.02, 0.05, 0.1)  # shares that a bound on KL is given for
 
 
 @dataclass(frozen=True)
 class Fit:
-    """flips = scale * KL ** exponent, by least squares of logarithms over `settings` of them.
+    """flips = scale * KL ** exponent, by least squares of logarithms, over so many `settings`. Each is weighted by its
+    number of flips: the variance of that number's logarithm is its inverse.
 
-    exponent_error: standard error. If a setting moves log-probabilities by a noise of size s, KL grows as s squared,
-    and flips, which need a lead smaller than about s, grow as s: 0.5 is expected while both are small.
+    exponent_error: standard error, by how far the settings are from the line.
+
+    If a setting moves log-probabilities by a noise of size s, KL grows as s squared, and flips, which need a lead
+    smaller than about s, grow as s: an exponent of 0.5 is expected while both are small.
     """
 
     scale: float
@@ -39,9 +44,7 @@ def relate(texts: Mapping[str, list[dict]], tasks: list[dict], score: str = "acc
 
     texts: rows of `megatron-comp evaluate`, by text. tasks: rows of `paired.compare`. score: `acc` or `acc_norm`.
     """
-    compared = {row["setting"]: row for row in tasks if row["score"] == score and row["task"] == ALL}
-    # Of one task there are no rows for all.
-    compared = compared or {row["setting"]: row for row in tasks if row["score"] == score}
+    compared = {row["setting"]: row for row in together(tasks, score)}
     by_setting = [{row["codec"]: row for row in rows} for rows in texts.values()]
     rows = []
     for setting, task in compared.items():
@@ -55,15 +58,14 @@ def relate(texts: Mapping[str, list[dict]], tasks: list[dict], score: str = "acc
 
 def fit(rows: list[dict]) -> Fit | None:
     """None of fewer than three settings with a KL and flips: a line through two points is no finding."""
-    points = [(row["kl"], row["flips"]) for row in rows if row["kl"] > 0 and row["flips"] > 0]
-    if len({kl for kl, _ in points}) < 3:
+    rows = [row for row in rows if row["kl"] > 0 and row["flips"] > 0]
+    if len({row["kl"] for row in rows}) < 3:
         return None
-    from scipy import stats
-
-    line = stats.linregress(*([math.log(x) for x in column] for column in zip(*points)))
-    if line.slope <= 0:
+    kl, flips, items = (np.array([row[key] for row in rows], dtype=float) for key in ("kl", "flips", "items"))
+    (exponent, scale), covariance = np.polyfit(np.log(kl), np.log(flips), 1, w=np.sqrt(flips * items), cov=True)
+    if exponent <= 0:
         return None
-    return Fit(math.exp(line.intercept), float(line.slope), float(line.stderr), len(points))
+    return Fit(math.exp(scale), float(exponent), math.sqrt(covariance[0, 0]), len(rows))
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sections of a page on quality: texts, tasks, and which KL is harmless."""
 
-from ..quality.paired import ALL, SCORES
+from ..quality.paired import ALL, SCORES, together
 from ..quality.plot import draw_flips, draw_relation
 from ..quality.relation import FLIPS, Fit
 from .cells import drawn, percent, said, spread
@@ -47,12 +47,6 @@ def text(rows: Rows) -> Section:
     headings = ("setting", *(heading for heading, _ in columns.values()))
     about = ABOUT_TEXTS + (ABOUT_INTERVALS if "rms_probability_change" in columns else "")
     return Section(f"Text: {rows.scored}", [Text(about), Table(headings, table, range(1, len(headings)))])
-
-
-def together(compared: list[dict], score: str) -> list[dict]:
-    """Rows of all tasks together, or of the only one."""
-    of_score = [row for row in compared if row["score"] == score]
-    return [row for row in of_score if row["task"] == ALL] or of_score
 
 
 def tasks(compared: list[dict]) -> Section:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..bench.plot import draw_times
+from ..quality.paired import together
 from ..quality.plot import draw_places
 from ..quality.relation import fit, relate
 from ..search.plot import KINDS
@@ -81,9 +82,9 @@ def _glance(inputs: Inputs, compared: list[dict]) -> Section:
             r["codec"]: said(r, "perplexity_increase_pct", "+.2f", " %") for r in rows.rows
         }
         columns[f"KL{of_text}"] = {row["codec"]: said(row, "kl", ".4f") for row in rows.rows}
-    together = {row["setting"]: row for row in quality.together(compared, "acc")}
-    columns["answers that flip"] = {name: f"{100 * row['flips']:.1f} %" for name, row in together.items()}
-    columns["accuracy, points"] = {name: f"{100 * row['accuracy_change']:+.1f}" for name, row in together.items()}
+    rows = together(compared, "acc")
+    columns["answers that flip"] = {row["setting"]: f"{100 * row['flips']:.1f} %" for row in rows}
+    columns["accuracy, points"] = {row["setting"]: f"{100 * row['accuracy_change']:+.1f}" for row in rows}
     columns |= _times([row for rows in inputs.ttft for row in rows.rows])
     columns = {heading: cells for heading, cells in columns.items() if cells}
     settings = list(dict.fromkeys(name for cells in columns.values() for name in cells))

@@ -31,15 +31,22 @@ def test_a_ruined_setting_is_left_out():
 
 def test_the_line_is_found_and_read_both_ways():
     """flips = 30 % of the root of KL: 3 % at 0.01 nats, and 0.01 nats at 3 %."""
-    rows = [{"kl": kl, "flips": 0.3 * kl**0.5} for kl in (0.001, 0.004, 0.05, 0.2)]
-    line = fit([*rows, {"kl": 0.0, "flips": 0.0}])
+    rows = [{"kl": kl, "flips": 0.3 * kl**0.5, "items": 500} for kl in (0.001, 0.004, 0.05, 0.2)]
+    line = fit([*rows, {"kl": 0.0, "flips": 0.0, "items": 500}])
     assert (line.scale, line.exponent, line.settings) == (pytest.approx(0.3), pytest.approx(0.5), 4)
     assert line.exponent_error == pytest.approx(0, abs=1e-7)
     assert line.flips(0.01) == pytest.approx(0.03) and line.kl(0.03) == pytest.approx(0.01)
+
+
+def test_few_flips_weigh_little():
+    """A hundred times as many flips hold the line where they are."""
+    points = [(0.01, 0.03, 10_000), (0.04, 0.06, 10_000), (0.001, 0.1, 10)]
+    line = fit([dict(zip(("kl", "flips", "items"), point)) for point in points])
+    assert line.flips(0.02) == pytest.approx(0.3 * 0.02**0.5, rel=0.02) and line.exponent_error > 0.01
 
 
 @pytest.mark.parametrize(
     "points", [[], [(0.1, 0.1), (0.2, 0.2)], [(0.1, 0.1)] * 3, [(0.1, 0.3), (0.2, 0.2), (0.3, 0.1)]]
 )
 def test_too_few_settings_or_none_that_agree_give_no_line(points):
-    assert fit([{"kl": kl, "flips": flips} for kl, flips in points]) is None
+    assert fit([{"kl": kl, "flips": flips, "items": 500} for kl, flips in points]) is None
