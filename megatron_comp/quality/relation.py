@@ -14,10 +14,10 @@ FLIPS = (0.01, 0.02, 0.05, 0.1)  # shares that a bound on KL is given for
 
 @dataclass(frozen=True)
 class Fit:
-    """flips = scale * KL ** exponent, by least squares of logarithms, over so many `settings`. Each is weighted by its
+    """flips = scale * KL ** exponent, by least squares of logarithms, over so many `points`. Each is weighted by its
     number of flips: the variance of that number's logarithm is its inverse.
 
-    exponent_error: standard error, by how far the settings are from the line.
+    exponent_error: standard error, by how far the points are from the line.
 
     If a setting moves log-probabilities by a noise of size s, KL grows as s squared, and flips, which need a lead
     smaller than about s, grow as s: an exponent of 0.5 is expected while both are small.
@@ -26,7 +26,7 @@ class Fit:
     scale: float
     exponent: float
     exponent_error: float
-    settings: int
+    points: int
 
     def flips(self, kl: float) -> float:
         return self.scale * kl**self.exponent
@@ -56,8 +56,15 @@ def relate(texts: Mapping[str, list[dict]], tasks: list[dict], score: str = "acc
     return sorted((row for row in rows if row["kl"] is not None), key=lambda row: row["kl"])
 
 
+def next_tokens(texts: Mapping[str, list[dict]]) -> list[dict]:
+    """The same of next tokens, which need no tasks: `setting`, `kl`, and as `flips` the share of tokens of all texts
+    whose most likely next token is another one than without compression. All settings have the same `items`."""
+    rows = [row for rows in texts.values() for row in rows if row["kl"] is not None]
+    return [{"setting": row["codec"], "kl": row["kl"], "flips": 1 - row["top1_agreement"], "items": 1} for row in rows]
+
+
 def fit(rows: list[dict]) -> Fit | None:
-    """None of fewer than three settings with a KL and flips: a line through two points is no finding."""
+    """Of rows with `kl`, `flips` and `items`. None of fewer than three with flips: a line through two is no finding."""
     rows = [row for row in rows if row["kl"] > 0 and row["flips"] > 0]
     if len({row["kl"] for row in rows}) < 3:
         return None

@@ -24,8 +24,9 @@ ABOUT_TASKS = (
     "lead is the log-probability of the right choice less that of the best other one."
 )
 ABOUT_RELATION = (
-    "KL on text and flips on tasks, of every setting that has both. KL is far less noisy than accuracy: a few thousand "
-    "tokens fix it to a few percent, while as sure a change of accuracy would take tens of thousands of items."
+    "KL is far less noisy than accuracy: a few thousand tokens fix it to a few percent, while as sure a change of "
+    "accuracy would take tens of thousands of items. So a bound is set on KL, and this is what a KL goes with. An "
+    "answer flips if it turns wrong or right, a next token if the most likely one is another."
 )
 TEXT_COLUMNS = {
     "perplexity": ("perplexity", ".2f"),
@@ -86,23 +87,29 @@ def _change(row: dict) -> str:
     return percent(row, "accuracy_change", "+.1f").replace("\n", f"{star}\n")
 
 
-def relation(related: list[dict], line: Fit | None) -> Section:
-    """related: rows of `relation.relate`. line: fitted to them."""
-    says = "Answers that flip, by KL on text"
-    headings = ("setting", "bits per value", "KL", "perplexity, %", "flips, %", "accuracy, points", "p")
-    rows = []
-    for row in related:
-        cells = [row["setting"], f"{row['bits_per_value']:.2f}", f"{row['kl']:.4f}"]
-        cells += [said(row, "perplexity_increase_pct", "+.2f"), percent(row, "flips", ".1f")]
-        rows.append([*cells, percent(row, "accuracy_change", "+.1f"), f"{row['mcnemar_p']:.2g}"])
-    parts: list[Text | Code | Table | Figure] = [
-        Text(ABOUT_RELATION),
-        drawn("relation", says, lambda path: draw_relation(related, line, path)),
-        Table(headings, rows, range(1, len(headings))),
-    ]
-    if line:
-        fitted = f"Fitted over {line.settings} settings: flips = {100 * line.scale:.3g} % x KL^{line.exponent:.2f} "
-        fitted += f"(exponent ± {line.exponent_error:.2f}). Read the other way round, as a bound for search --max-kl:"
-        bounds = [(f"{100 * flips:g} %", f"{line.kl(flips):.2g}") for flips in FLIPS]
-        parts += [Text(fitted), Table(("answers that may flip", "KL, nats per token"), bounds, (0, 1))]
-    return Section("Which KL is harmless", parts)
+def relation(related: list[dict], answers: Fit | None, tokens: Fit | None) -> Section:
+    """related: rows of `relation.relate`. answers, tokens: lines through them, and through `relation.next_tokens`."""
+    parts: list[Text | Code | Table | Figure] = [Text(ABOUT_RELATION)]
+    if len(related) > 1:
+        says = "Answers that flip, by KL on text"
+        headings = ("setting", "bits per value", "KL", "perplexity, %", "flips, %", "accuracy, points", "p")
+        rows = []
+        for row in related:
+            cells = [row["setting"], f"{row['bits_per_value']:.2f}", f"{row['kl']:.4f}"]
+            cells += [said(row, "perplexity_increase_pct", "+.2f"), percent(row, "flips", ".1f")]
+            rows.append([*cells, percent(row, "accuracy_change", "+.1f"), f"{row['mcnemar_p']:.2g}"])
+        parts.append(drawn("relation", says, lambda path: draw_relation(related, answers, path)))
+        parts.append(Table(headings, rows, range(1, len(headings))))
+    lines = {"answers": answers, "next tokens": tokens}
+    if lines := {what: line for what, line in lines.items() if line}:
+        parts += [Text(f"Share of {what} that flip: {_formula(line)}.") for what, line in lines.items()]
+        parts.append(Text("Read the other way round, as a bound for search --max-kl, in nats per token:"))
+        bounds = [[f"{100 * flips:g} %", *(f"{line.kl(flips):.2g}" for line in lines.values())] for flips in FLIPS]
+        headings = ("that may flip", *(f"KL, by {what}" for what in lines))
+        parts.append(Table(headings, bounds, range(len(headings))))
+    return Section("Which KL is harmless", parts if len(parts) > 1 else [])
+
+
+def _formula(line: Fit) -> str:
+    fitted = f"{100 * line.scale:.3g} % x KL^{line.exponent:.2f}"
+    return f"{fitted} (exponent ± {line.exponent_error:.2f}, fitted to {line.points} points)"

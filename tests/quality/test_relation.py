@@ -2,7 +2,7 @@
 import pytest
 
 from megatron_comp.quality.paired import ALL
-from megatron_comp.quality.relation import fit, relate
+from megatron_comp.quality.relation import fit, next_tokens, relate
 
 
 def text(**kls):
@@ -33,9 +33,16 @@ def test_the_line_is_found_and_read_both_ways():
     """flips = 30 % of the root of KL: 3 % at 0.01 nats, and 0.01 nats at 3 %."""
     rows = [{"kl": kl, "flips": 0.3 * kl**0.5, "items": 500} for kl in (0.001, 0.004, 0.05, 0.2)]
     line = fit([*rows, {"kl": 0.0, "flips": 0.0, "items": 500}])
-    assert (line.scale, line.exponent, line.settings) == (pytest.approx(0.3), pytest.approx(0.5), 4)
+    assert (line.scale, line.exponent, line.points) == (pytest.approx(0.3), pytest.approx(0.5), 4)
     assert line.exponent_error == pytest.approx(0, abs=1e-7)
     assert line.flips(0.01) == pytest.approx(0.03) and line.kl(0.03) == pytest.approx(0.01)
+
+
+def test_next_tokens_are_those_of_all_texts():
+    rows = [{"codec": "a", "kl": 0.1, "top1_agreement": 0.75}, {"codec": "ruined", "kl": None, "top1_agreement": None}]
+    assert [(row["setting"], row["kl"], row["flips"]) for row in next_tokens({"one": rows, "two": rows[:1]})] == [
+        ("a", 0.1, 0.25)
+    ] * 2
 
 
 def test_few_flips_weigh_little():
