@@ -89,8 +89,14 @@ pre { background: #f4f6f8; padding: .7rem .9rem; font: .8rem/1.45 ui-monospace, 
 figure { margin: 1rem 0; }
 svg { max-width: 100%; height: auto; }
 .wide { overflow-x: auto; }
-@media print { body { max-width: none; margin: 0; padding: 0; font-size: 11px; } h2, figure, tr { break-inside: avoid; }
-  h2 { break-after: avoid; } .wide { overflow: visible; } pre { border: 1px solid #dde1e6; } }
+@media print {
+  html { font-size: 12px; }
+  body { max-width: none; margin: 0; padding: 0; font-size: 11px; }
+  h2, figure, tr { break-inside: avoid; }
+  h2 { break-after: avoid; }
+  .wide { overflow: visible; }
+  pre { border: 1px solid #dde1e6; }
+}
 """
 
 
