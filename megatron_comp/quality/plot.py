@@ -35,35 +35,41 @@ def draw_flips(rows: Sequence[dict], title: str, path: str) -> None:
     save(figure, path)
 
 
-def draw_relation(rows: Sequence[dict], fit: Fit | None, path: str) -> None:
-    """Flips over KL of all settings that have both, each with its interval, and the fitted line.
+def draw_relation(answers: Sequence[dict], tokens: Sequence[dict], lines: Sequence[Fit | None], path: str) -> None:
+    """Flips over KL: answers of tasks, each with its interval and its setting's name, and next tokens of texts.
 
-    rows: of `relation.relate`.
+    answers, tokens: of `relation.relate` and `relation.next_tokens`. lines: fitted to each of them.
     """
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if row["kl"] > 0 and row["flips"] > 0]
     figure = Figure(figsize=(9, 4.8), layout="constrained")
-    axes = figure.add_subplot(title="Answers that flip, by KL on text; whiskers: 95 % interval of the flips")
-    for turn, row in enumerate(rows):
-        kl, flips = row["kl"], 100 * row["flips"]
-        ends = [100 * (row["flips"] if row[f"flips_{end}"] is None else row[f"flips_{end}"]) for end in ("low", "high")]
-        axes.errorbar(kl, flips, [[flips - ends[0]], [ends[1] - flips]], fmt="o", color=RIGHT, ecolor="#9aa5b1")
-        offset = (7, -12) if turn % 2 else (-7, 9)
-        side = "left" if turn % 2 else "right"
-        axes.annotate(row["setting"], (kl, flips), offset, textcoords="offset points", ha=side, fontsize="small")
-    if fit:
-        span = [min(row["kl"] for row in rows) / 1.5, max(row["kl"] for row in rows) * 1.5]
-        label = f"flips = {100 * fit.scale:.3g} % x KL^{fit.exponent:.2f}"
-        axes.plot(span, [100 * fit.flips(kl) for kl in span], color=WRONG, linewidth=1, zorder=0, label=label)
-        axes.legend(loc="upper left")
+    axes = figure.add_subplot(title="What flips, by KL on text; whiskers: 95 % interval")
+    kinds = ((answers, "answers", RIGHT, "o"), (tokens, "next tokens", WRONG, "s"))
+    for (rows, what, color, marker), line in zip(kinds, lines):
+        rows = [row for row in rows if row["kl"] > 0 and row["flips"] > 0]
+        for row in rows:
+            ends = [100 * row.get(f"flips_{end}", row["flips"]) for end in ("low", "high")]
+            axes.plot([row["kl"]] * 2, ends, color="#9aa5b1", zorder=1)
+        points = [row["kl"] for row in rows], [100 * row["flips"] for row in rows]
+        axes.scatter(*points, s=26, color=color, marker=marker, zorder=2, label=what if rows else None)
+        if line:
+            span = [min(points[0]) / 1.5, max(points[0]) * 1.5]
+            label = f"{100 * line.scale:.3g} % x KL^{line.exponent:.2f}"
+            axes.plot(span, [100 * line.flips(kl) for kl in span], color=color, linewidth=1, zorder=0, label=label)
+    named = [row for row in answers or tokens if row["kl"] > 0 and row["flips"] > 0]
+    for turn, row in enumerate(sorted(named, key=lambda row: row["kl"])):
+        offset, side = (((-6, 9), "right"), ((6, -13), "left"))[turn % 2]
+        place = (row["kl"], 100 * row["flips"])
+        axes.annotate(row["setting"], place, offset, textcoords="offset points", ha=side, fontsize="small")
     axes.set(xscale="log", yscale="log", xlabel="KL to the uncompressed model, nats per token")
-    axes.set(ylabel="answers that turned wrong or right, % of items")
+    axes.set(ylabel="% of items, or of tokens, that flip")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
-    axes.margins(x=0.18, y=0.15)
+    axes.margins(x=0.15, y=0.12)
+    axes.set_ylim(bottom=min(100 * row["flips"] for row in [*answers, *tokens] if row["flips"] > 0) / 3)
     axes.grid(alpha=0.3, which="both")
+    axes.legend(loc="upper left", fontsize="small")
     save(figure, path)
 
 

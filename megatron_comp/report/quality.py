@@ -3,7 +3,7 @@
 
 from ..quality.paired import ALL, SCORES, together
 from ..quality.plot import draw_flips, draw_relation
-from ..quality.relation import FLIPS, Fit
+from ..quality.relation import FLIPS, Fit, fit
 from .cells import drawn, percent, said, spread
 from .document import Code, Figure, Section, Table, Text
 from .sources import Rows
@@ -87,27 +87,29 @@ def _change(row: dict) -> str:
     return percent(row, "accuracy_change", "+.1f").replace("\n", f"{star}\n")
 
 
-def relation(related: list[dict], answers: Fit | None, tokens: Fit | None) -> Section:
-    """related: rows of `relation.relate`. answers, tokens: lines through them, and through `relation.next_tokens`."""
+def relation(answers: list[dict], tokens: list[dict]) -> Section:
+    """answers, tokens: rows of `relation.relate` and of `relation.next_tokens`."""
+    lines = {"answers": fit(answers), "next tokens": fit(tokens)}
+    if not any(lines.values()):
+        return Section("", [])
+    says = "Answers and next tokens that flip, by KL on text"
     parts: list[Text | Code | Table | Figure] = [Text(ABOUT_RELATION)]
-    if len(related) > 1:
-        says = "Answers that flip, by KL on text"
-        headings = ("setting", "bits per value", "KL", "perplexity, %", "flips, %", "accuracy, points", "p")
-        rows = []
-        for row in related:
-            cells = [row["setting"], f"{row['bits_per_value']:.2f}", f"{row['kl']:.4f}"]
-            cells += [said(row, "perplexity_increase_pct", "+.2f"), percent(row, "flips", ".1f")]
-            rows.append([*cells, percent(row, "accuracy_change", "+.1f"), f"{row['mcnemar_p']:.2g}"])
-        parts.append(drawn("relation", says, lambda path: draw_relation(related, answers, path)))
+    parts.append(drawn("relation", says, lambda path: draw_relation(answers, tokens, list(lines.values()), path)))
+    headings = ("setting", "bits per value", "KL", "perplexity, %", "flips, %", "accuracy, points", "p")
+    rows = []
+    for row in answers:
+        cells = [row["setting"], f"{row['bits_per_value']:.2f}", f"{row['kl']:.4f}"]
+        cells += [said(row, "perplexity_increase_pct", "+.2f"), percent(row, "flips", ".1f")]
+        rows.append([*cells, percent(row, "accuracy_change", "+.1f"), f"{row['mcnemar_p']:.2g}"])
+    if rows:
         parts.append(Table(headings, rows, range(1, len(headings))))
-    lines = {"answers": answers, "next tokens": tokens}
-    if lines := {what: line for what, line in lines.items() if line}:
-        parts += [Text(f"Share of {what} that flip: {_formula(line)}.") for what, line in lines.items()]
-        parts.append(Text("Read the other way round, as a bound for search --max-kl, in nats per token:"))
-        bounds = [[f"{100 * flips:g} %", *(f"{line.kl(flips):.2g}" for line in lines.values())] for flips in FLIPS]
-        headings = ("that may flip", *(f"KL, by {what}" for what in lines))
-        parts.append(Table(headings, bounds, range(len(headings))))
-    return Section("Which KL is harmless", parts if len(parts) > 1 else [])
+    lines = {what: line for what, line in lines.items() if line}
+    parts += [Text(f"Share of {what} that flip: {_formula(line)}.") for what, line in lines.items()]
+    parts.append(Text("Read the other way round, as a bound for search --max-kl, in nats per token:"))
+    bounds = [[f"{100 * flips:g} %", *(f"{line.kl(flips):.2g}" for line in lines.values())] for flips in FLIPS]
+    headings = ("that may flip", *(f"KL, by {what}" for what in lines))
+    parts.append(Table(headings, bounds, range(len(headings))))
+    return Section("Which KL is harmless", parts)
 
 
 def _formula(line: Fit) -> str:

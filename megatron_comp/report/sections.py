@@ -8,7 +8,7 @@ from pathlib import Path
 from ..bench.plot import draw_times
 from ..quality.paired import together
 from ..quality.plot import draw_places
-from ..quality.relation import fit, next_tokens, relate
+from ..quality.relation import next_tokens, relate
 from ..search.plot import KINDS
 from ..search.plot import draw as draw_frontier
 from . import quality
@@ -27,8 +27,7 @@ def sections(inputs: Inputs, compared: list[dict], command: str, missing: Sequen
     if compared:
         made.append(quality.tasks(compared))
     texts = {rows.path: rows.rows for rows in inputs.evaluate}
-    related = relate(texts, compared)
-    made.append(quality.relation(related, fit(related), fit(next_tokens(texts))))
+    made.append(quality.relation(relate(texts, compared), next_tokens(texts)))
     if inputs.sensitivity:
         made.append(_places(inputs.sensitivity))
     if inputs.search:
