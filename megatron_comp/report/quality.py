@@ -24,9 +24,9 @@ ABOUT_TASKS = (
     "lead is the log-probability of the right choice less that of the best other one."
 )
 ABOUT_RELATION = (
-    "KL is far less noisy than accuracy: a few thousand tokens fix it to a few percent, while as sure a change of "
-    "accuracy would take tens of thousands of items. So a bound is set on KL, and this is what a KL goes with. An "
-    "answer flips if it turns wrong or right, a next token if the most likely one is another."
+    "KL is far less noisy than accuracy: a few thousand tokens fix it to within about a tenth, while a change of "
+    "accuracy by half a point takes thousands of items to be seen. So a bound is set on KL, and this is what a KL goes "
+    "with. An answer flips if it turns wrong or right, a next token if the most likely one is another."
 )
 TEXT_COLUMNS = {
     "perplexity": ("perplexity", ".2f"),

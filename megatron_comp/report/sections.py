@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sections of a page, in their order: what was measured, in tables and figures."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..bench.plot import draw_times
+from ..quality.origin import digest
 from ..quality.paired import together
 from ..quality.plot import draw_places
 from ..quality.relation import next_tokens, relate
-from ..search.plot import KINDS
+from ..search.plot import COSTS, KINDS
 from ..search.plot import draw as draw_frontier
 from . import quality
 from .cells import drawn, megabytes, said, spread
@@ -17,6 +17,7 @@ from .document import Code, Section, Table, Text
 from .sources import Inputs, Rows, Sensitivity
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+TIMES = ("setting", "TP", "link", "ms, median", "20 to 80 %", "times as fast (95 % interval)", "MB received per rank")
 MOST_TIMES = 3  # columns of times in the first table
 
 
@@ -32,7 +33,7 @@ def sections(inputs: Inputs, compared: list[dict], command: str, missing: Sequen
         made.append(_places(inputs.sensitivity))
     if inputs.search:
         made.append(_frontier(inputs.search))
-    made += [_ttft(rows) for rows in inputs.ttft]
+    made += [_ttft(rows, number) for number, rows in enumerate(inputs.ttft, 1)]
     if inputs.policies:
         parts = [part for name, text in inputs.policies for part in (Text(name), Code(text))]
         made.append(Section("Policies" if len(inputs.policies) > 1 else "Policy", parts))
@@ -120,31 +121,30 @@ def _frontier(found: Rows) -> Section:
     rows = [row for row in found.rows if row["kl"] and row["kind"] in KINDS]
     if not rows:
         return Section("Search", [])
-    bound, title = found.config.get("max_kl"), found.name
-    rows.sort(key=lambda row: (row["bits_per_value"], row["kl"]))
-    # What sends more than another row and costs more as well is in the figure alone.
-    best = [row for row in rows if row["chosen"] or all(_better(row, other) for other in rows)]
-    headings = ("policy", "algorithm", "bits per value", "KL", "perplexity, %", "")
-    return Section(
-        "Search",
-        [
-            drawn("frontier", "Bits per value and KL", lambda path: draw_frontier(rows, {}, bound, title, path)),
-            Text("Points that no other point beats in both bits and KL:"),
-            Table(headings, [_point(row) for row in best], (2, 3, 4)),
-        ],
+    # A search with drops has its policies' predicted times: bits per value leave out what is not sent at all.
+    cost = "sums_ms" if all(isinstance(row.get("sums_ms"), (int, float)) for row in rows) else "bits_per_value"
+    rows.sort(key=lambda row: (row[cost], row["kl"]))
+    best = [row for row in rows if row["chosen"] or not any(_beats(other, row, cost) for other in rows)]
+    bound = found.config.get("max_kl")
+    bound = bound if isinstance(bound, (int, float)) else None
+    figure = drawn("frontier", "Cost and KL", lambda path: draw_frontier(rows, {}, bound, found.name, path, cost))
+    about = Text("Points that no other point beats in both, and what was written:")
+    headings = ("policy", "algorithm", COSTS[cost], "KL, nats per token", "perplexity, %", "")
+    return Section("Search", [figure, about, Table(headings, [_point(row, cost) for row in best], (2, 3, 4))])
+
+
+def _beats(one: dict, other: dict, cost: str) -> bool:
+    return (
+        one[cost] <= other[cost] and one["kl"] <= other["kl"] and (one[cost], one["kl"]) != (other[cost], other["kl"])
     )
 
 
-def _better(row: dict, other: dict) -> bool:
-    return other is row or row["bits_per_value"] < other["bits_per_value"] or row["kl"] < other["kl"]
-
-
-def _point(row: dict) -> list[str]:
-    cells = [row["name"], row["algorithm"], f"{row['bits_per_value']:.3f}", f"{row['kl']:.4f}"]
+def _point(row: dict, cost: str) -> list[str]:
+    cells = [row["name"], row["algorithm"], f"{row[cost]:.5g}", f"{row['kl']:.4f}"]
     return [*cells, said(row, "perplexity_increase_pct", "+.2f"), row["chosen"]]
 
 
-def _ttft(found: Rows) -> Section:
+def _ttft(found: Rows, number: int) -> Section:
     rows = found.rows
     what = f"Time to first token, {rows[0]['prompt_tokens']} tokens, {_dtype(rows[0]['dtype'])}"
     draw = {
@@ -153,30 +153,15 @@ def _ttft(found: Rows) -> Section:
         "time": "ttft_ms",
         "speedup": "speedup_vs_none",
     }
-    headings = (
-        "setting",
-        "TP",
-        "link",
-        "ms, median",
-        "20 to 80 %",
-        "times as fast (95 % interval)",
-        "MB received per rank",
-    )
-    table = []
-    for row in rows:
-        fast = {"speedup": row["speedup_vs_none"]} | {
-            f"speedup_{end}": row.get(f"speedup_{end}") for end in ("low", "high")
-        }
-        times = [f"{row['ttft_ms']:,.0f}", f"{row['p20_ms']:,.0f} to {row['p80_ms']:,.0f}"]
-        table.append(
-            [row["policy"], str(row["tp"]), row["link"], *times, spread(fast, "speedup", ".2f"), megabytes(row)]
-        )
-    figure = drawn(
-        f"ttft-{hashlib.sha256(found.path.encode()).hexdigest()[:6]}",
-        what,
-        lambda path: draw_times(rows, path, what, **draw),
-    )
-    return Section("Time to first token", [figure, Table(headings, table, (1, 3, 4, 5, 6))])
+    figure = drawn(f"ttft{number}", what, lambda path: draw_times(rows, path, what, **draw))
+    return Section("Time to first token", [figure, Table(TIMES, [_time(row) for row in rows], (1, 3, 4, 5, 6))])
+
+
+def _time(row: dict) -> list[str]:
+    ends = {f"fast_{end}": row.get(f"speedup_{end}") for end in ("low", "high")}
+    times = [f"{row['ttft_ms']:,.0f}", f"{row['p20_ms']:,.0f} to {row['p80_ms']:,.0f}"]
+    fast = spread({"fast": row["speedup_vs_none"], **ends}, "fast", ".2f")
+    return [row["policy"], str(row["tp"]), row["link"], *times, fast, megabytes(row)]
 
 
 def _again(inputs: Inputs, command: str, missing: Sequence[str]) -> Section:
@@ -187,9 +172,7 @@ def _again(inputs: Inputs, command: str, missing: Sequence[str]) -> Section:
     commands = [rows.command for rows in of_rows] + [run.header["command"] for run in inputs.items]
     if commands := list(dict.fromkeys(filter(None, commands))):
         parts += [Text("What it shows was measured by:"), Code("\n".join(commands))]
-    files = [
-        (Path(path).name, hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]) for path in dict.fromkeys(paths)
-    ]
+    files = [(Path(path).name, digest(path)) for path in dict.fromkeys(paths)]
     parts.append(Table(("file", "sha256, first digits"), files))
     if missing:
         parts.append(Text(f"Not given, and so not on this page: {', '.join(missing)}."))

@@ -151,6 +151,18 @@ def test_sensitivity_may_be_of_dropped_sums(report, tmp_path):
     assert "KL that the dropped sum costs, by layer and site" in (tmp_path / "page.html").read_text()
 
 
+def test_a_search_with_drops_is_shown_by_time(report, tmp_path):
+    """Bits per value leave out what a policy does not send at all. The written one stays, beaten or not."""
+    assert report("--out=page.md", f"--search={RESULTS / '2026-11-21_search_drop_smollm2_tp2.csv'}") == 0
+    page = (tmp_path / "page.md").read_text()
+    table = page.partition("predicted time of all sums of a prompt, ms | KL")[2]
+    assert table.count("&lt;- written") == 1
+    with (RESULTS / "2026-11-21_search_drop_smollm2_tp2.csv").open() as file:
+        rows = [(float(row["sums_ms"]), float(row["kl"])) for row in csv.DictReader(file) if float(row["kl"]) > 0]
+    cheapest = min(rows)
+    assert f"| {cheapest[0]:.5g} | {cheapest[1]:.4f} |" in table
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
