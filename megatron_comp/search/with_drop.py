@@ -34,7 +34,10 @@ NS = 1e9  # costs are whole nanoseconds
 
 @dataclass(frozen=True)
 class Words:
-    """What one sum may be, `none` included, and what each word costs on a link. algorithm: of the codecs."""
+    """What one sum may be, `none` included, and what each word costs on a link. algorithm: of the codecs.
+
+    Candidates whose time the calibration does not know are no words: nobody knows what they would gain.
+    """
 
     candidates: tuple[Codec, ...]
     algorithm: str
@@ -60,16 +63,21 @@ class Words:
 
     def _pairs(self, damages: list[list[float]]):
         """(codec of the first phase, of the second, damage); `gather_sum` has one phase."""
-        rounded = list(zip(self.candidates, *damages, strict=True))
+        rounded = [row for row in zip(self.candidates, *damages, strict=True) if self.calibration.knows(row[0])]
         for first, damage, _ in rounded:
             if self.algorithm == "gather_sum":
                 yield first, first, damage
             else:
                 yield from ((first, second, damage + more) for second, _, more in rounded)
 
-    def seconds(self, policy: CompressionPolicy) -> float:
-        """Of all sums of a prefill, every message compressed that the policy compresses."""
-        return sums(self.job, policy, self.calibration).seconds
+    def untimed(self, policy: CompressionPolicy) -> list[str]:
+        """Codecs of the policy whose time the calibration does not know."""
+        return [str(codec) for codec in policy.codecs() if not self.calibration.knows(codec)]
+
+    def seconds(self, policy: CompressionPolicy) -> float | None:
+        """Of all sums of a prefill, every message compressed that the policy compresses; None if some of its codecs are
+        untimed."""
+        return None if self.untimed(policy) else sums(self.job, policy, self.calibration).seconds
 
 
 def search_with_drop(measurements: Measurements, bound: Bound, words: Words, min_bytes: int | str) -> Found:
@@ -97,7 +105,7 @@ def search_with_drop(measurements: Measurements, bound: Bound, words: Words, min
         bound=bound,
         curves={"no drop": _curve(without), "with drops": _curve(with_drops)},
         distilled=_distilled(picked),
-        seconds=words.seconds,
+        words=words,
     )
 
 
