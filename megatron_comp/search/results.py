@@ -20,7 +20,7 @@ from .plot import draw
 
 if TYPE_CHECKING:
     from ..quality.judge import Judge
-    from .with_drop import Words
+    from .words import Words
 
 COLUMNS = {
     "name": ("policy", ""),

@@ -18,7 +18,7 @@ from megatron_comp.search.plot import draw
 from megatron_comp.search.results import policy_text
 from megatron_comp.search.solve import Choice, Frontier
 from megatron_comp.search.tune import tune
-from megatron_comp.search.with_drop import Words
+from megatron_comp.search.words import Words
 from megatron_comp.wire.calibration import LINKS, Calibration, CodecCost, Link
 from megatron_comp.wire.codec import Codec
 
