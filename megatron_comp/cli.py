@@ -8,7 +8,6 @@ import os
 import sys
 import warnings
 from contextlib import contextmanager
-from textwrap import shorten
 from types import ModuleType
 
 from .commands.subcommands import Subcommands
@@ -66,8 +65,8 @@ def carry_out(command: ModuleType, args: argparse.Namespace, program: str, argv:
             with _own_warnings():
                 command.run(args)
             return 0
+        preflight.check_inputs(args)  # without torch, which the command's own checks may need
         command.check(args)
-        preflight.check_model(args)
         if hasattr(command, "start"):
             return command.start(args, argv)
         return ranks.start(args.tp, [sys.executable, "-m", program, *argv])
@@ -93,7 +92,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _replace_what_cannot_be_written() -> None:
-    """Lets standard output write `?` for characters that its encoding lacks, instead of failing after the work."""
+    """Lets standard output write `?` for characters that its encoding lacks, instead of failing after the work; where
+    there is none, what is written goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the command
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process runs
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
@@ -136,7 +139,11 @@ class _Once(logging.Handler):
 def _one_line(error: Exception) -> str:
     """What an error says, without the frames of C++ that torch adds, and cut where it is no text for people."""
     said = str(error).partition("\nException raised from ")[0]
-    text = shorten(" ".join(said.split()), MOST_CHARACTERS, placeholder=" ...") or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        said = f"{error.filename}: {error.strerror}"
+    text = " ".join(said.split()) or type(error).__name__
+    if len(text) > MOST_CHARACTERS:
+        text = text[:MOST_CHARACTERS] + " ..."
     return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
 
 

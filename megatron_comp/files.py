@@ -50,18 +50,18 @@ def replacing(path: str | Path, mode: int | None = None) -> Iterator[Path]:
     Raises OSError if the file cannot be written.
     """
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        yield target  # /dev/stdout, a pipe
+    if target.exists() and not target.is_file():  # /dev/stdout, a pipe
+        with _naming(path):
+            yield target
         return
     partial = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}{target.suffix}")
-    try:
+    with _naming(path):
         partial.touch(exist_ok=False)
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from None  # of the file that somebody asked for
     if mode is None:
         mode = (target if target.exists() else partial).stat().st_mode & 0o777
     try:
-        yield partial
+        with _naming(path):
+            yield partial
         partial.chmod(mode)  # a writer may have made the file anew, with other permissions
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
@@ -69,6 +69,17 @@ def replacing(path: str | Path, mode: int | None = None) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             partial.unlink()
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """An OSError, such as that of a full disk, names the file that somebody asked for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # another library's, with words of its own
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from None
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -90,12 +101,20 @@ def write_json(path: str | Path, content: object, indent: int | None = None) -> 
 def read_json(path: str | Path, what: str) -> object:
     """The content of a JSON file; `what` names its kind in errors, as in `config file`.
 
-    Raises ValueError for what is not JSON or nests too deeply to be read, OSError if the file cannot be opened.
+    Raises ValueError for what is not JSON in UTF-8, nests too deeply or has a number of thousands of digits, OSError if
+    the file cannot be opened.
     """
     try:
-        return json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} {path} is not valid JSON: {error}") from None
+        return json.loads(Path(path).read_bytes().decode())  # with other encodings transformers fails
+    except RecursionError:
+        problem = "it nests too deeply"
+    except UnicodeDecodeError as error:
+        problem = f"it is not UTF-8 (byte {error.start})"
+    except json.JSONDecodeError as error:
+        problem = "it begins with a byte order mark" if "BOM" in error.msg else str(error)
+    except ValueError:  # Python reads no integer of more than 4300 digits
+        problem = "it has a number of thousands of digits"
+    raise ValueError(f"{what} {path} is not valid JSON: {problem}")
 
 
 class InUse(ValueError):
@@ -211,7 +230,8 @@ def read_yaml(path: str | Path, what: str) -> object:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
         return yaml.load(content.decode("utf-8"), _Loader)
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{what} {path} is not YAML: {error}") from None
+        problem = str(error).replace('in "<unicode string>", ', "in ")  # the parser's name for what it was given
+        raise ValueError(f"{what} {path} is not YAML: {problem}") from None
 
 
 class _Loader(yaml.SafeLoader):

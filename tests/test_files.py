@@ -224,12 +224,28 @@ def test_a_lock_is_taken_through_no_link(tmp_path, link):
     assert (tmp_path / "victim").read_text() == "precious"
 
 
-@pytest.mark.parametrize("text", ["{", "[" * 100_000, f'{{"a": {"9" * 5000}}}', "\xff\x00"])
-def test_json_that_cannot_be_read(tmp_path, text):
-    (tmp_path / "file.json").write_text(text, encoding="latin-1")
-    with pytest.raises(ValueError, match="config .*file.json is not valid JSON") as error:
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"{", "Expecting property name"),
+        (b"[" * 100_000, "nests too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "a number of thousands of digits"),
+        (b'{"a": "\xe9"}', r"not UTF-8 \(byte 7\)"),
+        ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
+        (b'\xef\xbb\xbf{"a": 1}', "byte order mark"),
+    ],
+    ids=["cut", "deep", "digits", "latin-1", "utf-16", "mark"],
+)
+def test_json_that_cannot_be_read(tmp_path, content, problem):
+    (tmp_path / "file.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"config .*file.json is not valid JSON: .*{problem}") as error:
         files.read_json(tmp_path / "file.json", "config")
     assert len(str(error.value)) < 500
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file():
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        files.write_text("/dev/full", "x")
 
 
 # Calls that write a file. Those of `files` write it whole; so does what stands in a `with files.replacing(...)`.

@@ -8,9 +8,8 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from ..launcher import output
+from ..launcher.progress import progress
 from ..wire.calibration import LEVEL_LINKS
 from ..wire.codec import Codec
 from ..wire.collectives import all_reduce
@@ -74,7 +73,7 @@ def measure(setting: Scope, device: torch.device) -> Timings:
     steps = [step for step in calls for _ in range(SMALL_SAMPLES if setting.nbytes(step[1]) < SMALL_BYTES else 1)]
     for call in calls.values():
         call()  # compiles, connects, fills caches
-    bar = tqdm(total=setting.rounds * len(steps), desc="calibrate", unit="call", disable=output.bar_disabled())
+    bar = progress(total=setting.rounds * len(steps), desc="calibrate", unit="call")
     with bar:
         for _ in range(setting.rounds):
             for what in steps:

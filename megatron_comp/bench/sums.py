@@ -10,9 +10,8 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from ..launcher import output
+from ..launcher.progress import progress
 from ..wire import exchange
 from ..wire.calibration import Calibration, find_calibration
 from ..wire.codec import Codec, CodecPair
@@ -49,9 +48,7 @@ def measure(setting, shape: tuple[int, int], ranks: int, group, device: torch.de
     entries = list(_entries(setting, x, islands, topology, group, calibration))
     errors = [_error(entry, ranks, group, x) if member else 0.0 for entry in entries]  # also what warms up
     seconds = []
-    for _ in tqdm(
-        range(setting.repeats), desc=f"{ranks} ranks, {list(shape)}", unit="round", disable=output.bar_disabled()
-    ):
+    for _ in progress(range(setting.repeats), desc=f"{ranks} ranks, {list(shape)}", unit="round"):
         seconds.append([_seconds(entry, device) if member else _wait() for entry in entries])
     samples = zip(*links.slowest(seconds, device))
     return _rows(entries, list(samples), errors, x, ranks, len(islands.members))

@@ -5,11 +5,11 @@ import argparse
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from ..bench import links, plot, timing
 from ..bench.circumstances import circumstances
 from ..launcher import output
+from ..launcher.progress import progress
 from ..policy import DROP
 from . import options
 
@@ -114,7 +114,7 @@ def measure(model, settings: list[options.Setting], tokens: int, runs: int, new_
     prompt = torch.randint(model.hf_config.vocab_size, (tokens,), generator=generator)
     ids = checked_prompt(model, prompt, new_tokens)
     count = len(settings)
-    bar = tqdm(total=(runs + 1) * count, desc="ttft", unit="run", disable=output.bar_disabled())
+    bar = progress(total=(runs + 1) * count, desc="ttft", unit="run")
     traffic, seconds = [], []
     with bar:
         for setting in settings:  # warms up, and tells what one prefill sends

@@ -65,6 +65,8 @@ def check(args: argparse.Namespace) -> list[str]:
     drop_options.check(args)
     if outside := [percent for percent in args.percent if not 0 <= percent <= 100]:
         raise ValueError(f"--percent {outside[0]}: allowed are 0 to 100")
+    if args.sensitivity:
+        read_rows(args.sensitivity)
     codecs = args.codec or ["none"]
     for codec in codecs:
         policy([], codec)

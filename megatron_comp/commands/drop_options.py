@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..inference.text import read_tokenizer
 from ..quality.windows import read_windows
-from . import options
+from . import options, preflight
 
 MODEL = "Folder of a Hugging Face Llama checkpoint."
 CALIBRATION_TEXT = "A calibration text. Judge the result by another one."
@@ -35,6 +35,8 @@ def add_blocks(parser: argparse.ArgumentParser, tokens: int) -> None:
 def check(args: argparse.Namespace, *files: str) -> None:
     """Fails before any work on what can be seen from here. files: more options that name what is written."""
     options.check_model(args)
+    if hasattr(args, "ranks"):  # a step of one process, which no other checks
+        preflight.check_inputs(args)
     options.check_text(args)
     for option in ("sensitivity", "start", "weights"):
         if (path := getattr(args, option, None)) and not Path(path).is_file():

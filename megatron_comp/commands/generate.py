@@ -4,10 +4,9 @@
 import argparse
 from collections.abc import Callable
 
-from tqdm import tqdm
-
 from ..inference.text import check_prompt, encode, stop_tokens
 from ..launcher import output
+from ..launcher.progress import progress
 from . import options
 
 COLUMNS = {
@@ -63,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> list[options.Setting]:
-    if bool(args.codec) + len(args.policy) > 1:
+    if (args.codec is not None) + len(args.policy) > 1:
         raise ValueError("give one --codec or --policy, not both")
     options.at_least_one(args, "new_tokens")
     if args.engine == "static" and len(args.prompt) > 1:
@@ -71,7 +70,7 @@ def check(args: argparse.Namespace) -> list[options.Setting]:
     for prompt in args.prompt:
         check_prompt(prompt)
     options.check_files(args)
-    return options.settings(args, [args.codec] if args.codec else []) or [options.NONE]
+    return options.settings(args, [] if args.codec is None else [args.codec]) or [options.NONE]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -109,7 +108,7 @@ def generate_row(
     apply_compression(model, setting.policy)  # counters start again
 
     prefill_bytes = None
-    with tqdm(total=max_new_tokens, desc=f"generate {setting.name}", disable=not output.is_first_rank()) as bar:
+    with progress(total=max_new_tokens, desc=f"generate {setting.name}") as bar:
 
         def on_step() -> None:
             nonlocal prefill_bytes

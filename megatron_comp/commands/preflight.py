@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be known before ranks start, of the environment and of the model's folder; within a second, without torch.
+"""What can be known before ranks start, of the environment and of what a command reads; within a second, without torch.
 
 Files that a command writes are checked by `output.check_file`, options by the command's own `check`.
 """
@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from ..inference import config, environment, model_files, shards
-from ..inference.text import named_stops
+from ..inference.text import check_length, named_stops
 
 
 def check_environment(args: argparse.Namespace) -> None:
@@ -21,16 +21,30 @@ def check_environment(args: argparse.Namespace) -> None:
         )
 
 
-def check_model(args: argparse.Namespace) -> None:
+def check_inputs(args: argparse.Namespace) -> None:
+    """Of the model, of weights that take the place of its own, and of the text; those that do not exist are the
+    command's own to name. Raises ValueError or FileNotFoundError that names file, key, value and what is allowed."""
+    _check_model(args)
+    for name in ("weights", "distilled", "start"):
+        if (path := getattr(args, name, None)) and Path(path).is_file():
+            model_files.check_safetensors(Path(path))
+    if (path := getattr(args, "text", None)) and Path(path).is_file():
+        check_length(path, args.tokens // args.context * args.context if args.context > 0 else 0)
+
+
+def _check_model(args: argparse.Namespace) -> None:
     """Raises ValueError or FileNotFoundError that names file, key, value and what is allowed, for a folder of --model
     that cannot be read, or not on --tp ranks."""
     if not isinstance(getattr(args, "model", None), str) or not Path(args.model).is_dir():
         return
     folder = Path(args.model)
     raw = config.read_raw(folder)
-    if (sizes := config.sizes(raw)) is not None and isinstance(getattr(args, "tp", None), int):
-        shards.check_tensor_parallel(sizes, args.tp)
+    tp = getattr(args, "tp", getattr(args, "ranks", None))
+    if (sizes := config.sizes(raw)) is not None and isinstance(tp, int) and tp >= 1:
+        shards.check_tensor_parallel(sizes, tp)
+    if any(getattr(args, name, None) for name in ("blocks", "weights", "distilled")):
+        model_files.check_read_by_layer(folder)
     model_files.check_weights(folder)
-    if hasattr(args, "token_dispatcher"):  # a command that runs the model, with its tokenizer
+    if {"token_dispatcher", "text"} & vars(args).keys():  # a command that runs the model, or reads a text
         model_files.check_tokenizer(folder)
         named_stops(folder)

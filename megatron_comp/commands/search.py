@@ -100,7 +100,8 @@ def check_search(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..search.mixed import search_mixed
-    from ..search.with_drop import Words, search_with_drop
+    from ..search.with_drop import search_with_drop
+    from ..search.words import Words
     from ..spd.weights import write_blocks
 
     check(args)

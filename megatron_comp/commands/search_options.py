@@ -9,7 +9,7 @@ from ..predict.calibrations import calibration_of
 from ..predict.hardware import GPUS, WIRES
 from ..predict.models import load
 from ..predict.times import Job
-from ..search.candidates import PRESETS
+from ..search.candidates import CANDIDATES, PRESETS, parse_candidates
 from ..wire.calibration import Calibration
 from ..wire.codec import Codec
 from . import options
@@ -82,7 +82,13 @@ def check(args: argparse.Namespace) -> None:
     args.prompt_tokens = PROMPT_TOKENS if args.prompt_tokens is None else args.prompt_tokens
     if args.prompt_tokens < 1:
         raise ValueError(f"--prompt-tokens {args.prompt_tokens}: at least one is needed")
-    calibration(args, (), 2)
+    candidates = parse_candidates(args.codec or list(CANDIDATES))
+    known = calibration(args, candidates, 2)
+    if not any(map(known.knows, candidates)):
+        raise ValueError(
+            f"--calibration {args.calibration}: it has no candidate's time, only those of {', '.join(known.codecs)}: "
+            "`megatron-comp calibrate --codec` measures others"
+        )
 
 
 def calibration(args: argparse.Namespace, candidates: Sequence[Codec], itemsize: int) -> Calibration:
@@ -96,7 +102,8 @@ def job(args: argparse.Namespace, itemsize: int) -> Job:
 
 
 def untimed(known: Calibration, candidates: Sequence[Codec]) -> str:
-    """What a user should know of candidates whose time nobody has measured; empty if there is nothing."""
+    """What a user should know of candidates that are left out, as nobody has measured their time; empty if there is
+    nothing."""
     unknown = [str(codec) for codec in candidates if not known.knows(codec)]
     if not known.codecs:
         return f"search: times are those of messages on a link of {known.source}"
@@ -104,5 +111,5 @@ def untimed(known: Calibration, candidates: Sequence[Codec]) -> str:
         return ""
     return (
         f"search: {known.source} has no time of {len(unknown)} of {len(candidates)} candidates, such as {unknown[0]}: "
-        "they are taken to be as slow as the slowest there; `megatron-comp calibrate --codec` measures them"
+        "they are left out; `megatron-comp calibrate --codec` measures them"
     )

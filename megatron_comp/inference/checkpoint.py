@@ -53,7 +53,7 @@ class _SaveInThisProcess(TorchDistSaveShardedStrategy):
 
     def save(self, sharded_state_dict, checkpoint_dir) -> None:
         tensors, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        with tqdm(desc="write", unit=" tensors", disable=dist.get_rank() != 0) as bar:
+        with tqdm(desc="write", unit=" tensors", disable=True if dist.get_rank() else None) as bar:
             dcp.save(
                 mcore_to_pyt_state_dict(tensors),
                 storage_writer=dcp.FileSystemWriter(checkpoint_dir),

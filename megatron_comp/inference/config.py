@@ -113,7 +113,8 @@ REFUSED = {
     "partial_rotary_factor": Refusal(lambda value: value is None or value == 1, "only 1.0 is supported"),
     "per_layer_config": Refusal(lambda value: not value, "only layers that are all alike are supported"),
     "layer_types": Refusal(
-        lambda value: value is None or set(value) <= {"full_attention"}, "only 'full_attention' is supported"
+        lambda value: value is None or (isinstance(value, list) and all(each == "full_attention" for each in value)),
+        "only 'full_attention' is supported",
     ),
 }
 QUANTIZATION = ("quantization_config", "compression_config")

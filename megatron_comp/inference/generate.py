@@ -83,6 +83,11 @@ def checked_prompt(model: GPTModel, prompt_ids, max_new_tokens: int) -> Tensor:
 
 @torch.no_grad()
 def logits(model: GPTModel, ids: Tensor, gather: bool = False) -> Tensor:
+    """What `differentiable_logits` gives, without gradients."""
+    return differentiable_logits(model, ids, gather)
+
+
+def differentiable_logits(model: GPTModel, ids: Tensor, gather: bool = False) -> Tensor:
     """Logits after every token, from one forward without cache.
 
     ids [b, s] -> [b, s, V_rank], this rank's part of the vocabulary, which begins at

@@ -128,7 +128,7 @@ def build_model(
         model.rotary_pos_emb.inv_freq = inv_freq
     if megatron_checkpoint := model_files.find_distributed(model_dir):
         if extra_weights is not None:
-            raise ValueError(f"{model_dir} is a checkpoint of Megatron's: extra weights go with one of Hugging Face's")
+            model_files.check_read_by_layer(model_dir)
         checkpoint.load(model, megatron_checkpoint)
     else:
         hf.load_weights(model, model_dir, config, _share(), extra_weights)

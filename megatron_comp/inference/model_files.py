@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -101,12 +102,10 @@ def shards(folder: Path) -> dict[str, str] | None:
         found = f"; {others[0]} is not read" if others else ""
         raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}{found}")
     check_file(index)
-    try:
-        files = read_json(index, "file")["weight_map"]
-        if not isinstance(files, dict):
-            raise TypeError(f"weight_map is a {type(files).__name__}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from None
+    content = read_json(index, "index")
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{index} is not an index of safetensors shards: it has no weight_map of tensors and files")
     for tensor, file in files.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise ValueError(f"{index} is not an index of safetensors shards: {shown(tensor)} is in {shown(file)}")
@@ -133,9 +132,9 @@ def find_distributed(folder: str | Path) -> Path | None:
         return None
     tracker = folder / TRACKER
     if tracker.is_file():
-        word = tracker.read_text().strip()
-        if word != RELEASE and not word.isdigit():
-            raise ValueError(f"{tracker} says {word!r}; expected an iteration's number or {RELEASE!r}")
+        word = tracker.read_text(errors="replace").strip()
+        if word != RELEASE and not re.fullmatch("[0-9]{1,18}", word):
+            raise ValueError(f"{tracker} says {shown(word)}; expected an iteration's number or {RELEASE!r}")
         folder /= word if word == RELEASE else f"iter_{int(word):07d}"
     elif not (folder / ".metadata").is_file():
         return None
@@ -143,6 +142,15 @@ def find_distributed(folder: str | Path) -> Path | None:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing: expected a complete checkpoint of the format torch_dist")
     return folder
+
+
+def check_read_by_layer(folder: str | Path) -> None:
+    """Raises ValueError for a checkpoint of Megatron's: only Hugging Face's are read layer by layer."""
+    if find_distributed(folder):
+        raise ValueError(
+            f"{folder} is a checkpoint of Megatron's, whose layers are not read one by one: give the one of Hugging "
+            "Face's that it was made from"
+        )
 
 
 def check_weights(folder: Path) -> None:
@@ -163,6 +171,12 @@ def check_tokenizer(folder: Path) -> None:
         raise FileNotFoundError(f"{folder} holds no tokenizer: expected one of {', '.join(TOKENIZERS)}")
     for name in found:
         check_file(folder / name)
+    if TOKENIZERS[0] in found:
+        content = read_json(folder / TOKENIZERS[0], "tokenizer")
+        if not isinstance(content, dict) or "model" not in content:
+            raise ValueError(f"{folder / TOKENIZERS[0]} is not a tokenizer: it has no model")
+    if (settings := folder / "tokenizer_config.json").is_file():
+        read_json(settings, "tokenizer's settings")
     if sentencepiece_alone(folder) and (missing := [name for name, module in READERS.items() if not _there(module)]):
         raise ValueError(
             f"{folder / SENTENCEPIECE} is a sentencepiece file, and {' and '.join(missing)} cannot be imported: "

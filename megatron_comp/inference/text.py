@@ -56,6 +56,22 @@ def encode(tokenizer, prompt: str, chat: bool = False) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)  # the template has written them
 
 
+def read_text(path) -> str:
+    """A text file. Raises ValueError if it is not UTF-8, OSError if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {path} is not UTF-8 text: {error}") from None
+
+
+def check_length(path, tokens: int) -> None:
+    """Raises ValueError for a text file that no tokenizer can make so many tokens of: a token is at least a byte, but
+    for a few that begin and end a text. Raises also what `read_text` raises."""
+    size = len(read_text(path).encode())
+    if size + 8 < tokens:
+        raise ValueError(f"--text {path} has {size} bytes, too few for {tokens} tokens")
+
+
 def check_prompt(prompt: str) -> None:
     """Raises ValueError for bytes that are not UTF-8, which Python hands on as lone surrogates."""
     try:

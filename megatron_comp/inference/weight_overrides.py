@@ -10,7 +10,7 @@ from ..layers.apply import remove_compression
 from ..policy import CompressionPolicy
 from .hf import check_extra
 from .model import reload_layers
-from .model_files import find_distributed
+from .model_files import check_read_by_layer
 
 
 def blocks_in(path: str) -> set[int]:
@@ -34,10 +34,7 @@ class WeightOverrides:
     """
 
     def __init__(self, model: torch.nn.Module, model_dir: str, path: str) -> None:
-        if find_distributed(model_dir):
-            raise ValueError(
-                f"{model_dir} is a checkpoint of Megatron's: weights of blocks go with one of Hugging Face's"
-            )
+        check_read_by_layer(model_dir)
         check_extra(path, model.config.tensor_model_parallel_size)
         self.model, self.model_dir, self.path, self.blocks = model, model_dir, path, blocks_in(path)
         self._used: set[int] = set()

@@ -29,11 +29,6 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def bar_disabled() -> bool | None:
-    """For tqdm's `disable`: the first rank's bars are shown, and only on a terminal."""
-    return None if is_first_rank() else True
-
-
 def show(title: str, columns: dict[str, tuple[str, str]], rows: list[dict]) -> None:
     """Prints a table, a line per row; `columns` maps a row's keys to headings and format specs such as `.3f`.
 
@@ -152,15 +147,17 @@ def check_file(option: str, path: str | None) -> None:
         return
     if option == "--figure" and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--figure needs matplotlib: pip install matplotlib, or this package with its extra 'plot'")
-    target = Path(path).resolve()
-    if not path or not target.parent.is_dir() or target.is_dir():
-        raise ValueError(f"{option} {path}: not a file, or its folder does not exist")
     try:
+        target = Path(path).resolve()
+        if not path or not target.parent.is_dir() or target.is_dir():
+            raise ValueError("not a file, or its folder does not exist")
         if not target.exists() or target.is_file():  # else a device or a pipe, which is written in place
             with tempfile.TemporaryFile(dir=target.parent):
                 pass
     except OSError as error:
         raise ValueError(f"{option} {path}: cannot be written: {error.strerror}") from None
+    except ValueError as error:  # a name with a null byte, too
+        raise ValueError(f"{option} {path}: {error}") from None
     if target.exists() and not os.access(target, os.W_OK):
         raise ValueError(f"{option} {path}: cannot be written: {os.strerror(errno.EACCES)}")
 

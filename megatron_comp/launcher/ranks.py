@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -19,6 +18,9 @@ from .network import Network
 
 # How long the other ranks have, once one has failed, to notice and to say what they saw.
 GRACE_SECONDS = 15.0
+
+# What srun numbers its tasks by: over all nodes, and on each.
+_SRUN = ("SLURM_PROCID", "SLURM_LOCALID")
 
 # Variables that `start` hands to its ranks: its own process, and the folder for what they report.
 _STARTER = "MEGATRON_COMP_STARTER"
@@ -31,7 +33,8 @@ def joined() -> bool:
     A rank of torchrun or `start` ends with the process that started it, however that ends. To one of srun, which gives
     it a number but no ranks, this gives them.
 
-    Raises ValueError under srun with several tasks if nobody has said where they meet.
+    Raises ValueError under srun with several tasks if nobody has said where they meet, and for variables of srun that
+    are left over from something else.
     """
     if "WORLD_SIZE" in os.environ:
         if starter := os.environ.get(_STARTER):
@@ -40,7 +43,13 @@ def joined() -> bool:
             _die_with(os.getppid())
         return True
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if int(tasks) == 1:
+    numbers = [tasks] if tasks == "1" else [tasks, *(os.environ.get(name, "") for name in _SRUN)]
+    if not all(number.isascii() and number.isdecimal() for number in numbers) or tasks == "0":
+        raise ValueError(
+            f"the environment says SLURM_STEP_NUM_TASKS={tasks!r}, but srun has not numbered this process by "
+            f"{' and '.join(_SRUN)}: `unset SLURM_STEP_NUM_TASKS` to start without srun"
+        )
+    if tasks == "1":
         return False
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         raise ValueError(
@@ -56,7 +65,8 @@ def start(ranks: int, command: list[str], network: Network | None = None, **more
 
     network: of so many ranks, which stands while they run; None: they meet on this machine as it is. more: further
     variables of their environment. Rank 0's output is the command's.
-    What ranks reported with `report` is printed once for all that said the same.
+    What the rank reported that failed first is printed, once for all that said the same; of the others, which lost it,
+    one line.
 
     Raises ValueError for a network that cannot be made here.
     """
@@ -68,14 +78,14 @@ def start(ranks: int, command: list[str], network: Network | None = None, **more
                 for rank in range(ranks):
                     environment = _environment(rank, ranks, errors) | place | more
                     processes.append(subprocess.Popen([*enter(rank), *command], env=environment))
-                status = _wait(processes)
+                status, lasted = _wait(processes)
             finally:
                 for process in processes:
                     process.kill()
                 for process in processes:
                     process.wait()
             if status:
-                _print_errors(processes, Path(errors))
+                _print_errors(processes, Path(errors), lasted)
             return status
     finally:
         for number, handler in previous.items():
@@ -168,29 +178,47 @@ def _environment(rank: int, ranks: int, errors: str) -> dict[str, str]:
     return environment
 
 
-def _wait(processes: list[subprocess.Popen]) -> int:
-    """Waits for all; after a failure only as long as the grace lasts. The first failing status, or 0."""
-    status, deadline = 0, None
-    while any(process.poll() is None for process in processes):
+def _wait(processes: list[subprocess.Popen]) -> tuple[int, list[float]]:
+    """Waits for all; after a failure only as long as the grace lasts. The first failing status, or 0; and when each
+    process was last seen alive."""
+    status, deadline, lasted, alive = 0, None, [time.time()] * len(processes), True
+    while alive:
+        now = time.time()
+        alive = [rank for rank, process in enumerate(processes) if process.poll() is None]
+        for rank in alive:
+            lasted[rank] = now
         if deadline is None and (failed := [p.returncode for p in processes if p.poll()]):
             status, deadline = failed[0], time.monotonic() + GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             break
         time.sleep(0.05)
     status = status or next((process.returncode for process in processes if process.returncode), 0)
-    return 1 if status < 0 else status
+    return 1 if status < 0 else status, lasted
 
 
-def _print_errors(processes: list[subprocess.Popen], folder: Path) -> None:
-    ranks_saying = defaultdict(list)
+def _print_errors(processes: list[subprocess.Popen], folder: Path, lasted: list[float]) -> None:
+    """lasted: when each process was last seen alive, which is when one failed that said nothing."""
+    failures: list[tuple[float, str, int]] = []  # when, what, and which rank
     for rank, process in enumerate(processes):
         file = folder / str(rank)
         if file.exists():
-            ranks_saying[file.read_text()].append(rank)
-        elif process.returncode == -signal.SIGKILL:
-            ranks_saying["was killed, or did not end after another rank had failed"].append(rank)
+            failures.append((file.stat().st_mtime, file.read_text(), rank))
         elif process.returncode:
-            ranks_saying[f"ended with status {process.returncode} and said nothing"].append(rank)
-    for message, ranks in ranks_saying.items():
-        where = "" if len(ranks) == len(processes) else f" on rank {', '.join(map(str, ranks))}"
-        print(f"megatron-comp: error{where}: {message}", file=sys.stderr, flush=True)
+            failures.append((lasted[rank], _ending(process.returncode), rank))
+    failures.sort()
+    first = failures[0][1]
+    alike, others = ([failure for failure in failures if (failure[1] == first) is same] for same in (True, False))
+    for what, group in (("error", alike), ("then an error", others)):
+        if group:
+            ranks = ", ".join(map(str, sorted(rank for *_, rank in group)))
+            where = "" if len(group) == len(processes) else f" on rank {ranks}"
+            print(f"megatron-comp: {what}{where}: {group[0][1]}", file=sys.stderr, flush=True)
+
+
+def _ending(status: int) -> str:
+    """Of a process that reported nothing."""
+    if status == -signal.SIGKILL:
+        return "was killed, or did not end after another rank had failed"
+    if status < 0:
+        return f"was ended by signal {-status} ({signal.strsignal(-status)})"
+    return f"ended with status {status} and said nothing"

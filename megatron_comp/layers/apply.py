@@ -18,7 +18,7 @@ from . import logits
 from .agreement import agree_on_calibration, compare_ranks, connect_islands, say_once
 from .compressed_layer import can_overlap, compress_layer, restore_layer
 from .meter import ModelStats
-from .not_recognised import find_not_recognised, shortened
+from .not_recognised import find_not_recognised, find_without_policy, shortened
 from .places import Place, find_places, reducers, restore
 from .plans import Plans
 from .reducer import Phase, Reducer
@@ -104,12 +104,13 @@ def remove_compression(model: torch.nn.Module) -> torch.nn.Module:
 def stats(model: torch.nn.Module) -> ModelStats:
     """Calls and bytes of every site, compressed and kept, from `apply_compression` to this moment.
 
-    Where the policy says how logits are gathered they are a site too, `logits`.
+    Where the policy says how logits are gathered they are a site too, `logits`. Sums that are not counted, since no
+    policy reaches them or nobody gave one, are named.
     """
     found = list(reducers(model))
     links = dict.fromkeys(each.plans.calibration.source for each in found if each.plans.policy.predicts)
     sites = [deepcopy(each.meter.stats) for each in (*found, *logits.gathers(model))]
-    return ModelStats(sites, "; ".join(links), find_not_recognised(model))
+    return ModelStats(sites, "; ".join(links), find_not_recognised(model), find_without_policy(model))
 
 
 def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> str | None:

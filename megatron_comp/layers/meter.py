@@ -77,6 +77,9 @@ class ModelStats:
     not_recognised: list[str] = field(default_factory=list)
     """Modules of the model, with their classes, that have a sum which no policy reaches: it stays uncompressed, and is
     not counted here."""
+    without_policy: list[str] = field(default_factory=list)
+    """`CompressedRowParallelLinear`s to which nobody has given a policy: they sum as the stock class does, and are not
+    counted here."""
 
     def __str__(self) -> str:
         what = "sums and gathers of logits" if any(site.site == "logits" for site in self.sites) else "sums"
@@ -91,6 +94,8 @@ class ModelStats:
             said += ", not counting replays of CUDA graphs"
         if self.not_recognised:
             said += f"; {len(self.not_recognised)} sums of the model are not recognised and not counted"
+        if self.without_policy:
+            said += f"; {len(self.without_policy)} compressed linears have no policy: uncompressed, and not counted"
         return said + (f"; {self.link}" if self.link else "")
 
     def table(self) -> str:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums over tensor-parallel ranks that no place of `places.py` stands for: they stay as they are, and are listed.
+"""Sums over tensor-parallel ranks that stay as they are, and are listed: those that no place of `places.py` stands for,
+and those of compressed linears without a policy.
 
 A module has such a sum if it is a row-parallel linear that reduces, local or Transformer Engine's, or if a method of
 its class calls one of Megatron's reductions. Functions that such a method calls are not looked into.
@@ -16,6 +17,7 @@ from megatron.core.tensor_parallel import RowParallelLinear, VocabParallelEmbedd
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
 from .places import find_places
+from .row_parallel import CompressedRowParallelLinear
 
 REDUCTIONS = {
     "reduce_from_tensor_model_parallel_region",
@@ -38,6 +40,12 @@ def find_sums(model: torch.nn.Module, covered: Collection[int] = ()) -> list[str
         for name, module in model.named_modules()
         if id(module) not in covered and _sums(module)
     ]
+
+
+def find_without_policy(model: torch.nn.Module) -> list[str]:
+    """Names of the model's compressed linears that sum as the stock class does, as nobody has given them a policy."""
+    named = model.named_modules()
+    return [name for name, module in named if isinstance(module, CompressedRowParallelLinear) and _sums(module)]
 
 
 def shortened(names: Iterable[str]) -> str:

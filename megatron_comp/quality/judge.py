@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from ..inference.generate import logits
 from ..inference.weight_overrides import WeightOverrides
-from ..launcher import output
+from ..launcher.progress import progress
 from ..layers.apply import apply_compression, remove_compression, stats
 from ..layers.meter import ModelStats, wait_for_device
 from ..policy import CompressionPolicy
@@ -110,7 +109,7 @@ class Judge:
         """
         base, judged = Judgement(), [Judgement() for _ in trials]
         steps = len(self.windows) * len(trials)
-        bar = tqdm(total=steps, desc=title, unit="forward", disable=output.bar_disabled())
+        bar = progress(total=steps, desc=title, unit="forward")
         try:
             for number, window in enumerate(self.windows):
                 reference = self._reference(number)

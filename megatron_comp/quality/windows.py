@@ -2,18 +2,16 @@
 """Windows of tokens from a text."""
 
 import argparse
-from pathlib import Path
 
 import torch
+
+from ..inference.text import read_text
 
 
 def read_windows(args: argparse.Namespace, tokenizer):
     """int64 `[windows, context]` from the start of `args.text`. Raises ValueError if it is too short or no text."""
     # The start of the file holds what is needed: no token is longer than a few dozen characters, few as long as 8.
-    try:
-        text = Path(args.text).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text {args.text} is not UTF-8 text: {error}") from None
+    text = read_text(args.text)
     count = args.tokens // args.context * args.context
     ids = tokenizer.encode(text[: 8 * count])
     if len(ids) < count:

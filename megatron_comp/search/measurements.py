@@ -3,9 +3,7 @@
 
 from collections.abc import Collection
 
-from tqdm import tqdm
-
-from ..launcher import output
+from ..launcher.progress import progress
 from ..layers.apply import remove_compression
 from ..policy import CompressionPolicy
 from ..quality.judge import Judge, Trial
@@ -31,8 +29,7 @@ class Measurements:
         probes = attach_probes(model, candidates, joined)
         for probe, row in zip(probes, seen["rows"]):
             probe.go_on(row)
-        disable = output.bar_disabled()
-        for number in tqdm(range(done, len(windows)), "sensitivity", len(windows), initial=done, disable=disable):
+        for number in progress(range(done, len(windows)), "sensitivity", len(windows), initial=done):
             measure_window(model, windows[number], number)
             seen = journal.keep(SENSITIVITY, {"windows": number + 1, "rows": [probe.row() for probe in probes]})
         remove_compression(model)

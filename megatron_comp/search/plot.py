@@ -28,7 +28,7 @@ def draw(
     path: str,
     cost: str = "bits_per_value",
 ) -> None:
-    """`cost` of a row against its KL, of every tried point of the kinds above.
+    """`cost` of a row against its KL, of every tried point of the kinds above; those of unknown cost at the edge.
 
     curves: by name, (cost, predicted KL) of the best trades.
     """
@@ -39,6 +39,7 @@ def draw(
         title=f"What a policy sends, and what that costs in quality (lower left is better)\n{title}"
     )
     rows = [row for row in rows if row["kind"] in KINDS]
+    unplaced, rows = ([row for row in rows if (row[cost] is None) is unknown] for unknown in (True, False))
     for turn, (name, curve) in enumerate(curves.items()):
         label = f"{name}, predicted from sensitivities"
         axes.plot(*zip(*curve), color=f"C{turn}", linewidth=1, label=label)
@@ -55,9 +56,15 @@ def draw(
         axes.scatter(
             *place, s=120, facecolors="none", edgecolors="C3", zorder=4, label=f"written to the policy: {name}"
         )
+    for row in unplaced:
+        axes.plot(1, row["kl"], "<", transform=axes.get_yaxis_transform(), color="gray", clip_on=False)
+        said = f"{row['name']}: time not measured"
+        axes.annotate(
+            said, (1, row["kl"]), (-6, 0), axes.get_yaxis_transform(), "offset points", ha="right", fontsize="small"
+        )
     if bound_kl:
         axes.axhline(bound_kl, color="black", linewidth=0.8, linestyle="--", label=f"bound: KL {bound_kl:g}")
-    kls = [row["kl"] for row in rows if row["kl"] > 0]
+    kls = [row["kl"] for row in (*rows, *unplaced) if row["kl"] > 0]
     costs = [row[cost] for row in rows]
     margin = 0.15 * (max(costs) - min(costs)) or 0.5
     axes.set(

@@ -3,7 +3,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from .plot import draw
 
 if TYPE_CHECKING:
     from ..quality.judge import Judge
+    from .words import Words
 
 COLUMNS = {
     "name": ("policy", ""),
@@ -41,6 +42,7 @@ DROP_COLUMNS = {
     "dropped": ("dropped", "d"),
     "distilled": ("distilled", "d"),
     "sums_ms": ("sums, ms", ".1f"),
+    "untimed": ("codecs of unknown time", ""),
 } | {key: column for key, column in COLUMNS.items() if key not in ("name", "algorithm")}
 
 
@@ -48,7 +50,7 @@ DROP_COLUMNS = {
 class Found:
     """policy: to be written. point: what it measured. curves: by name, (cost, predicted KL) of the best trades.
 
-    Of a search with drops also: distilled: blocks that have those weights; seconds: predicted, of a policy's sums.
+    Of a search with drops also: distilled: blocks that have those weights; words: what tells the time of a policy.
     """
 
     policy: CompressionPolicy
@@ -56,7 +58,7 @@ class Found:
     bound: Bound
     curves: Mapping[str, list[tuple[float, float]]] = field(default_factory=dict)
     distilled: Sequence[int] = ()
-    seconds: Callable[[CompressionPolicy], float] | None = None
+    words: "Words | None" = None
 
 
 def report(args: argparse.Namespace, found: Found, judge: "Judge", how: str) -> None:
@@ -65,12 +67,12 @@ def report(args: argparse.Namespace, found: Found, judge: "Judge", how: str) -> 
     how: the command, for the policy's header.
     """
     rows, algorithm = [_row(point, found) for point in judge.points], found.policy.algorithm
-    cost = "sums_ms" if found.seconds else "bits_per_value"
-    order = sorted(rows, key=lambda row: (row[cost], row["kl"]))
+    cost = "sums_ms" if found.words else "bits_per_value"
+    order = sorted(rows, key=lambda row: (row[cost] is None, row[cost] or 0.0, row["kl"]))
     where = f"{Path(args.text).name}, {args.tokens // args.context} windows of {args.context} tokens"
     title = f"{Path(args.model).name}, TP={args.tp}, {algorithm}: {where}"
     files.write_text(args.out, policy_text(found.policy, _header(args, found, judge.journal.settings, how)))
-    output.show(f"search: {title}", DROP_COLUMNS if found.seconds else COLUMNS, order)
+    output.show(f"search: {title}", DROP_COLUMNS if found.words else COLUMNS, order)
     output.write_csv(args.csv, order)
     if args.figure:
         shown = [row for row in order if row["algorithm"] in (algorithm, "all_reduce")]
@@ -81,11 +83,11 @@ def report(args: argparse.Namespace, found: Found, judge: "Judge", how: str) -> 
 
 def _said(args: argparse.Namespace, found: Found) -> str:
     kl, bits = found.point["kl"], found.point["bits_per_value"]
-    if not found.seconds:
+    if not found.words:
         return f"{found.bound}: {args.out} sends {bits:.3f} bits a value at KL {kl:.4f}"
     dropped, stock = dropped_blocks(found.policy), CompressionPolicy()
     # Of the measured policy: the written one's min_bytes may keep what gains nothing.
-    ms, of_stock = (1e3 * found.seconds(policy) for policy in (_measured_policy(found.point), stock))
+    ms, of_stock = (1e3 * found.words.seconds(policy) for policy in (_measured_policy(found.point), stock))
     said = f"{found.bound}: {args.out} drops {len(dropped)} of attention's sums; all sums of a prompt of "
     said += f"{args.prompt_tokens} tokens are predicted to take {ms:.1f} ms instead of {of_stock:.1f}, at KL {kl:.4f}"
     if found.distilled:
@@ -105,12 +107,14 @@ def _listed(blocks: Sequence[int]) -> str:
 
 def _row(point: dict, found: Found) -> dict:
     of_drops = {}
-    if found.seconds:
+    if found.words:
         policy = _measured_policy(point)
+        seconds = found.words.seconds(policy)
         of_drops = {
             "dropped": len(dropped_blocks(policy)),
             "distilled": len(point["distilled"]),
-            "sums_ms": 1e3 * found.seconds(policy),
+            "sums_ms": None if seconds is None else 1e3 * seconds,
+            "untimed": " ".join(found.words.untimed(policy)),
         }
     return {
         "name": point["name"],

@@ -23,6 +23,7 @@ Measured on SmolLM2, TP=3, 2044 tokens: from 3-bit to 6-bit codecs at all places
 import torch
 import torch.distributed as dist
 
+from ..inference.generate import differentiable_logits
 from ..layers.apply import remove_compression
 from ..layers.places import Place, find_places
 from ..layers.reducer import Reducer
@@ -135,16 +136,13 @@ def attach_probes(model: torch.nn.Module, candidates: tuple[Codec, ...], joined:
 
 
 def measure_window(model: torch.nn.Module, window: torch.Tensor, number: int) -> None:
-    """One forward and one backward of `window` `[tokens]`; the model's probes do the rest. number: the window's."""
-    embedding = model.embedding.word_embeddings
-    ids = window[None].to(embedding.weight.device)
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    """One forward and one backward of `window` `[tokens]`; the model's probes do the rest. number: the window's.
+
+    Raises NotFiniteError for logits that are not finite.
+    """
     with torch.enable_grad():
-        said = model(ids, positions, None, runtime_gather_output=False)[0, :-1]
-    logits = said.detach()[:, : max(model.hf_config.vocab_size - embedding.vocab_start_index, 0)]
-    gradient = torch.zeros_like(said)
-    gradient[:, : logits.shape[1]] = _score(logits, embedding, number).to(said.dtype)
-    said.backward(gradient)
+        said = differentiable_logits(model, window[None])[0, :-1]
+    said.backward(_score(said.detach(), model.embedding.word_embeddings, number).to(said.dtype))
 
 
 def _score(logits: torch.Tensor, embedding, number: int) -> torch.Tensor:

@@ -13,63 +13,16 @@ the search, the choice counts by what is measured of it. The best policy without
 drops gain nothing, it is the answer.
 """
 
-from dataclasses import dataclass, field
-
 from ..layers.sync_drop import check_block
 from ..policy import DROP, CompressionPolicy
-from ..predict.times import Job, sums
 from ..spd.blocks import layers_that_drop
-from ..wire.calibration import Calibration
-from ..wire.codec import Codec, parse_codec
-from ..wire.cost import stock_seconds, sum_seconds
 from .bound import Bound
-from .candidates import PRESETS, joined_name, policy_of_names, uniform
+from .candidates import PRESETS, policy_of_names, uniform
 from .measurements import Measurements
 from .results import Found
-from .solve import Choice, Frontier, undominated
+from .solve import Choice, Frontier
 from .tune import total_cost, tune
-
-NS = 1e9  # costs are whole nanoseconds
-
-
-@dataclass(frozen=True)
-class Words:
-    """What one sum may be, `none` included, and what each word costs on a link. algorithm: of the codecs."""
-
-    candidates: tuple[Codec, ...]
-    algorithm: str
-    job: Job
-    calibration: Calibration
-    _costs: dict[str, int] = field(default_factory=dict, init=False, repr=False)
-
-    def choices(self, damages: list[list[float]], tokens: int) -> list[Choice]:
-        """damages: `[step][candidate]` of all tokens. The best trades, `none` always among them."""
-        stock = stock_seconds(self.job.shape[0] * self.job.shape[1] * self.job.itemsize, self.job.tp, self.calibration)
-        found = [Choice("none", round(NS * stock), 0.0)]
-        for first, second, damage in self._pairs(damages):
-            name = joined_name(str(first), str(second))
-            found.append(Choice(name, self._cost(name), damage / tokens))
-        return undominated(found)
-
-    def _cost(self, name: str) -> int:
-        """All sums of a model are of one shape."""
-        if name not in self._costs:
-            seconds = sum_seconds(self.job.shape, parse_codec(name), self.job.tp, self.algorithm, self.calibration)
-            self._costs[name] = round(NS * seconds)
-        return self._costs[name]
-
-    def _pairs(self, damages: list[list[float]]):
-        """(codec of the first phase, of the second, damage); `gather_sum` has one phase."""
-        rounded = list(zip(self.candidates, *damages, strict=True))
-        for first, damage, _ in rounded:
-            if self.algorithm == "gather_sum":
-                yield first, first, damage
-            else:
-                yield from ((first, second, damage + more) for second, _, more in rounded)
-
-    def seconds(self, policy: CompressionPolicy) -> float:
-        """Of all sums of a prefill, every message compressed that the policy compresses."""
-        return sums(self.job, policy, self.calibration).seconds
+from .words import NS, Words
 
 
 def search_with_drop(measurements: Measurements, bound: Bound, words: Words, min_bytes: int | str) -> Found:
@@ -97,7 +50,7 @@ def search_with_drop(measurements: Measurements, bound: Bound, words: Words, min
         bound=bound,
         curves={"no drop": _curve(without), "with drops": _curve(with_drops)},
         distilled=_distilled(picked),
-        seconds=words.seconds,
+        words=words,
     )
 
 

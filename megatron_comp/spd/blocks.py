@@ -25,11 +25,15 @@ def read_rows(path: str) -> list[dict]:
 
     Raises ValueError if the file is another one.
     """
-    try:
-        rows = files.read_json(path, "sensitivity file")["rows"]
-        return sorted(rows, key=lambda row: (row["rank"], row["block"]))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{path} is not what `megatron-comp drop sensitivity --json` writes: {error!r}") from None
+    content = files.read_json(path, "sensitivity file")
+    rows = content.get("rows") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(map(_is_row, rows)):
+        raise ValueError(f"{path} is not what `megatron-comp drop sensitivity --json` writes")
+    return sorted(rows, key=lambda row: (row["rank"], row["block"]))
+
+
+def _is_row(row: object) -> bool:
+    return isinstance(row, dict) and all(type(row.get(key)) is int for key in ("rank", "block"))
 
 
 def share_of(blocks: list[int], percent: float) -> list[int]:

@@ -13,8 +13,8 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
-from tqdm import tqdm
 
+from ..launcher.progress import progress
 from .block import Block
 
 
@@ -47,7 +47,7 @@ def distill(
     steps = recipe.epochs * math.ceil(len(x) / recipe.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     before, log = error(student, x, target, rope, recipe.ranks), []
-    with tqdm(total=steps, desc=f"block {student.number}", unit="step") as bar:
+    with progress(total=steps, desc=f"block {student.number}", unit="step") as bar:
         for epoch in range(recipe.epochs):
             total = 0.0
             for windows in torch.randperm(len(x), generator=generator).split(recipe.batch):

@@ -231,8 +231,8 @@ def default_path(ranks: int, hosts: int, backend: str, device: str) -> Path:
 def find_calibration(ranks: int, hosts: int, backend: str, device: str) -> Calibration:
     """Those of a group: of the file that MEGATRON_COMP_CALIBRATION names, else of the default path, else assumed.
 
-    The word `assumed` in that variable leaves every file unread. Raises what `Calibration.from_file` raises, and
-    ValueError if the variable names a file of another number of ranks.
+    The word `assumed` in that variable leaves every file unread. Raises ValueError for a file that is not there, cannot
+    be read, is no calibration, or is of another number of ranks.
     """
     given = os.environ.get(VARIABLE)
     if given == "assumed":
@@ -240,7 +240,10 @@ def find_calibration(ranks: int, hosts: int, backend: str, device: str) -> Calib
     path = Path(given) if given else default_path(ranks, hosts, backend, device)
     if not given and not path.exists():
         return ASSUMED
-    calibration = Calibration.from_file(path)
+    try:
+        calibration = Calibration.from_file(path)
+    except OSError as error:
+        raise ValueError(f"calibration file {path}{f' of {VARIABLE}' * bool(given)}: {error.strerror}") from None
     if calibration.ranks != ranks:
         raise ValueError(
             f"calibration file {path} was measured with {calibration.ranks} ranks, this group has {ranks}: calibrate "

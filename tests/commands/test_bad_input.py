@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from checkpoints import tiny_llama
+from characters import character_llama
 
 from megatron_comp import cli
 
@@ -21,7 +21,7 @@ GENERATE = ("--prompt", "Hello")
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A checkpoint of two shards for TP 1, 2 and 4."""
-    return Path(tiny_llama(tmp_path_factory.mktemp("tiny"), max_shard_size="60KB"))
+    return Path(character_llama(tmp_path_factory.mktemp("tiny"), max_shard_size="60KB"))
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,9 @@ def tiny(tmp_path_factory):
         (["--codec", "mxfp5"], r"codec 'mxfp5' is neither a preset \(mxfp4, .*\) nor .*element:block:scale"),
         (["--codec", "int4:33:fp16"], r"unknown block size '33'; known are 8, 16, 32, 64, 128, 256"),
         (["--codec", "mxfp4", "--policy", "p.yaml"], r"--codec or --policy, not both"),
-        (["--policy", "nowhere.yaml"], r"nowhere.yaml"),
+        (["--codec", ""], r"codec '' is neither a preset"),
+        (["--codec", "int4:" + "x" * 5000], r"codec 'int4:xxx.* \.\.\.$"),
+        (["--policy", "nowhere.yaml"], r"error: nowhere.yaml: No such file or directory$"),
         (["--tp", "0"], r"--tp 0: at least one rank"),
         (["--model", "nowhere"], r"--model nowhere: no such folder"),
         (["--new-tokens", "0"], r"--new-tokens 0: at least one"),
@@ -95,7 +97,7 @@ def remove(folder):
         (lambda f: edit_config(f, model_type="gpt2", architectures=["GPT2LMHeadModel"]), 2, r"GPT2.*LlamaForCausalLM"),
         (lambda f: (f / "config.json").unlink(), 2, r"config.json is missing"),
         (lambda f: None, 3, r"tensor_parallel 3 does not divide .* this model allows \[1, 2, 4"),
-        (lambda f: None, 2, r"no tokenizer"),
+        (lambda f: (f / "tokenizer.json").unlink(), 2, r"no tokenizer"),
     ],
     ids=["missing shard", "truncated shard", "not a Llama", "no config", "TP does not divide", "no tokenizer"],
 )
@@ -137,7 +139,7 @@ def test_killed_rank(start_command, smollm2):
     seen = ""
     while not re.search(r"[1-9]\d*/5000", seen):
         assert time.monotonic() < deadline and process.poll() is None, seen
-        seen += process.stderr.read(64)
+        seen += process.stderr.readline()
     children = children_of(process.pid)
     assert len(children) == 3
     killed = time.monotonic()
@@ -145,8 +147,10 @@ def test_killed_rank(start_command, smollm2):
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - killed < 40
     assert process.returncode == 1
-    assert "error on rank 1: was killed" in errors
-    assert re.search(r"error on rank (0, 2|0|2): \w*Error", errors), errors
+    assert "\r" not in seen
+    first, then = [line for line in errors.splitlines() if line.startswith("megatron-comp: ")]
+    assert first.startswith("megatron-comp: error on rank 1: was killed")
+    assert re.match(r"megatron-comp: then an error on rank (0, 2|0|2): \w*Error", then), errors
     assert not [child for child in children if Path(f"/proc/{child}").exists()]
 
 

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 import megatron_comp as mc
+from megatron_comp import cli
 from megatron_comp.inference.model import build_model, init_parallel
 
 
@@ -57,6 +58,27 @@ def test_distilled_weights_load_beside_the_model(two_blocks, weights, tmp_path):
     for made in ranks:
         assert torch.equal(made[2], merged[0]) and torch.equal(made[3], merged[1])
         assert not torch.equal(made[3], made[1]) and torch.equal(made[0], ranks[0][0])
+
+
+def test_checkpoints_of_megatron_are_refused_before_any_work(two_blocks, drop_text, weights, tmp_path, capsys):
+    folder = tmp_path / "megatron"
+    shutil.copytree(two_blocks, folder)
+    (folder / "model.safetensors").unlink()
+    for name in (".metadata", "metadata.json"):
+        (folder / name).write_text("{}")
+    text, out = [str(word) for word in drop_text], ("--out", str(tmp_path / "out"))
+    common, file = ("--model", str(folder), "--tp", "2"), str(weights / "both.safetensors")
+    for words in (
+        ("drop", "distill", *common, *text, "--blocks", "0", *out),
+        ("drop", "group", *common, *text, "--blocks", "0", *out),
+        ("drop", "curve", *common, *text, "--weights", file),
+        ("generate", *common, "--prompt", "a", "--weights", file),
+        ("search", *common, *text, *out, "--max-kl", "1", "--with-drop", "--link", "1gbit", "--weights", file)
+        + ("--weights-out", str(tmp_path / "w")),
+    ):
+        assert cli.main(list(words)) == 2
+        said = capsys.readouterr().err
+        assert "megatron is a checkpoint of Megatron's, whose layers are not read one by one" in said, said
 
 
 def refused(rank, world_size, folder, file, text_file):

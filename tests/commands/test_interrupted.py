@@ -169,6 +169,6 @@ def test_an_index_that_is_none(llama, tmp_path, index):
     (tmp_path / "model" / "model.safetensors.index.json").write_text(index)
     from megatron_comp.inference.hf import Checkpoint
 
-    with pytest.raises(ValueError, match=r"model.safetensors.index.json is not an index of") as error:
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json is not (an index of|valid)") as error:
         Checkpoint(tmp_path / "model")
     assert len(str(error.value)) < 500

@@ -33,7 +33,15 @@ def model(source, tmp_path):
 @pytest.fixture
 def main(capsys, monkeypatch):
     """main(*arguments, **environment) -> the one line that a command fails with, before any rank starts."""
-    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (
+        "WORLD_SIZE",
+        "RANK",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "SLURM_STEP_NUM_TASKS",
+        "GLOO_SOCKET_IFNAME",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cli.ranks, "start", lambda *_, **__: pytest.fail("ranks were started"))
 
@@ -96,6 +104,18 @@ FOLDERS = {
     ),
     "quantized": (lambda f: edit(f, quantization_config={"quant_method": "awq"}), r"the weights are quantized by awq"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), r"config.json is not valid JSON"),
+    "byte order mark": (
+        lambda f: (f / "config.json").write_text((f / "config.json").read_text(), encoding="utf-8-sig"),
+        r"config.json is not valid JSON: it begins with a byte order mark",
+    ),
+    "layer types": (lambda f: edit(f, layer_types=5), r"layer_types is 5; only 'full_attention' is supported"),
+    "no index": (
+        lambda f: (f / "model.safetensors.index.json").write_text("null"),
+        r"index.json is not an index of safetensors shards: it has no weight_map",
+    ),
+    "page of a login": (lambda f: (f / "tokenizer.json").write_text("<html>"), r"tokenizer.json is not valid JSON"),
+    "no model in the tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), r"tokenizer.json is not a tokeni"),
+    "tokenizer's settings": (lambda f: (f / "tokenizer_config.json").write_text("{"), r"_config.json is not valid JS"),
     "LFS config": (lambda f: (f / "config.json").write_text(POINTER), r"config.json is a pointer of git-lfs"),
     "LFS weights": (
         lambda f: shard(f).write_text(POINTER),
@@ -189,16 +209,37 @@ def test_heads(main, model, tmp_path, sotu_text, command, tp):
             "RANK='2'; allowed with WORLD_SIZE=2",
         ),
         ({"WORLD_SIZE": "2", "RANK": "", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "WORLD_SIZE=2, but not RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": " ", "MASTER_PORT": "1"}, "WORLD_SIZE=2, but not MASTER_ADDR"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "x"}, "MASTER_PORT='x'; allowed: 0 to 65"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "65536"},
+            "MASTER_PORT='65536'; allowed: 0 to 65535",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "x", "MASTER_ADDR": "h", "MASTER_PORT": "1"},
+            "LOCAL_RANK='x'; allowed with WORLD_SIZE=2",
+        ),
+        ({"GLOO_SOCKET_IFNAME": "lo,eth99"}, "GLOO_SOCKET_IFNAME=lo,eth99; eth99 is not one of lo"),
+        ({"SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS='x', but srun has not numbered this process"),
+        ({"SLURM_STEP_NUM_TASKS": ""}, "SLURM_STEP_NUM_TASKS='', but srun"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "2"},
+            "SLURM_STEP_NUM_TASKS='2', but srun has not numbered this process by SLURM_PRO",
+        ),
     ],
     ids=str,
 )
 def test_left_over_variables(main, model, environment, message):
     line = main(*generate(model), **environment)
-    assert message in line and "the environment says" in line and ("unset WORLD_SIZE" in line or "RANK='2'" in line)
+    assert (
+        message in line
+        and "the environment says" in line
+        and any(word in line for word in ("`unset ", "; allowed", "not one of"))
+    )
 
 
 @pytest.mark.parametrize("option", ["--json", "--csv", "--figure", "--out"])
-@pytest.mark.parametrize("place", ["nowhere/file.svg", "/proc/file.svg", "."])
+@pytest.mark.parametrize("place", ["nowhere/file.svg", "/proc/file.svg", ".", "x" * 300])
 def test_outputs(main, model, sotu_text, tmp_path, option, place):
     files = {"--json": "rows.json", "--csv": "rows.csv", "--figure": "figure.svg", "--out": "policy.yaml"}
     files = {name: tmp_path / file for name, file in files.items()} | {option: place}
@@ -208,7 +249,28 @@ def test_outputs(main, model, sotu_text, tmp_path, option, place):
         *options,
     )
     assert f"{option} {place}: " in line
-    assert ("cannot be written: " if place.startswith("/proc") else "its folder does not exist") in line
+    assert ("its folder does not exist" if place in ("nowhere/file.svg", ".") else "cannot be written: ") in line
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "has 0 bytes, too few for 64 tokens"),
+        ("We the people".encode("utf-16"), "is not UTF-8 text"),
+        (b"caf\xe9 " * 99, "is not UTF-8 text"),
+    ],
+    ids=["empty", "utf-16", "latin-1"],
+)
+def test_texts(main, model, tmp_path, content, message):
+    (tmp_path / "text").write_bytes(content)
+    words = ("evaluate", "--model", model, "--tp", 2, "--tokens", 70, "--context", 32)
+    assert f"--text {tmp_path / 'text'} {message}" in main(*words, "--text", tmp_path / "text")
+
+
+def test_weights_in_place_of_the_models(main, model, tmp_path):
+    for content, message in ((POINTER, "is a pointer of git-lfs"), ("<html>", "is damaged or incomplete (6 bytes)")):
+        (tmp_path / "weights").write_text(content)
+        assert f"{tmp_path / 'weights'} {message}" in main(*generate(model, "--weights", tmp_path / "weights"))
 
 
 def test_figures_need_matplotlib(main, model, sotu_text, tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ from searches import CODECS, LENGTH, rows_of, search
 
 from megatron_comp import cli
 from megatron_comp.policy import CompressionPolicy
+from megatron_comp.wire.calibration import Calibration, CodecCost
+from megatron_comp.wire.codec import Codec
 
 
 def mixed(folder, llama, text, *arguments, **options):
@@ -116,9 +118,22 @@ def test_bound_out_of_reach(llama, text, tmp_path):
 def test_seen_before_any_rank_starts(capsys, monkeypatch, llama, text, arguments, message):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(cli.ranks, "start", lambda *_: pytest.fail("ranks were started"))
-    required = ["search", "--model", str(llama), "--tp", "2", "--text", str(text), "--out", "policy.yaml"]
+    required = ["search", "--model", str(llama), "--tp", "2", "--text", str(text), *LENGTH, "--out", "policy.yaml"]
     assert cli.main([*required, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_candidates_of_unknown_time(capsys, monkeypatch, llama, text, tmp_path):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(cli.ranks, "start", lambda *_: 0)
+    costs = {str(Codec.parse("mxfp4")): CodecCost()}
+    Calibration(codecs=costs, measured={"ranks": 2, "device": "cpu"}).write(tmp_path / "measured.yaml")
+    required = ["search", "--model", str(llama), "--tp", "2", "--text", str(text), *LENGTH, "--with-drop"]
+    required += ["--max-kl", "0.1"]
+    required += ["--out", str(tmp_path / "policy.yaml"), "--calibration", str(tmp_path / "measured.yaml"), "--codec"]
+    assert cli.main([*required, "mxfp8"]) == 2
+    assert "measured.yaml: it has no candidate's time, only those of fp4_e2m1:32:e8m0" in capsys.readouterr().err
+    assert cli.main([*required, "mxfp8", "--codec", "mxfp4"]) == 0
 
 
 def test_what_has_moved_is_told(capsys):

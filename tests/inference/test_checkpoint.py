@@ -212,6 +212,8 @@ def test_finds_what_megatron_would(tmp_path, files, expected):
         ({".metadata": ""}, "metadata.json is missing: expected a complete checkpoint"),
         ({model_files.TRACKER: "7", "iter_0000007/mp_rank_00/model_optim_rng.pt": ""}, "0000007/.metadata is miss"),
         ({model_files.TRACKER: "last"}, "says 'last'; expected an iteration's number or 'release'"),
+        ({model_files.TRACKER: "\u00b2"}, "says '\u00b2'; expected an iteration's number"),
+        ({model_files.TRACKER: "9" * 5000}, "9'; expected an iteration's number"),
     ],
 )
 def test_an_incomplete_checkpoint_is_not_taken_for_another(tmp_path, files, message):

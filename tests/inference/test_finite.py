@@ -158,14 +158,17 @@ def test_what_it_advises_helps(source, tmp_path):
 )
 def test_commands(command, source, text, tmp_path, arguments):
     folder = damaged(source, tmp_path / "model", {LAYER + "mlp.down_proj.weight": one_nan})
-    policy, rows = tmp_path / "policy.yaml", tmp_path / "rows.json"
+    policy, rows, state = tmp_path / "policy.yaml", tmp_path / "rows.json", tmp_path / "state.json"
     arguments = [*arguments, policy] if arguments[-1] == "--out" else arguments
     if "generate" not in arguments:
         arguments = [*arguments, "--text", text, "--tokens", 64, "--context", 32]
+    if "search" in arguments:
+        arguments = [*arguments, "--state", state]
     done = command(*arguments, "--model", folder, "--tp", 2, "--json", rows)
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("megatron-comp: error")]
     assert re.search(r"logits are not finite: it began in layer 1, mlp \(", line), line
+    assert not state.exists()  # nothing was measured with it
     assert not policy.exists() and not rows.exists(), json.loads(rows.read_text())
 
 

@@ -18,6 +18,21 @@ from megatron_comp.launcher import ranks
 REPORT = "from megatron_comp.launcher.ranks import report; import os, sys; rank = os.environ['RANK']; "
 
 
+# Rank 1 ends, and the others go on a while later.
+LOST = """
+import time
+from pathlib import Path
+ending = Path(os.environ["MEGATRON_COMP_ERRORS"], "ending")
+def when_1_ends(end):
+    if rank == "1":
+        ending.touch()
+        end()
+    while not ending.exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+"""
+
+
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "SLURM_STEP_NUM_TASKS"):
@@ -45,6 +60,22 @@ def test_every_rank_runs_in_the_environment_of_a_launcher(tmp_path):
         ("rank != '1' and (report('two'), sys.exit(1))", 1, ["error on rank 0, 2: two"]),
         ("rank == '2' and sys.exit(4)", 4, ["error on rank 2: ended with status 4 and said nothing"]),
         ("rank == '0' and os.kill(os.getpid(), 9)", 1, ["error on rank 0: was killed"]),
+        (
+            "rank == '2' and os.kill(os.getpid(), 11)",
+            1,
+            ["error on rank 2: was ended by signal 11 (Segmentation fault)"],
+        ),
+        # What the others say of the one that they lost, each with its own address, is a line.
+        (
+            LOST + "when_1_ends(lambda: (report('one'), sys.exit(2)))\nreport('lost 1, ' + rank)\nsys.exit(2)",
+            2,
+            ["error on rank 1: one", "then an error on rank 0, 2: lost 1, "],
+        ),
+        (
+            LOST + "when_1_ends(lambda: os.kill(os.getpid(), 9))\nreport('lost 1, ' + rank)\nsys.exit(1)",
+            1,
+            ["error on rank 1: was killed", "then an error on rank 0, 2: lost 1, "],
+        ),
     ],
 )
 def test_status_and_what_ranks_report(code, status, told):

@@ -237,7 +237,7 @@ def in_a_spec(rank, world_size, folder):
         "stock": all_logits(stock),
         "applied": applied,
         "without": all_logits(without),
-        "sites_without": mc.stats(without).sites,
+        "stats_without": mc.stats(without),
         "with_policy": all_logits(with_policy),
         "sites": mc.stats(with_policy).sites,
         "as_applied": all_logits(mc.apply_compression(build_model(folder), policy(**chosen))),
@@ -272,7 +272,15 @@ def test_a_spec_without_a_policy_is_stock_until_one_is_applied(specs):
     for made in specs:
         assert made["classes"] == {"CompressedRowParallelLinear"}
         assert torch.equal(made["without"], made["stock"])
-        assert made["sites_without"] == []
+        assert made["stats_without"].sites == []
+        names = ("self_attention.linear_proj", "mlp.linear_fc2")
+        assert made["stats_without"].without_policy == [
+            f"decoder.layers.{n}.{name}" for n in range(4) for name in names
+        ]
+        assert str(made["stats_without"]).endswith(
+            "; 8 compressed linears have no policy: uncompressed, and not counted"
+        )
+        assert made["phases"].without_policy == []
         assert torch.equal(made["then_applied"], made["applied"])
         assert not torch.equal(made["applied"], made["stock"])
         # one forward for the logits, one prefill; two decoded tokens

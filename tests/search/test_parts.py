@@ -13,12 +13,13 @@ from megatron_comp.predict.models import Model
 from megatron_comp.predict.times import Job
 from megatron_comp.search import solve, with_drop
 from megatron_comp.search.bound import Bound
-from megatron_comp.search.candidates import policy_of, policy_of_names
+from megatron_comp.search.candidates import policy_of, policy_of_names, uniform
+from megatron_comp.search.plot import draw
 from megatron_comp.search.results import policy_text
 from megatron_comp.search.solve import Choice, Frontier
 from megatron_comp.search.tune import tune
-from megatron_comp.search.with_drop import Words
-from megatron_comp.wire.calibration import LINKS, Calibration, Link
+from megatron_comp.search.words import Words
+from megatron_comp.wire.calibration import LINKS, Calibration, CodecCost, Link
 from megatron_comp.wire.codec import Codec
 
 CHOICES = st.lists(
@@ -170,6 +171,25 @@ def test_blocks_take_the_least_time_of_all_combinations(algorithm):
         assert sum(choice.damage for choice in picked.values()) <= bound
         dropped.add((picked[1].name[0] == "drop", picked[1].name[2]))
     assert (True, True) in dropped and (False, False) in dropped
+
+
+def test_what_has_no_measured_time_is_no_candidate_and_has_no_place_among_times(tmp_path):
+    model = Model(layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=100)
+    fast, slow, unknown = codecs = tuple(map(Codec.parse, ("int4:32:fp16", "int8:32:fp16", "mxfp4")))
+    costs = {str(fast): CodecCost(encode_fixed_s=1e-6), str(slow): CodecCost(encode_fixed_s=1e-3)}
+    calibration = Calibration(dict.fromkeys(LINKS, Link(1e6, 1e-4)), costs, 0.1, {"ranks": 2, "device": "cpu"})
+    words = Words(codecs, "gather_sum", Job(model, 2, 1, 16, 4), calibration)
+    assert [choice.name for choice in words.choices([[9, 8, 7], [0, 0, 0]], 10)] == [str(fast), str(slow), "none"]
+    assert words.seconds(uniform(str(fast), "gather_sum")) == pytest.approx(
+        4 * (1e-4 + 1e-6 + fast.message_bytes((16, 64)) / 1e6)
+    )
+    policy = CompressionPolicy(codec=str(fast), sites={"mlp": "mxfp4>int8:32:fp16"}, algorithm="two_step")
+    assert words.seconds(policy) is None and words.untimed(policy) == [str(unknown)]
+
+    places = {"a": 1.0, "b": 2.0, "mxfp4": None}
+    rows = [{"name": n, "kind": "preset", "kl": 0.1, "chosen": "", "sums_ms": ms} for n, ms in places.items()]
+    draw(rows, {}, None, "a model", tmp_path / "figure.svg", "sums_ms")
+    assert "mxfp4: time not measured" in (tmp_path / "figure.svg").read_text()
 
 
 def test_policy_is_short():
