@@ -7,11 +7,17 @@ DIR is a Hugging Face Llama checkpoint with tied embeddings, such as `python exa
 ranks must divide its key-value heads. Prints the text of each prompt, chosen greedily.
 
 `--engine dynamic` is the engine that Megatron develops. It needs GPUs and flash-attn 2.7.3 or newer.
+
+`--serve PORT` answers requests like those of Megatron's text generation server, one at a time, until a signal ends it:
+
+    curl -X PUT localhost:PORT/api -d '{"prompts": ["Water boils at"], "tokens_to_generate": 16}'
 """
 
 import argparse
+import json
 import os
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import torch
 import torch.distributed as dist
@@ -199,12 +205,34 @@ def texts(engine: StaticInferenceEngine | DynamicInferenceEngine, prompts: list[
     return [request.prompt + request.generated_text for request in requests]
 
 
+def serve(engine: StaticInferenceEngine | DynamicInferenceEngine, port: int) -> None:
+    """Rank 0 has the port and tells the others of each request; they wait for it in a broadcast. Does not return."""
+    asked: list[tuple[list[str], int] | None] = [None]
+    while dist.get_rank():
+        dist.broadcast_object_list(asked)
+        texts(engine, *asked[0])
+
+    class Api(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked[0] = body["prompts"], body.get("tokens_to_generate", 64)
+            dist.broadcast_object_list(asked)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"text": texts(engine, *asked[0])}).encode())
+
+    server = HTTPServer(("127.0.0.1", port), Api)
+    print(f"serving on port {server.server_port}", flush=True)
+    server.serve_forever()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR")
     parser.add_argument("--engine", choices=["static", "dynamic"], default="static")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     parser.add_argument("--new-tokens", type=int, default=16, metavar="K")
+    parser.add_argument("--serve", type=int, metavar="PORT", help="answer requests, one prompt or two in each")
     args = parser.parse_args()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -214,7 +242,10 @@ def main() -> None:
     parallel_state.initialize_model_parallel(dist.get_world_size())
     model_parallel_cuda_manual_seed(1, inference_rng_tracker=True, force_reset_rng=True)
     prompts = args.prompt or PROMPTS
-    for text in texts(build_engine(args.model, len(prompts), args.engine), prompts, args.new_tokens):
+    engine = build_engine(args.model, len(prompts), args.engine)
+    if args.serve is not None:
+        serve(engine, args.serve)
+    for text in texts(engine, prompts, args.new_tokens):
         if dist.get_rank() == 0:
             print(repr(text))
     parallel_state.destroy_model_parallel()

@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as exit_:
         if exit_.code not in (None, 0):
             raise
+    except KeyboardInterrupt:
+        hook.report()
+        raise
     if wrong := hook.report():
         print(f"megatron_comp.run: {target}: {wrong}", file=sys.stderr)
         return 1

@@ -73,6 +73,19 @@ def test_another_codec_gives_another_text(stock):
     assert tokens(result) != stock
 
 
+@pytest.mark.parametrize(
+    "options, sums",
+    [((), "gather_sum 16"), (("--expert-parallel", "2"), "gather_sum 8, reduce_scatter 8")],
+    ids=["experts split", "experts whole"],
+)
+def test_a_mixture_of_experts_is_compressed(options, sums):
+    """Without expert parallelism tokens stay where they are; with it they are gathered, and their sums scattered."""
+    script, codec = [SCRIPT, "--new-tokens", "4", "--experts", "4", *options], ["--codec", "int8:32:fp16"]
+    result = started("-m", "megatron_comp.run", *codec, "--min-bytes", "0", *script, ranks=RANKS)
+    assert tokens(result) == tokens(started(*script, ranks=RANKS))
+    assert said(result)[-1].startswith(f"megatron_comp: GPTModel: 16 sums compressed ({sums}), 0 uncompressed")
+
+
 def test_a_module_is_run_as_one(stock, policy, tmp_path):
     package = tmp_path / "somebody"
     package.mkdir()
@@ -103,6 +116,7 @@ def test_a_policy_that_the_model_cannot_follow_ends_every_rank(tmp_path):
 ENDS = {
     "os._exit": "import os; os._exit(0)",
     "SIGTERM": "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
+    "SIGINT": "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)",
     "a signal that the script handles": (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
@@ -110,6 +124,7 @@ ENDS = {
     ),
     "groups that are left as they are": "",
 }
+IN_NEW_PROCESSES = "SIGTERM", "groups that are left as they are"
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -118,10 +133,20 @@ def test_what_was_sent_is_said_however_the_script_ends(policy, tmp_path, end):
     script = tmp_path / "ends.py"
     main = SCRIPT.read_text().replace("    parallel_state.destroy_model_parallel()\n", "")
     script.write_text(main.replace("    dist.destroy_process_group()\n", "") + ENDS[end])
-    result = really_started(*TORCHRUN, "-m", "megatron_comp.run", "--policy", policy, script, "--new-tokens", "2")
-    assert result.returncode == (1 if end == "SIGTERM" else 0), result.stderr
+    command = ["-m", "megatron_comp.run", "--policy", policy, script, "--new-tokens", "2"]
+    result = really_started(*TORCHRUN, *command) if end in IN_NEW_PROCESSES else started(*command, ranks=RANKS)
+    assert (result.returncode == 0) == (end not in ("SIGTERM", "SIGINT")), result.stderr
     sent = [line for line in said(result) if line.startswith("megatron_comp: ")][-1]  # torchrun has a line, too
     assert sent.startswith("megatron_comp: GPTModel: 6 sums compressed (gather_sum 6), 2 uncompressed (policy 2)")
+
+
+def test_ranks_that_wait_in_a_collective_end_by_the_signal_alone(tmp_path):
+    """A handler of Python's would not run there, and the rank would go on waiting."""
+    script = tmp_path / "shows.py"
+    script.write_text("import os, signal; print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL); os._exit(0)")
+    for rank, default in (("0", "False"), ("1", "True")):
+        result = started("-m", "megatron_comp.run", "--codec", "mxfp4", script, RANK=rank)
+        assert result.stdout.strip() == default
 
 
 def test_a_model_that_is_gone_is_still_counted(policy, tmp_path):

@@ -25,13 +25,17 @@ CHUNKS = 4
 
 @dataclass(frozen=True)
 class Scope:
-    """What is timed. shapes: `(tokens, hidden)`, ascending. topology: of the ranks, where they are in two levels."""
+    """What is timed. shapes: `(tokens, hidden)`, ascending. topology: of the ranks, where they are in two levels.
+
+    graphs: replays of CUDA graphs, one for each call, are timed.
+    """
 
     codecs: dict[str, Codec]
     shapes: list[tuple[int, int]]
     dtype: str
     rounds: int
     topology: Topology | None = None
+    graphs: bool = False
 
     @property
     def ways(self) -> tuple[str, ...]:
@@ -73,6 +77,9 @@ def measure(setting: Scope, device: torch.device) -> Timings:
     steps = [step for step in calls for _ in range(SMALL_SAMPLES if setting.nbytes(step[1]) < SMALL_BYTES else 1)]
     for call in calls.values():
         call()  # compiles, connects, fills caches
+    if setting.graphs:
+        pool = torch.cuda.graph_pool_handle()
+        calls = {what: _captured(call, pool) for what, call in calls.items()}
     bar = progress(total=setting.rounds * len(steps), desc="calibrate", unit="call")
     with bar:
         for _ in range(setting.rounds):
@@ -114,6 +121,15 @@ def _calls(setting: Scope, shape: tuple[int, int], device: torch.device) -> dict
     if setting.topology is not None:
         calls |= _level_calls(setting.topology, shape, sent[: setting.message_bytes(shape)])
     return calls
+
+
+def _captured(call: Callable[[], object], pool: object) -> Callable[[], object]:
+    """The kernels and collectives of a call, without its Python. Graphs that are not replayed at once share a pool."""
+    graph = torch.cuda.CUDAGraph()
+    # NCCL's watchdog may ask for events meanwhile, in a thread of its own.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        call()
+    return graph.replay
 
 
 def _level_calls(topology: Topology, shape: tuple[int, int], sent: torch.Tensor) -> dict[tuple, Callable[[], object]]:

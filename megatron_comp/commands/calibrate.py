@@ -56,6 +56,9 @@ times are interpolated, beyond the largest they grow by a line; a codec's line (
 least relative error. Fixed costs include what Python takes. On several machines of several ranks also the collectives
 inside machines, and across them, are timed, and hierarchical sums.
 
+With --cuda-graphs each call is captured once, and its replays are timed: Python takes no time there, as in an engine
+that captures its decode steps. That is a file of its own, by which models go whose config has a `cuda_graph_impl`.
+
 The file holds these, and the margin that a prediction must gain before `min_bytes: auto` compresses: so much that
 every whole sum that took longer than stock here would have been kept, at least 10 %; and what share of codec or wire,
 whichever is shorter, sums in chunks hide, from sums of the largest size in one piece and in {CHUNKS}. Runs of a group
@@ -96,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hidden", type=int, default=4096, metavar="H", help="Values per row (default 4096).")
     options.add_dtype(parser, "Of the tensors; auto (the default) is bf16 on a GPU and fp32 on a CPU.")
     options.add_runs(parser, 9)
+    add("--cuda-graphs", action="store_true", help="Time replays of CUDA graphs, in which Python takes no time.")
     add("--out", metavar="FILE", help="The file to write (default: where later runs of such a group look for it).")
     options.add_run_arguments(parser)
 
@@ -107,11 +111,14 @@ def check(args: argparse.Namespace) -> Scope:
     tokens = sorted(set(args.tokens or (1, 8, 64, 512)))
     if len(tokens) < 2 or tokens[0] < 1:
         raise ValueError(f"--tokens {' '.join(map(str, tokens))}: two different sizes above 0 are needed at least")
+    if args.cuda_graphs and not torch.cuda.is_available():
+        raise ValueError("--cuda-graphs needs a GPU: without one nothing can be captured")
     options.check_timeout(args)
     options.check_written(args, "out")
     named = [*args.codec, *(str(codec) for file in args.policy for codec in CompressionPolicy.from_file(file).codecs())]
     codecs = {name: Codec.parse(name) for name in named or CODECS}
-    return Scope(codecs, [(count, args.hidden) for count in tokens], options.dtype_name(args), args.runs)
+    shapes = [(count, args.hidden) for count in tokens]
+    return Scope(codecs, shapes, options.dtype_name(args), args.runs, graphs=args.cuda_graphs)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -131,7 +138,8 @@ def run(args: argparse.Namespace) -> None:
     (calibration,) = agreed
     if output.is_first_rank():
         about = calibration.measured
-        path = args.out or default_path(about["ranks"], about["hosts"], about["backend"], about["device"])
+        group = about["ranks"], about["hosts"], about["backend"], about["device"]
+        path = args.out or default_path(*group, args.cuda_graphs)
         calibration.write(path)
         _show(setting, timings, calibration, args)
         print(f"calibration: {path}")
@@ -146,6 +154,7 @@ def _about(args: argparse.Namespace, setting: Scope, device: torch.device, hosts
         "device": device.type,
         "device_name": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "dtype": setting.dtype,
+        "cuda_graphs": setting.graphs,
         "date": datetime.date.today().isoformat(),
         "versions": output.versions(),
     }

@@ -50,8 +50,11 @@ def connect_islands(hosts: dict, policy: CompressionPolicy) -> dict:
     return connect({group: policy.islands_of(names) for group, names in hosts.items() if group.size() > 1})
 
 
-def agree_on_calibration(hosts: dict, policy: CompressionPolicy) -> dict:
-    """By group, rank 0's calibration; what it failed with is raised on every rank of the group."""
+def agree_on_calibration(hosts: dict, policy: CompressionPolicy, graphs: bool = False) -> dict:
+    """By group, rank 0's calibration; what it failed with is raised on every rank of the group.
+
+    graphs: whether sums are captured in CUDA graphs.
+    """
     agreed = {}
     for group, machines in hosts.items():
         found: list[Calibration | str] = [ASSUMED]
@@ -59,7 +62,7 @@ def agree_on_calibration(hosts: dict, policy: CompressionPolicy) -> dict:
             if group.rank() == 0:
                 device = "cuda" if torch.cuda.is_available() else "cpu"
                 try:
-                    found[0] = find_calibration(group.size(), machines, dist.get_backend(group), device)
+                    found[0] = find_calibration(group.size(), machines, dist.get_backend(group), device, graphs)
                     if found[0] is ASSUMED and device == "cuda" and machines == 1 and reach_one_another(group.size()):
                         found[0] = ASSUMED_PEERS
                 except (ValueError, OSError) as error:

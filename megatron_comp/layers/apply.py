@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from ..policy import PHASES, CompressionPolicy
 from ..wire.backends import warm_up
@@ -23,6 +24,7 @@ from .places import Place, find_places, reducers, restore
 from .plans import Plans
 from .reducer import Phase, Reducer
 from .sync_drop import check_block, dropped_blocks
+from .versions import check_megatron
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,8 @@ def apply_compression(
     Beside a language model, a vision tower stays uncompressed. A call for the tower alone compresses it, with a policy
     of its own; it must come after one for the whole model, which undoes it.
 
-    Prefill and decode are told apart by the inference context that this very module is called with.
+    Prefill and decode are told apart by the inference context that the language model inside of `model`, or else
+    `model` itself, is called with.
 
     `min_bytes: auto` and `algorithm: auto` go by what rank 0 of each group finds and all its ranks take: the file that
     MEGATRON_COMP_CALIBRATION names (`assumed`: none), else the one that `megatron-comp calibrate` left for such a
@@ -56,14 +59,16 @@ def apply_compression(
 
     Raises ValueError, before anything is changed, where the policy asks for what this model does not have or cannot do,
     if a calibration file is none or of another number of ranks, and on every rank if policies or package versions
-    differ between ranks.
+    differ between ranks; RuntimeError for a Megatron-Core that is too old. After any other error the model is stock.
     """
+    check_megatron()
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"apply_compression takes one module, not {type(model).__name__}; call it for each model chunk")
     policy = CompressionPolicy.of(policy)
     places = list(find_places(model))
     hosts = compare_ranks(places, policy, _problem(model, places, policy))
-    calibration = agree_on_calibration({group: len(set(names)) for group, names in hosts.items()}, policy)
+    machines = {group: len(set(names)) for group, names in hosts.items()}
+    calibration = agree_on_calibration(machines, policy, _captures_graphs(places[0].module.config))
     topologies = connect_islands(hosts, policy)
     _compile_kernels(model, places, policy, topologies)
     remove_compression(model)
@@ -71,16 +76,20 @@ def apply_compression(
 
     phase = Phase()
     plans = {group: Plans(policy, known, topologies.get(group)) for group, known in calibration.items()}
-    for place in places:
-        how = {"timing": timing, "allow_training": allow_training, "plans": plans[place.group]}
-        place.attach(Reducer(policy, place.layer, place.site, place.group, phase, **how))
-    if policy.logits is not None:
-        _gather_candidates(model, policy.logits, phase, timing)
-    dropped = dropped_blocks(model, policy)
-    for layer in model.modules():
-        if layer in dropped or can_overlap(layer):
-            compress_layer(layer)
-    model.compression_hook = model.register_forward_pre_hook(_phase_hook(phase), with_kwargs=True)
+    try:
+        for place in places:
+            how = {"timing": timing, "allow_training": allow_training, "plans": plans[place.group]}
+            place.attach(Reducer(policy, place.layer, place.site, place.group, phase, **how))
+        if policy.logits is not None:
+            _gather_candidates(model, policy.logits, phase, timing)
+        dropped = dropped_blocks(model, policy)
+        for layer in model.modules():
+            if layer in dropped or can_overlap(layer):
+                compress_layer(layer)
+        _note_phases(model, phase)
+    except BaseException:
+        remove_compression(model)
+        raise
     logger.info("megatron_comp: %d reductions of %s under policy %s", len(places), type(model).__name__, policy)
     return model
 
@@ -135,6 +144,10 @@ def _refuse_captured_graphs(model: torch.nn.Module) -> None:
             "CUDA graphs of this model were captured, and replay the sums that they were captured with: compress it "
             "before the inference engine is built, or call Megatron's cuda_graphs.delete_cuda_graphs() first"
         )
+
+
+def _captures_graphs(config) -> bool:
+    return getattr(config, "cuda_graph_impl", "none") != "none"
 
 
 def _check_model(model: torch.nn.Module, places: list) -> None:
@@ -216,9 +229,15 @@ def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPo
             warm_up(first.format, second.format, dtype, hidden, ranks, way, parameter.device)
 
 
-def _phase_hook(phase: Phase):
+def _note_phases(model: torch.nn.Module, phase: Phase) -> None:
+    """Before each forward of the language models in `model`, or else of `model`.
+
+    An engine may call the model inside of a wrapper that was compressed.
+    """
+
     def note_phase(_model, args, kwargs) -> None:
         contexts = [each for each in (*args, *kwargs.values()) if isinstance(each, BaseInferenceContext)]
         phase.name = "decode" if any(context.is_decode_only() for context in contexts) else "prefill"
 
-    return note_phase
+    for module in [each for each in model.modules() if isinstance(each, LanguageModule)] or [model]:
+        module.compression_hook = module.register_forward_pre_hook(note_phase, with_kwargs=True)

@@ -119,7 +119,11 @@ class Hook:
         return None
 
     def report_before_the_process_ends(self) -> None:
-        """Also where a signal or `os._exit` ends it, as servers and scripts with CUDA graphs do."""
+        """Also where SIGTERM or `os._exit` ends it, as servers and scripts with CUDA graphs do.
+
+        The signal is left alone on ranks other than 0: a rank of a server waits for its requests inside of a
+        collective, where no handler of Python's runs, and would no longer end.
+        """
         leave = os._exit
 
         def report_and_leave(status: int) -> None:
@@ -127,10 +131,8 @@ class Hook:
             leave(status)
 
         os._exit = report_and_leave
-        if threading.current_thread() is not threading.main_thread():
-            return  # only that one may handle signals
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, functools.partial(self._end_by_signal, signal.getsignal(number)))
+        if self._speaks and threading.current_thread() is threading.main_thread():  # only that one may handle signals
+            signal.signal(signal.SIGTERM, functools.partial(self._end_by_signal, signal.getsignal(signal.SIGTERM)))
 
     def _end_by_signal(self, previous, number: int, frame) -> None:
         self.report()

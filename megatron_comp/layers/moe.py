@@ -113,11 +113,6 @@ def _sum_as_last_step(shared: SharedExpertMLP) -> None:
     shared.cached_fc2_output = None
 
 
-def shared_group(shared: SharedExpertMLP) -> torch.distributed.ProcessGroup:
-    """The group over which shared experts are split; Megatron 0.15 keeps it in their linears only."""
-    return shared.tp_group if hasattr(shared, "tp_group") else shared.linear_fc2.tp_group
-
-
 DISPATCHERS = {
     MoEAllGatherTokenDispatcher: CompressedAllGatherDispatcher,
     MoEAlltoAllTokenDispatcher: CompressedAlltoAllDispatcher,

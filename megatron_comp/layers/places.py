@@ -110,7 +110,7 @@ class SharedExpertsPlace(Place):
 
     @property
     def group(self) -> Group:
-        return moe.shared_group(self.module)
+        return self.module.tp_group
 
     def check(self, codecs: set[str]) -> None:
         if codecs and not self._is_known:

@@ -213,31 +213,37 @@ ASSUMED_PEERS = Calibration(
 _COSTS = fields(CodecCost)
 
 
-def default_path(ranks: int, hosts: int, backend: str, device: str) -> Path:
+def default_path(ranks: int, hosts: int, backend: str, device: str, graphs: bool = False) -> Path:
     """Where `calibrate` leaves its file, and others look for it.
 
     In `calibration/` of the folder that MEGATRON_COMP_CACHE names (default: `~/.cache/megatron_comp`), under what tells
     groups apart: also the link that MEGATRON_COMP_LINK names, as `launch/slow_network.sh` does, or between machines the
     network interface that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names. Ranks of one machine reach one another by
     loopback or by GPUs' own links, whichever interface is named.
+
+    graphs: of replays of CUDA graphs, in which Python takes no time.
     """
     interface = os.environ.get(f"{backend.upper()}_SOCKET_IFNAME", "") if hosts > 1 else ""
     interface = os.environ.get("MEGATRON_COMP_LINK") or interface
-    parts = [backend, device, f"{ranks}ranks", f"{hosts}hosts", interface]
+    parts = [backend, device, f"{ranks}ranks", f"{hosts}hosts", interface, "graphs" if graphs else ""]
     name = "_".join("".join(c if c.isalnum() else "-" for c in part) for part in parts if part)
     return cache_folder() / "calibration" / f"{name}.yaml"
 
 
-def find_calibration(ranks: int, hosts: int, backend: str, device: str) -> Calibration:
+def find_calibration(ranks: int, hosts: int, backend: str, device: str, graphs: bool = False) -> Calibration:
     """Those of a group: of the file that MEGATRON_COMP_CALIBRATION names, else of the default path, else assumed.
 
     The word `assumed` in that variable leaves every file unread. Raises ValueError for a file that is not there, cannot
     be read, is no calibration, or is of another number of ranks.
+
+    graphs: sums are captured in CUDA graphs. Where nobody measured replays, what was measured without graphs holds.
     """
     given = os.environ.get(VARIABLE)
     if given == "assumed":
         return ASSUMED
-    path = Path(given) if given else default_path(ranks, hosts, backend, device)
+    path = Path(given) if given else default_path(ranks, hosts, backend, device, graphs)
+    if graphs and not given and not path.exists():
+        path = default_path(ranks, hosts, backend, device)
     if not given and not path.exists():
         return ASSUMED
     try:

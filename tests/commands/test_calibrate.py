@@ -5,15 +5,17 @@ import argparse
 import io
 import json
 import socket
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
+import torch
 from ranks import run_ranks
 
 from megatron_comp import cli
 from megatron_comp.bench import fit
-from megatron_comp.bench.calibration import CHUNKS, Scope, Timings
+from megatron_comp.bench.calibration import CHUNKS, SMALL_SAMPLES, Scope, Timings, measure
 from megatron_comp.commands import calibrate
 from megatron_comp.commands.calibrate import _advice
 from megatron_comp.wire.calibration import LEVEL_LINKS, LINKS, Calibration, CodecCost, Link
@@ -213,6 +215,7 @@ def test_codecs_of_policies(tmp_path):
         (["--tp", "2", "--codec", "mxfp4>mxfp8"], "mxfp4>mxfp8"),
         (["--tp", "2", "--codec", "mxfp5"], "codec 'mxfp5'"),
         (["--tp", "2", "--policy", "nowhere.yaml"], "nowhere.yaml"),
+        (["--tp", "2", "--cuda-graphs"], "--cuda-graphs needs a GPU: without one nothing can be captured"),
         (["--tp", "2", "--out", "nowhere/calibration.yaml"], "--out nowhere/calibration.yaml"),
     ],
 )
@@ -243,6 +246,42 @@ def test_a_run_leaves_a_calibration_that_later_runs_find(tmp_path):
     assert [row.get("collective") or row["codec"] for row in rows] == [*LINKS, "mxfp4"]
     assert str(tmp_path / "calibration.yaml") in first and second == ""
     assert ("Compress: " in first) != ("Leave compression off" in first)
+
+
+class Recorded:
+    """In place of a CUDA graph: runs what it captures, and nothing afterwards."""
+
+    def __init__(self):
+        self.replays, self.pool = 0, None
+
+    def replay(self):
+        self.replays += 1
+
+
+def replays(rank, world_size):
+    """Of each graph, on a machine without CUDA, and the pools of all of them."""
+    graphs, pool = [], object()
+
+    @contextmanager
+    def capture(graph, pool, capture_error_mode):
+        graph.pool = pool, capture_error_mode
+        graphs.append(graph)
+        yield
+
+    scope = Scope({"mxfp4": MXFP4}, [(1, 64), (2, 64)], "float32", rounds=2, graphs=True)
+    with (
+        patch.object(torch.cuda, "CUDAGraph", Recorded),
+        patch.object(torch.cuda, "graph", capture),
+        patch.object(torch.cuda, "graph_pool_handle", lambda: pool),
+    ):
+        timings = measure(scope, torch.device("cpu"))
+    counts = {what: len(samples) for what, samples in timings.samples.items()}
+    return counts, [graph.replays for graph in graphs], {graph.pool == (pool, "thread_local") for graph in graphs}
+
+
+def test_replays_of_graphs_are_timed():
+    for counts, replayed, pools in run_ranks(replays, 2):
+        assert [*counts.values()] == replayed and set(replayed) == {2 * SMALL_SAMPLES} and pools == {True}
 
 
 def calibrated_on_machines(rank, world_size, arguments):

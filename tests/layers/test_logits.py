@@ -9,12 +9,13 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.module import Float16Module
 from models import inside_view, message_of, policy
 from ranks import run_ranks
+from torch_mamba import mamba_model
 
 import megatron_comp as mc
 from megatron_comp.inference import cpu
 from megatron_comp.inference.generate import generate
 from megatron_comp.inference.model import build_model, init_parallel
-from megatron_comp.layers.logits import LogitsGather
+from megatron_comp.layers.logits import LogitsGather, gathers
 from megatron_comp.layers.reducer import Phase
 
 VOCABULARY = 131  # 132 with padding at TP 2 and 3
@@ -147,6 +148,7 @@ def test_all_logits_are_gathered(exchanged, name, reason):
 def decode(rank, world_size, folder):
     init_parallel(world_size)
     model, made = build_model(folder), {}
+    generate(model, PROMPT, NEW)
     before = inside_view(model)
     mc.apply_compression(model, policy(codec=STOCK))
     made["stock"] = generate(model, PROMPT, NEW).tokens, mc.stats(model)
@@ -247,3 +249,43 @@ def test_models_without_such_logits_are_refused(decoded):
     for made in decoded[1]:
         assert "policy: logits: Linear is an output layer whose logits cannot be had in parts" in made["other layer"]
         assert "policy: logits: the model has no output layer" in made["no layer"]
+
+
+def kinds_of_models(rank, world_size, folders):
+    """kind -> all logits, and those of which each rank sent four, of eight tokens that count as decoded."""
+    init_parallel(world_size)
+    ids, made = torch.arange(16).view(2, 8), {}
+    for name, model in (
+        ("tied embeddings", build_model(folders["tied"])),
+        ("sequence parallelism", build_model(folders["untied"], sequence_parallel=True)),
+        ("tied, sequence parallelism", build_model(folders["tied"], sequence_parallel=True)),
+        ("mamba", mamba_model(VOCABULARY - 1).eval()),
+    ):
+        made[name] = []
+        for count in (None, 4):
+            mc.apply_compression(model, policy(codec=STOCK, logits=count))
+            model.compression_hook.remove()  # it would call a forward without a context a prefill
+            for gather in gathers(model):
+                gather.phase.name = "decode"
+            with torch.no_grad():
+                made[name].append(model(ids, ids, None, runtime_gather_output=True))
+        made[name].append(mc.stats(model).sites[-1])
+    return made
+
+
+@pytest.fixture(scope="module")
+def kinds(folder, tmp_path_factory):
+    tied = tiny_llama(tmp_path_factory.mktemp("tied"), num_hidden_layers=1, vocab_size=130, tie_word_embeddings=True)
+    return run_ranks(kinds_of_models, 2, {"tied": tied, "untied": folder})
+
+
+@pytest.mark.parametrize("name", ["tied embeddings", "sequence parallelism", "tied, sequence parallelism", "mamba"])
+def test_kinds_of_models(kinds, name):
+    if name == "mamba":
+        pytest.importorskip("einops", reason="Megatron's Mamba mixer needs it")
+    for made in kinds:
+        stock, ours, site = made[name]
+        assert torch.equal(ours.argmax(-1), stock[..., :VOCABULARY].argmax(-1))
+        assert torch.equal(ours.topk(4).values, stock[..., :VOCABULARY].topk(4).values)
+        assert (ours > -torch.inf).sum() == 2 * 8 * 2 * 4
+        assert (site.site, dict(site.algorithms), site.kept.calls) == ("logits", {"candidates": 1}, 0)

@@ -29,7 +29,6 @@ from megatron_comp.inference.model import build_model, init_parallel
 def there_and_back(model, ref):
     layers = [layer.mlp for layer in model.decoder.layers]
     dispatchers = [layer.token_dispatcher for layer in layers]
-    before = inside_view(model)
 
     def with_stock_dispatchers():
         return all(layer.token_dispatcher is dispatcher for layer, dispatcher in zip(layers, dispatchers))
@@ -38,6 +37,7 @@ def there_and_back(model, ref):
         return logits(model, ref.ids, gather=True)
 
     made = {"stock": forward()}
+    before = inside_view(model)  # of a model that has run: Megatron sets attributes on the way
     for name, words in {
         "none": {"codec": "none"},
         "experts kept": {"sites": {"experts": "none"}},

@@ -40,6 +40,7 @@ def in_parts_and_whole(rank, world_size, folder):
     """setting -> what a model gives in one piece and in parts."""
     init_parallel(world_size)
     model = build_model(folder)
+    logits(model, IDS, gather=True)
     view = inside_view(model)
     made = {name: [run(model, size, **words) for size in (WHOLE, PART)] for name, words in SETTINGS.items()}
     mc.apply_compression(model, policy(codec="int8:32:fp16"), timing=True)

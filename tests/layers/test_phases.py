@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefill and decode, small messages and seconds, as a model's own forwards show them; through wrappers too."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -68,9 +71,10 @@ def phases(rank, world_size, folder):
         ("wrapper", Wrapper(model), False),
         ("old_name", Wrapper(Wrapper(model, rename=True)), False),
         ("positional", model, True),
+        ("inside", Wrapper(Wrapper(model)), False),
     ):
         mc.apply_compression(wrapped, decode_stays_stock)
-        prefill_and_decode(wrapped, positional)
+        prefill_and_decode(model if name == "inside" else wrapped, positional)
         made[name] = mc.stats(wrapped)
         mc.remove_compression(wrapped)
     half = build_model(folder, dtype=torch.bfloat16)
@@ -82,6 +86,12 @@ def phases(rank, world_size, folder):
     mc.apply_compression(half, policy())
     mc.remove_compression(wrapped)
     made["left"] = [len(module._forward_pre_hooks) for module in wrapped.modules() if module._forward_pre_hooks]
+    linear = weakref.ref(half.decoder.layers[0].mlp.linear_fc2)
+    gc.collect()
+    gc.disable()
+    del half, wrapped
+    made["freed"] = linear() is None
+    gc.enable()
     return made
 
 
@@ -108,6 +118,7 @@ PREFILL, DECODE = ONE, ONE * (NEW - 1)
         ("wrapper", ONE, {"policy": ONE}),
         ("old_name", ONE, {"policy": ONE}),
         ("positional", ONE, {"policy": ONE}),
+        ("inside", ONE, {"policy": ONE}),
         ("float16", ONE, {"policy": ONE}),
     ],
 )
@@ -134,6 +145,10 @@ def test_seconds_only_when_asked_for(phased):
     for made in phased:
         assert made["prefill"].compressed.seconds > 0 and made["prefill"].kept.seconds > 0
         assert made["all"].compressed.seconds is None and made["decode"].kept.seconds is None
+
+
+def test_a_model_that_was_restored_is_freed_without_garbage_collection(phased):
+    assert all(made["freed"] for made in phased)
 
 
 def test_removing_outside_leaves_no_hook_inside(phased):

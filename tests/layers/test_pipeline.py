@@ -17,6 +17,7 @@ from ranks import run_ranks
 import megatron_comp as mc
 from megatron_comp.inference import cpu
 from megatron_comp.inference.attention import CausalAttention
+from megatron_comp.layers.logits import gathers
 
 TP, STAGES, LAYERS, HIDDEN = 2, 2, 4, 64
 IDS = torch.arange(22).view(2, 11)
@@ -127,6 +128,11 @@ def both(rank, world_size):
         mc.apply_compression(stage, policy(**words))
         made[name] = forward(stage)
         made[f"{name} stats"] = copy.deepcopy(mc.stats(stage))
+    mc.apply_compression(stage, policy(codec="none", logits=3))
+    stage.compression_hook.remove()  # it would call a forward without a context a prefill
+    for gather in gathers(stage):
+        gather.phase.name = "decode"
+    made["candidates"], made["candidates stats"] = forward(stage), copy.deepcopy(mc.stats(stage))
     made["out of range"] = message_of(mc.apply_compression, stage, policy(layers={LAYERS: "none"}))
     made["no experts"] = message_of(mc.apply_compression, stage, policy(sites={"experts": "mxfp8"}))
     made["ranks differ"] = message_of(mc.apply_compression, stage, policy(codec=["mxfp4", "mxfp8"][rank % TP]))
@@ -161,6 +167,16 @@ def test_a_stage_counts_its_own_layers(staged):
         here, elsewhere = (first, second) if rank < TP else (second, first)
         assert (here.compressed.calls, here.kept.calls) == (4, 0)
         assert (elsewhere.compressed.calls, elsewhere.kept_because) == (0, {"policy": 4})
+
+
+def test_the_last_stage_gathers_candidates(staged):
+    for made in staged[:TP]:
+        assert {site.site for site in made["candidates stats"].sites} == {"attention", "mlp"}
+    for made in staged[TP:]:
+        stock, ours, site = made["stock"], made["candidates"], made["candidates stats"].sites[-1]
+        assert (site.site, dict(site.algorithms)) == ("logits", {"candidates": 1})
+        assert torch.equal(ours.argmax(-1), stock.argmax(-1)) and torch.equal(ours.topk(3)[0], stock.topk(3)[0])
+        assert (ours > -torch.inf).sum() == IDS.numel() * TP * 3
 
 
 def test_what_a_model_does_not_have_is_an_error_on_every_stage(staged):

@@ -15,7 +15,8 @@ from ranks import run_ranks
 
 import megatron_comp as mc
 from megatron_comp.inference.model import build_model, init_parallel
-from megatron_comp.layers import agreement
+from megatron_comp.layers import agreement, apply
+from megatron_comp.layers.compressed_layer import compress_layer
 
 RANKS = 3
 KEPT_EXPERTS = {"experts": "none", "shared_experts": "none"}
@@ -66,6 +67,18 @@ def refused(rank, world_size, folder):
     with patch.object(agreement, "__version__", "9.9.9" if rank == 0 else agreement.__version__):
         attempt("versions", {})
     attempt("no layers", {}, torch.nn.Linear(3, 3))
+    before, calls = inside_view(model), []
+
+    def fails(layer):
+        calls.append(layer)
+        if len(calls) == 2:
+            raise ValueError("not this one")
+        compress_layer(layer)
+
+    with patch.object(apply, "compress_layer", fails), patch.object(apply, "can_overlap", lambda layer: layer in inner):
+        inner = [*model.decoder.layers]
+        made["in between"] = message_of(mc.apply_compression, model, policy())
+    assert inside_view(model) == before
     attempt("layers", {"layers": {"2-4": "none"}})
 
     mc.apply_compression(model, policy(sites=KEPT_EXPERTS))  # `none` asks for nothing that the model lacks
@@ -103,6 +116,7 @@ def refusals(llama):
         ("policies", ["rank 0: ", '"codec": "mxfp4"', "rank 2: ", '"codec": "mxfp6"']),
         ("one policy is wrong", ["layers: 4 is out of range"]),
         ("versions", ["rank 0: version 9.9.9", f"rank 1: version {mc.__version__}"]),
+        ("in between", ["not this one"]),
         ("no layers", ["Linear has no row-parallel linear", "nothing to compress"]),
         ("bias", ["RowParallelLinear(in_features", "skip_bias_add=True"]),
         ("own class", ["OwnRowParallelLinear", "cannot be compressed"]),
@@ -287,6 +301,24 @@ def test_sums_of_inference_dispatchers_are_refused_over_expert_parallel_ranks_to
     for *_, optimized, without_experts in run_ranks(unable_with_expert_parallelism, 2):
         assert all(part in optimized for part in OPTIMIZED)
         assert without_experts == "no error"
+
+
+@pytest.mark.parametrize(
+    "version, told", [("0.15.3", "0.16 to 0.19 are supported"), ("0.16.1", None), ("0.19.2+abc", None)]
+)
+def test_a_megatron_that_is_too_old(version, told):
+    with patch("megatron.core.__version__", version):
+        if told is None:
+            assert "nothing to compress" in message_of(mc.apply_compression, torch.nn.Linear(2, 2), policy())
+        else:
+            with pytest.raises(RuntimeError, match=f"Megatron-Core {version}: {told}"):
+                mc.apply_compression(torch.nn.Linear(2, 2), policy())
+
+
+def test_a_megatron_that_is_newer_than_the_tests(caplog):
+    with patch("megatron.core.__version__", "0.20.0"):
+        assert "nothing to compress" in message_of(mc.apply_compression, torch.nn.Linear(2, 2), policy())
+    assert "Megatron-Core 0.20.0: 0.16 to 0.19 are supported; a newer one may have sums" in caplog.text
 
 
 def test_a_process_without_ranks():

@@ -37,8 +37,8 @@ def shared(rank, world_size, tp, ep):
                 with torch.no_grad():
                     for layer in model.decoder.layers:  # as large as the others' part, so that a mistake shows
                         layer.mlp.shared_experts.linear_fc2.weight.mul_(20)
-                before = inside_view(model)
                 got = made[name, scattered] = {"stock": whole_logits(model)}
+                before = inside_view(model)
                 for policy_name, words in {
                     "all": {"codec": INT8},
                     "none": {"codec": "none"},

@@ -5,12 +5,10 @@ Tokens stay: without sequence and expert parallelism every rank holds all tokens
 Otherwise every rank gets the sums of its own tokens: a reduce-scatter.
 """
 
-import warnings
 from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch.distributed as dist
-from megatron.core import model_parallel_config
 
 from megatron_comp.inference import cpu
 from megatron_comp.inference.model import init_parallel
@@ -64,7 +62,6 @@ def uneven_collectives():
 
 def start(tp, ep):
     """Megatron's groups, and what its dispatchers need on gloo."""
-    model_parallel_config.warnings = warnings  # Megatron-Core 0.15 names it without importing it
     init_parallel(tp, expert_parallel=ep)
     cpu.prepare_streams()
     return uneven_collectives()

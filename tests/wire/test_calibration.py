@@ -193,6 +193,15 @@ def test_what_is_found_and_in_which_order(here, tmp_path):
         find_calibration(*group)
 
 
+def test_models_with_graphs_go_by_replays_where_they_were_measured(here):
+    group = (3, 1, "gloo", "cpu")
+    EXAMPLE.write(default_path(*group))
+    assert find_calibration(*group, graphs=True).source == str(default_path(*group))
+    EXAMPLE.write(default_path(*group, graphs=True))
+    assert find_calibration(*group, graphs=True).source == str(default_path(*group, graphs=True))
+    assert find_calibration(*group).source == str(default_path(*group)) != str(default_path(*group, graphs=True))
+
+
 def test_a_calibration_of_another_number_of_ranks_are_refused(here, tmp_path):
     EXAMPLE.write(tmp_path / "three.yaml")
     here.setenv(VARIABLE, str(tmp_path / "three.yaml"))
