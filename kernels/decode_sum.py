@@ -27,7 +27,7 @@ def decode_sum(
     flat: bool,
     align: int,
 ) -> None:
-    """`messages` [ranks, bytes] to their sum in contiguous `out` [rows, hidden], or [slices, bytes] to `out`, 1 rank.
+    """`messages` [slices * ranks, bytes], so many ranks' of each slice, to their sums: contiguous `out` [rows, hidden].
 
     clamp: to the largest fp16. first_rows: see `slices.py`. programs: of the longest slice.
     """
@@ -64,7 +64,7 @@ def decode_sum_kernel(
 ):
     first_row, rows, columns = slice_rows(first_rows, hidden, FLAT)
     at = section_offsets(rows, columns, F)
-    message = messages + tl.program_id(1).to(tl.int64) * message_stride
+    message = messages + tl.program_id(1).to(tl.int64) * RANKS * message_stride
     row, tile = row_and_tile(columns, FLAT, TILE)
     first = tl.cast(tile, tl.int64) * TILE
     if (row < rows) & (first < columns):

@@ -22,6 +22,7 @@ from .numbers import (
     largest_bits,
     to_bits,
     to_float,
+    widened,
 )
 from .planes import places, store_field, store_padding
 from .scales import reciprocal_of_power_below, row_scale, scale_codes, scale_values
@@ -111,9 +112,7 @@ def load_tile(row, tile, hidden, F: tl.constexpr, TILE: tl.constexpr):
 def clean(x, F: tl.constexpr):
     """To fp32; subnormals to zeros of their sign, finite values within the format's limit."""
     DTYPE: tl.constexpr = x.dtype
-    if DTYPE.is_bf16():  # by its bits, because the compiler takes two instructions for every second value otherwise
-        x = to_float(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    x = x.to(tl.float32)
+    x = widened(x)
     if not DTYPE.is_fp16():  # which knows neither so small numbers nor so large ones
         if F.sees_subnormals:
             x = flush_subnormals(x)

@@ -54,6 +54,16 @@ def flush_subnormals(x):
 
 
 @triton.jit
+def widened(x):
+    """To fp32, as it is."""
+    DTYPE: tl.constexpr = x.dtype
+    if DTYPE.is_bf16():  # by its bits, because the compiler takes two instructions for every second value otherwise
+        return to_float(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def largest_bits(x_NB):
     """[N]: the bits of each block's largest magnitude, which are those of a NaN or an infinity if it has any."""
     if for_nvidia():

@@ -13,8 +13,9 @@ from pathlib import Path
 from .files import read_yaml, shown
 from .wire.calibration import ASSUMED, Calibration
 from .wire.codec import Codec, CodecPair, parse_codec
-from .wire.cost import ALGORITHMS, pays, step_codecs
+from .wire.cost import ALGORITHMS, pays
 from .wire.topology import Islands
+from .wire.traffic import step_codecs
 
 SITES = ("attention", "mlp", "experts", "shared_experts")
 PHASES = ("prefill", "decode")

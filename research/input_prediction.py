@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from megatron_comp.wire.codec import Codec, parse_codec
-from megatron_comp.wire.cost import step_codecs
+from megatron_comp.wire.traffic import step_codecs
 
 SITES = ("attention", "mlp")
 # A row that is this many times as large as the median row weighs less in the fit: a few tokens have activations that

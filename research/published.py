@@ -29,7 +29,8 @@ from megatron_comp.predict.models import MODELS
 from megatron_comp.predict.times import Job, compute_seconds, sums
 from megatron_comp.wire.calibration import Calibration, Link
 from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.cost import ring_bytes, sum_seconds
+from megatron_comp.wire.cost import sum_seconds
+from megatron_comp.wire.traffic import ring_bytes
 
 EAGER = Shares(compute=0.52, codec=0.18, codec_call_us=193, layer_us=1000)
 L4_PCIE = Interconnect(4.6, 5, "between L4s, of PCIe 4.0's 32", reached=1.0)

@@ -9,8 +9,9 @@ from dataclasses import replace
 from ..wire import exchange
 from ..wire.calibration import LEVEL_LINKS, LINKS, MARGIN, Calibration, CodecCost, Link
 from ..wire.codec import Codec
-from ..wire.cost import pays, ring_bytes, stock_seconds, sum_seconds, wire_and_work
+from ..wire.cost import pays, stock_seconds, sum_seconds, wire_and_work
 from ..wire.topology import Islands
+from ..wire.traffic import ring_bytes
 from .calibration import CHUNKS, Scope, Timings
 
 # Where the search for the size that pays ends; also a prefill of 16k tokens of an 8k-wide model stays below.

@@ -16,8 +16,9 @@ from ..wire import exchange
 from ..wire.calibration import Calibration, find_calibration
 from ..wire.codec import Codec, CodecPair
 from ..wire.collectives import all_reduce
-from ..wire.cost import choose_algorithm, choose_chunks, received_by_level, ring_bytes, two_step_bytes
+from ..wire.cost import choose_algorithm, choose_chunks
 from ..wire.topology import Islands, Topology, connect
+from ..wire.traffic import received_by_level, ring_bytes, two_step_bytes
 from . import links, timing
 
 # Renamed in torch 2.13, where the old name warns.

@@ -29,8 +29,8 @@ from ..predict.rows import Predictor, Setting, settings_of, with_speedups
 from ..predict.times import Job
 from ..spd.blocks import dropped_blocks, layers_that_drop
 from ..wire.codec import Codec, parse_codec
-from ..wire.cost import step_codecs
 from ..wire.topology import Islands
+from ..wire.traffic import step_codecs
 from . import options
 
 CODECS = ("mxfp4", "int4:32:fp16:hadamard", "int5:32:fp16:hadamard", "int8:32:fp16")

@@ -4,6 +4,8 @@
 import logging
 import os
 import socket
+from contextlib import suppress
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,32 +24,53 @@ def compare_ranks(places: list, policy: CompressionPolicy, problem: str | None) 
 
     Raises on every rank if one of them found a problem, or if they do not all have one policy and version.
     """
-    said, heard = (__version__, policy.digest(), str(policy), problem, socket.gethostname()), {}
+    said, heard = (__version__, policy.digest(), str(policy), problem, socket.gethostname(), policy.has_levels), {}
     # Every gather comes before any error, or other groups would wait for the ranks that left.
     for group in dict.fromkeys(place.group for place in places):
         everyone = [said] * group.size()
         if group.size() > 1:
             dist.all_gather_object(everyone, said, group=group)
         heard[group] = everyone
+    by_level = any(has_levels for everyone in heard.values() for *_, has_levels in everyone)
     if problem:
-        raise ValueError(problem)
+        _refuse(problem, by_level)
     for everyone in heard.values():
-        for rank, (*what, its_problem, _) in enumerate(everyone):
+        for rank, (*what, its_problem, _, _) in enumerate(everyone):
             if its_problem:
-                raise ValueError(f"rank {rank}: {its_problem}")
+                _refuse(f"rank {rank}: {its_problem}", by_level)
             if what[:2] != list(everyone[0][:2]):
-                raise ValueError(
+                _refuse(
                     "compression differs between tensor-parallel ranks: "
-                    + "; ".join(f"rank {r}: version {everyone[r][0]}, policy {everyone[r][2]}" for r in (0, rank))
+                    + "; ".join(f"rank {r}: version {everyone[r][0]}, policy {everyone[r][2]}" for r in (0, rank)),
+                    by_level,
                 )
-    return {group: [host for *_, host in everyone] for group, everyone in heard.items()}
+    return {group: [host for *_, host, _ in everyone] for group, everyone in heard.items()}
+
+
+def _refuse(problem: str, by_level: bool) -> NoReturn:
+    """Raises ValueError.
+
+    by_level: sums of this group were to go by level. Ranks of other groups, which found nothing wrong, then wait for
+    all ranks of the job in `connect_islands`, and learn of the problem there.
+    """
+    if by_level:
+        with suppress(ValueError):
+            connect({}, problem)
+    raise ValueError(problem)
 
 
 def connect_islands(hosts: dict, policy: CompressionPolicy) -> dict:
-    """By group, which of its ranks are near one another; none where no sum asks."""
+    """By group, which of its ranks are near one another; none where no sum asks.
+
+    Raises ValueError on every rank of the job if one of them found a problem, here or earlier.
+    """
     if not policy.has_levels:
         return {}
-    return connect({group: policy.islands_of(names) for group, names in hosts.items() if group.size() > 1})
+    try:
+        islands = {group: policy.islands_of(names) for group, names in hosts.items() if group.size() > 1}
+    except ValueError as error:
+        _refuse(str(error), by_level=True)
+    return connect(islands)
 
 
 def agree_on_calibration(hosts: dict, policy: CompressionPolicy, graphs: bool = False) -> dict:
@@ -72,7 +95,7 @@ def agree_on_calibration(hosts: dict, policy: CompressionPolicy, graphs: bool = 
     # After the last broadcast, or other groups would wait for the ranks that left.
     for group, calibration in agreed.items():
         if isinstance(calibration, str):
-            raise ValueError(calibration)
+            _refuse(calibration, policy.has_levels)
         if group.size() > 1 and policy.predicts and group.rank() == 0:
             say_calibration(calibration, policy, group.size())
     return agreed

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turning compression on and off in a built Megatron model, and reading what it did."""
 
-import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 
@@ -13,8 +12,10 @@ from megatron.core.models.common.language_module.language_module import Language
 
 from ..policy import PHASES, CompressionPolicy
 from ..wire.backends import warm_up
-from ..wire.codec import parse_codec
-from ..wire.cost import FLAT, step_codecs
+from ..wire.codec import Codec, CodecPair, parse_codec
+from ..wire.cost import FLAT
+from ..wire.topology import Topology
+from ..wire.traffic import flat_across, step_codecs
 from . import logits
 from .agreement import agree_on_calibration, compare_ranks, connect_islands, say_once
 from .compressed_layer import can_overlap, compress_layer, restore_layer
@@ -217,16 +218,29 @@ def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPo
     parameter = next(model.parameters())
     sums = set()
     for place in places if parameter.is_cuda else []:
-        config, ranks = place.module.config, place.group.size()
-        flat = FLAT if policy.algorithm in ("auto", "hierarchical") else (policy.algorithm,)
-        ways = {("reduce_scatter" if config.sequence_parallel else way, parameter.dtype, ranks) for way in flat}
-        if topology := topologies.get(place.group):  # across machines go sums in fp32
-            ways |= {(way, torch.float32, len(topology.islands.members)) for way in FLAT}
-        sums |= set(itertools.product(_codec_names(policy, place), ways, [config.hidden_size]))
-    for name, (way, dtype, ranks), hidden in sorted(sums, key=str):
-        if ranks > 1 and not (">" in name and way == "gather_sum"):
-            first, second = step_codecs(parse_codec(name))
-            warm_up(first.format, second.format, dtype, hidden, ranks, way, parameter.device)
+        for name in _codec_names(policy, place):
+            ways = _ways(place, parse_codec(name), policy.algorithm, topologies.get(place.group))
+            sums |= {(name, place.module.config.hidden_size, *way) for way in ways}
+    for name, hidden, way, *counts in sorted(sums):
+        first, second = step_codecs(parse_codec(name))
+        ranks, mates, shares = counts
+        how = parameter.dtype, hidden, ranks, way, parameter.device, mates, shares
+        warm_up(first.format, second.format, *how)
+
+
+def _ways(place: Place, codec: Codec | CodecPair, algorithm: str, topology: Topology | None) -> Iterator[tuple]:
+    """(flat algorithm, its ranks, ranks of this machine, of the smallest one) of all sums that a place may ask for."""
+    ranks, scatters = place.group.size(), place.module.config.sequence_parallel
+    if ranks == 1:
+        return
+    flat = FLAT if algorithm in ("auto", "hierarchical") else (algorithm,)
+    for way in ("reduce_scatter",) if scatters else flat:
+        if way != "gather_sum" or not isinstance(codec, CodecPair):
+            yield way, ranks, 1, 1
+    if topology and topology.islands.have_two_levels:
+        islands = topology.islands
+        across = "reduce_scatter" if scatters else flat_across(codec, islands)
+        yield across, len(islands.members), len(islands.members[topology.island]), islands.shares
 
 
 def _note_phases(model: torch.nn.Module, phase: Phase) -> None:

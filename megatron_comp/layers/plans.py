@@ -9,9 +9,10 @@ import torch
 from ..policy import DROP, CompressionPolicy
 from ..wire import exchange
 from ..wire.calibration import Calibration
-from ..wire.cost import choose_algorithm, choose_chunks, choose_parts, choose_scatter, ring_bytes
+from ..wire.cost import choose_algorithm, choose_chunks, choose_parts, choose_scatter
 from ..wire.plan import SumPlan, plan_all_reduce, plan_reduce_scatter
 from ..wire.topology import Topology
+from ..wire.traffic import ring_bytes
 
 Group = torch.distributed.ProcessGroup
 

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from ..wire.codec import parse_codec
-from ..wire.cost import step_codecs
+from ..wire.traffic import step_codecs
 from .hardware import Gpu
 from .layouts import Layout
 from .times import Job

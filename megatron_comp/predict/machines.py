@@ -27,8 +27,8 @@ from dataclasses import dataclass, replace
 from ..launcher import network
 from ..wire.calibration import Calibration, Link
 from ..wire.codec import Codec, CodecPair
-from ..wire.cost import received_by_level, ring_bytes, slice_rows, step_codecs
 from ..wire.topology import Islands
+from ..wire.traffic import received_by_level, ring_bytes, slice_rows, step_codecs
 from .hardware import Gpu, Interconnect, Shares, assumed_calibration, wire_of
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..policy import CompressionPolicy
 from ..wire.codec import parse_codec
-from ..wire.cost import flat_across, step_codecs
+from ..wire.traffic import flat_across, step_codecs
 from .hardware import Gpu, Shares
 from .layouts import Layout
 from .machines import Machines

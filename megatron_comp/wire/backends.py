@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which code encodes and decodes on a device. All backends write the same bytes and sum to the same bits.
 
-A backend is a module with the five functions of `reference.py`, which see tensors `[rows, hidden]` of at least one
+A backend is a module with the six functions of `reference.py`, which see tensors `[rows, hidden]` of at least one
 element and fill all of `out`, which is contiguous:
 
     encode(x, fmt, out)                                     decode_sum(messages, fmt, out)
-    encode_slices(x, fmt, rows, out)                        decode_slices(slots, fmt, rows, out)
-    decode_sum_encode(messages, shape, fmt, second, out)
+    encode_slices(x, fmt, rows, out)                        decode_slices(slots, fmt, rows, out, each)
+    sum_encode(parts, fmt, rows, out)                       decode_sum_encode(messages, shape, fmt, second, out)
 
 Slices are consecutive rows; `rows` is a tuple that says how many each has. A backend whose compiler runs at the first
 call of each kind has `warm_up`, too.
@@ -47,18 +47,28 @@ def choose_backend(device_type: str) -> ModuleType:
 
 
 def warm_up(
-    first: Format, second: Format, dtype: torch.dtype, hidden: int, ranks: int, algorithm: str, device: torch.device
+    first: Format,
+    second: Format,
+    dtype: torch.dtype,
+    hidden: int,
+    ranks: int,
+    algorithm: str,
+    device: torch.device,
+    mates: int = 1,
+    shares: int = 1,
 ) -> None:
     """Has everything compiled that sums of `[..., hidden]` tensors over `ranks` ranks need on this device.
 
     first, second: formats of the two phases of `two_step`; for `gather_sum` and `reduce_scatter` only the first counts.
+    mates, shares: of a hierarchical sum, the ranks of this rank's island, and of the smallest one; algorithm and ranks
+    are then those across islands.
     Does nothing where nothing is compiled later. Raises RuntimeError that says what to install if a compiler fails.
     """
     backend = choose_backend(device.type)
     if not hasattr(backend, "warm_up"):
         return
     try:
-        backend.warm_up(first, second, dtype, hidden, ranks, algorithm, device)
+        backend.warm_up(first, second, dtype, hidden, ranks, algorithm, device, mates, shares)
     except Exception as error:
         raise RuntimeError(
             f"the kernels of codec {first} cannot be compiled for {device}: {type(error).__name__}: {error}. Triton "

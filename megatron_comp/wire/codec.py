@@ -68,6 +68,18 @@ class Codec:
             choose_backend(x.device.type).encode_slices(x.detach(), self.format, rows, out)
         return out
 
+    def sum_encode(self, parts: torch.Tensor, rows: Sequence[int], out: torch.Tensor | None = None) -> torch.Tensor:
+        """`encode_slices` of the fp32 sum of `parts` `[ranks, rows of all, hidden]`, which is kept nowhere.
+
+        Added up in rank order, each value as it is. Raises what `encode_slices` raises.
+        """
+        _check_encodes(parts)
+        rows = tuple(rows)
+        out = _message(sum(self._slice_bytes(rows, parts[0])), parts.device, out)
+        if parts.numel():
+            choose_backend(parts.device.type).sum_encode(parts, self.format, rows, out)
+        return out
+
     def decode(self, message: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """The reverse of `encode`: a tensor of `shape` and `dtype`."""
         return self.decode_sum(message.unsqueeze(0), shape, dtype)
@@ -89,25 +101,27 @@ class Codec:
             choose_backend(messages.device.type).decode_sum(messages, self.format, out.view(rows_and_hidden))
         return out
 
-    def decode_slices(self, slots: torch.Tensor, rows: Sequence[int], out: torch.Tensor) -> torch.Tensor:
-        """Messages of sums, one for each of consecutive slices, to all of their rows: contiguous `[rows, hidden]`.
+    def decode_slices(self, slots: torch.Tensor, rows: Sequence[int], out: torch.Tensor, each: int = 1) -> torch.Tensor:
+        """Messages of consecutive slices to all of their rows: contiguous `[rows, hidden]`.
 
-        slots: uint8 `[slices, bytes]`, a message at the start of each; what follows it in its slot is not read.
-        rows: of each slice. Unlike `decode` it does not saturate in fp16: a sum may be infinite.
+        slots: uint8 `[slices * each, bytes]`, a message at the start of each; what follows it in its slot is not read.
+        rows: of each slice. each: so many messages in turn are added up, in fp32 and in their order, to one slice.
+        Unlike `decode` it does not saturate in fp16: a sum may be infinite.
         Raises ValueError if the slices do not make up `out`, or if a slot is too short for its message.
         """
         if out.dtype not in DTYPES:
             raise _no_such_output(out.dtype)
         rows = tuple(rows)
         longest = max(self._slice_bytes(rows, out), default=0)
-        if slots.dtype != torch.uint8 or slots.dim() != 2 or len(slots) != len(rows) or slots.shape[1] < longest:
+        count = len(rows) * each
+        if slots.dtype != torch.uint8 or slots.dim() != 2 or len(slots) != count or slots.shape[1] < longest:
             raise ValueError(
-                f"{self} decodes slices of {rows} rows from {len(rows)} uint8 slots of at least {longest} bytes, "
+                f"{self} decodes slices of {rows} rows from {count} uint8 slots of at least {longest} bytes, "
                 f"not from {slots.dtype} {tuple(slots.shape)}"
             )
         assert out.is_contiguous()
         if out.numel():
-            choose_backend(slots.device.type).decode_slices(slots, self.format, rows, out)
+            choose_backend(slots.device.type).decode_slices(slots, self.format, rows, out, each)
         return out
 
     def decode_sum_encode(

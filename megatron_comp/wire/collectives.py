@@ -15,18 +15,19 @@ decoded. Rows share no blocks and every element is summed in rank order, so bits
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 
 from . import exchange
 from .codec import Codec, CodecPair, parse_codec
-from .cost import choose_scatter, scatter_rows
-from .hierarchical import Steps, hierarchical_scatter, hierarchical_sum
+from .cost import choose_scatter
+from .hierarchical import NEAR, Steps, hierarchical_scatter, hierarchical_sum
 from .plan import SCATTERS, Chunk, SumPlan, plan_all_reduce, plan_reduce_scatter
 from .spans import span
 from .topology import Topology
+from .traffic import scatter_rows
 
 
 class PendingSum:
@@ -43,9 +44,23 @@ class PendingSum:
     def wait(self) -> torch.Tensor:
         """The sum. On a GPU the current stream waits, not the host; it must be the stream of the start."""
         while self._chunks:
-            # All chunks go one exchange further before any goes two, so that none keeps another off the wire.
-            self._chunks = [chunk for chunk in self._chunks if next(chunk, _DONE) is not _DONE]
+            self._chunks = [*self._one_further()]
         return self._out
+
+    def _one_further(self) -> Iterator[Steps]:
+        """The chunks that are not done then.
+
+        All go one exchange further before any goes two, so that none keeps another off the wire. Only a chunk whose
+        last exchange is a near one is finished as soon as the next chunk's is under way.
+        """
+        near: Steps = iter(())
+        for chunk in self._chunks:
+            step = next(chunk, _DONE)
+            next(near, None)
+            near = chunk if step is NEAR else iter(())
+            if step is not NEAR and step is not _DONE:
+                yield chunk
+        next(near, None)
 
 
 class PendingAllReduce(PendingSum):

@@ -14,6 +14,7 @@ from ..kernels.decode_sum_encode import decode_sum_encode as _decode_sum_encode
 from ..kernels.encode import encode as _encode
 from ..kernels.format import TILE, Field, KernelFormat, SmallFloat
 from ..kernels.slices import as_arguments
+from ..kernels.sum_encode import sum_encode as _sum_encode
 from . import message, scales
 from .formats import SMALLEST_NORMAL, Format, Minifloat, PowerOfTwo, SmallFloatScale
 from .reference import input_limit
@@ -38,6 +39,13 @@ def encode_slices(x_RH: torch.Tensor, fmt: Format, rows: Sequence[int], out: tor
         _encode(x_RH, out, *how)
 
 
+def sum_encode(parts: torch.Tensor, fmt: Format, rows: Sequence[int], out: torch.Tensor) -> None:
+    """The same of the fp32 sum of `parts` `[ranks, rows, hidden]`, which stays in registers; one launch."""
+    how = _how_to_encode(fmt, tuple(rows), parts.shape[2], True)
+    with _on_device_of(parts):
+        _sum_encode(parts.contiguous(), out, *how)
+
+
 def decode_sum(messages: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
     """uint8 `[ranks, nbytes]` to the sum `out` `[rows, hidden]`: fp32, in rank order, rounded once to its dtype.
 
@@ -47,35 +55,48 @@ def decode_sum(messages: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
     _decode(messages, fmt, (out.shape[0],), out, len(messages), alone)
 
 
-def decode_slices(slots: torch.Tensor, fmt: Format, rows: Sequence[int], out: torch.Tensor) -> None:
-    """uint8 `[slices, slot_bytes]`, a message at the start of each slot, to contiguous `out` `[rows, hidden]`.
+def decode_slices(slots: torch.Tensor, fmt: Format, rows: Sequence[int], out: torch.Tensor, each: int = 1) -> None:
+    """uint8 `[slices * each, slot_bytes]`, a message at the start of each slot, to contiguous `out` `[rows, hidden]`.
 
-    rows: of each slice; may be 0. One launch. What messages leave of their slots is never read.
+    rows: of each slice, the sum of `each` messages; may be 0. One launch. What messages leave of their slots is never
+    read. Nothing saturates: these are sums.
     """
-    _decode(slots, fmt, tuple(rows), out, 1, False)
+    _decode(slots, fmt, tuple(rows), out, each, False)
 
 
 def warm_up(
-    first: Format, second: Format, dtype: torch.dtype, hidden: int, ranks: int, algorithm: str, device: torch.device
+    first: Format,
+    second: Format,
+    dtype: torch.dtype,
+    hidden: int,
+    ranks: int,
+    algorithm: str,
+    device: torch.device,
+    mates: int = 1,
+    shares: int = 1,
 ) -> None:
     """Launches each kernel of a sum once, on small tensors, so that Triton compiles it here and not in the first sum.
 
     first, second: formats of the two phases; all algorithms but `two_step` have only the first.
+    mates, shares: of a hierarchical sum, the ranks of this island, and of the smallest; `ranks` are then those across.
     """
     for rows in (1, 2):  # of a slice: a message of one row is aligned as no other is
-        counts = (rows,) * ranks
-        x = torch.zeros(rows * ranks, hidden, dtype=dtype, device=device)
+        sent = (rows,) if algorithm == "gather_sum" else (rows,) * ranks
+        x = torch.zeros(mates, sum(sent), hidden, dtype=dtype, device=device)
         messages = _messages(first, ranks, rows, hidden, device)
-        if algorithm == "gather_sum":
-            encode(x[:rows], first, messages[0])
+        if mates == 1:
+            encode_slices(x[0], first, sent, messages.view(-1))
         else:
-            encode_slices(x, first, counts, messages.view(-1))
+            sum_encode(x, first, sent, messages.view(-1))
+        if algorithm == "reduce_scatter":
+            decode_sum(messages, first, x[0, :rows])
+            continue
+        owned, last, each = sent * shares, first, ranks
         if algorithm == "two_step":
-            slots = _messages(second, ranks, rows, hidden, device)
-            decode_sum_encode(messages, (rows, hidden), first, second, slots[0])
-            decode_slices(slots, second, counts, x)
-        else:
-            decode_sum(messages, first, x[:rows])
+            last, each = second, 1
+            decode_sum_encode(messages, (rows, hidden), first, second, _messages(second, 1, rows, hidden, device)[0])
+        slots = _messages(last, len(owned) * each, rows, hidden, device)
+        decode_slices(slots, last, owned, x.new_empty(sum(owned), hidden), each)
 
 
 def _messages(fmt: Format, ranks: int, rows: int, hidden: int, device: torch.device) -> torch.Tensor:

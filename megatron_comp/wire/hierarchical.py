@@ -3,9 +3,9 @@
 
 Legend: M islands (`topology.py`) of L ranks, which own one of S shares of the rows each; S = L where islands are equal.
 
-    inside   all-to-all of the rows as they are; each share is summed in fp32, in rank order, and encoded from there
+    inside   all-to-all of the rows as they are; each share is summed in fp32, in rank order, and encoded in one go
     across   gather_sum or two_step of the share, among the ranks of equal place in all islands
-    inside   all-gather of the messages that came from across; every rank decodes all shares
+    inside   all-gather of the messages that came from across; every rank decodes all shares in one call
 
 So one machine's link carries what M ranks would exchange, not M L. Quantized is once (`gather_sum` across) or twice,
 whatever L is. All ranks decode the same messages in the same order, and end with the same bits.
@@ -18,11 +18,12 @@ import torch.distributed as dist
 
 from . import exchange
 from .plan import Chunk, SumPlan
-from .reference import TILE_VALUES
 from .spans import span
 
-# A chunk under way: each `next` carries it to where its bytes are on the wire again, the last one to its sum.
-Steps = Iterator[None]
+# A chunk under way: each `next` carries it to where its bytes are on the wire again, the last one to its sum. It yields
+# NEAR where that is its last exchange, and inside the island: soon over, and no use of the links between islands.
+Steps = Iterator[object]
+NEAR = object()
 
 
 def hierarchical_sum(
@@ -44,11 +45,7 @@ def hierarchical_sum(
     slot, work = slots[0], None
     if owns:
         with span("encode"):
-            total = _sum_in_rank_order(raw, sum(chunk.share), plan.hidden)
-            if two_phases:
-                sent = plan.first.encode_slices(total, chunk.share)
-            else:
-                plan.first.encode(total, slot[: chunk.own_size])
+            sent = plan.first.sum_encode(raw, chunk.share, None if two_phases else slot[: chunk.own_size])
     if two_phases:
         if owns:
             with span("exchange"):
@@ -69,10 +66,14 @@ def hierarchical_sum(
     with span("exchange"):
         mates = len(topology.islands.members[topology.island])
         gathered, work = exchange.all_gather(slots.view(-1), mates, topology.inside, async_op)
-    yield
+    yield NEAR
     exchange.finish(work)
     with span("decode"):
-        _decode(gathered[: topology.islands.shares], out, plan, chunk)
+        slots = gathered[: topology.islands.shares].view(-1, chunk.slot_size)
+        # After `gather_sum` a share is the sum of its slots, in island order; after `two_step` each slot has a sum of
+        # its own rows.
+        last, each = (plan.second, 1) if two_phases else (plan.first, machines)
+        last.decode_slices(slots, chunk.slices, out, each)
 
 
 def hierarchical_scatter(
@@ -89,11 +90,12 @@ def hierarchical_scatter(
     """
     topology = plan.topology
     cuts = zip(chunk.starts, chunk.slices, strict=True)
+    # One all-to-all takes each rank's rows in one piece, and those of a place are as many pieces as islands.
     raw, work = _exchange_raw(torch.cat([x[first : first + rows] for first, rows in cuts]), chunk, plan, async_op)
     yield
     exchange.finish(work)
     with span("encode"):
-        sent = plan.first.encode_slices(_sum_in_rank_order(raw, sum(chunk.share), plan.hidden), chunk.share)
+        sent = plan.first.sum_encode(raw, chunk.share)
     with span("exchange"):
         received, work = exchange.all_to_all(sent, chunk.send_sizes, chunk.receive_sizes, topology.across, async_op)
     yield
@@ -106,32 +108,11 @@ def hierarchical_scatter(
 def _exchange_raw(
     rows: torch.Tensor, chunk: Chunk, plan: SumPlan, async_op: bool
 ) -> tuple[torch.Tensor, dist.Work | None]:
-    """Every share's rows to the rank of this island that owns it: (`[L, values]` for this rank's, their arrival)."""
+    """Every share's rows to the rank of this island that owns it: (`[L, rows, hidden]` of this rank's, work)."""
     with span("exchange"):
         sent = rows.contiguous().view(-1).view(torch.uint8)
         received, work = exchange.all_to_all(
             sent, chunk.raw_send_sizes, chunk.raw_receive_sizes, plan.topology.inside, async_op
         )
-    return received.view(rows.dtype).view(len(chunk.raw_receive_sizes), -1), work
-
-
-def _sum_in_rank_order(raw: torch.Tensor, rows: int, hidden: int) -> torch.Tensor:
-    """`[ranks, values]` to their fp32 sum `[rows, hidden]`, from the first rank's on."""
-    total = raw.new_empty(raw.shape[1], dtype=torch.float32)
-    step = TILE_VALUES if raw.device.type == "cpu" else max(1, raw.shape[1])  # tiles that stay in a core's cache
-    for tile, *parts in zip(total.split(step), *(each.split(step) for each in raw), strict=True):
-        tile.copy_(parts[0])
-        for part in parts[1:]:
-            tile += part
-    return total.view(rows, hidden)
-
-
-def _decode(slots: torch.Tensor, out: torch.Tensor, plan: SumPlan, chunk: Chunk) -> None:
-    """uint8 `[shares, M slots]` to all rows. After `gather_sum` a share is the sum of its messages, in island order;
-    after `two_step` each slot has a sum of its own rows."""
-    if plan.across == "two_step":
-        plan.second.decode_slices(slots.reshape(-1, chunk.slot_size), chunk.slices, out)
-        return
-    for share, part in zip(slots, out.split(chunk.slices), strict=True):
-        messages = share.view(-1, chunk.slot_size)[:, : plan.first.message_bytes(part.shape)]
-        plan.first.decode_sum(messages, part.shape, part.dtype, part)
+    parts = received.view(rows.dtype).view(len(chunk.raw_receive_sizes), sum(chunk.share), plan.hidden)
+    return parts, work

@@ -2,7 +2,7 @@
 """The CPU backend: the C of the folder `c`, compiled with the machine's own C compiler at first use.
 
 The library serves all formats; a format and the layout of its message travel to it as one structure of numbers.
-`compiled.py` keeps it on disk: the next process only loads it.
+`c_library.py` keeps it on disk: the next process only loads it.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import compiled, message, scales
+from . import c_library, message, scales
 from .formats import Format, Integer, Minifloat, PowerOfTwo, SmallFloatScale
 from .reference import input_limit
 
@@ -37,9 +37,15 @@ def encode(x: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
 
 def encode_slices(x: torch.Tensor, fmt: Format, rows: tuple[int, ...], out: torch.Tensor) -> None:
     """The messages of consecutive slices of `x`, so many rows each, one after another into `out`."""
-    x = x.contiguous()
-    codecs = _codecs(fmt, rows, x.shape[1])
-    _check(_library().encode_slices(codecs, len(rows), x.data_ptr(), _DTYPES[x.dtype], out.data_ptr()))
+    sum_encode(x.unsqueeze(0), fmt, rows, out)
+
+
+def sum_encode(parts: torch.Tensor, fmt: Format, rows: tuple[int, ...], out: torch.Tensor) -> None:
+    """The same of the fp32 sum of `parts` `[ranks, rows, hidden]`; only a tile of the sum exists at a time."""
+    parts = parts.contiguous()
+    codecs = _codecs(fmt, rows, parts.shape[2])
+    where = parts.data_ptr(), _DTYPES[parts.dtype], len(parts)
+    _check(_library().sum_encode(codecs, len(rows), *where, out.data_ptr()))
 
 
 def decode_sum(messages: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
@@ -53,11 +59,14 @@ def decode_sum(messages: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
     _check(_library().decode_sum(codec, *where, out.data_ptr(), _DTYPES[out.dtype]))
 
 
-def decode_slices(slots: torch.Tensor, fmt: Format, rows: tuple[int, ...], out: torch.Tensor) -> None:
-    """The messages of sums, one at the start of each slot of uint8 `[slices, bytes]`, to their rows of `out`."""
+def decode_slices(slots: torch.Tensor, fmt: Format, rows: tuple[int, ...], out: torch.Tensor, each: int = 1) -> None:
+    """Messages, one at the start of each slot of uint8 `[slices * each, bytes]`, to the rows of `out`.
+
+    Every slice is the sum of `each` messages, and does not saturate.
+    """
     slots = _rows_of_bytes(slots)
     codecs = _codecs(fmt, rows, out.shape[1])
-    where = slots.data_ptr(), slots.stride(0)
+    where = slots.data_ptr(), slots.stride(0), each
     _check(_library().decode_slices(codecs, len(rows), *where, out.data_ptr(), _DTYPES[out.dtype]))
 
 
@@ -210,15 +219,15 @@ def compiler() -> tuple[str, ...] | None:
 
 @lru_cache
 def _library() -> ctypes.CDLL:
-    """Raises RuntimeError without a compiler, and what `compiled.load` raises."""
+    """Raises RuntimeError without a compiler, and what `c_library.load` raises."""
     if compiler() is None:
         raise RuntimeError(f"no C compiler for {SOURCE.name}: set CC or install one of {', '.join(COMPILERS)}")
-    loaded, pointer = compiled.load(SOURCE, compiler(), FLAGS), ctypes.c_void_p
+    loaded, pointer = c_library.load(SOURCE, compiler(), FLAGS), ctypes.c_void_p
     messages = [pointer, ctypes.c_int64, ctypes.c_int]
     slices = [pointer, ctypes.c_int]
-    loaded.encode_slices.argtypes = [*slices, pointer, ctypes.c_int, pointer]
+    loaded.sum_encode.argtypes = [*slices, pointer, ctypes.c_int, ctypes.c_int, pointer]
     loaded.decode_sum.argtypes = [pointer, *messages, pointer, ctypes.c_int]
-    loaded.decode_slices.argtypes = [*slices, pointer, ctypes.c_int64, pointer, ctypes.c_int]
+    loaded.decode_slices.argtypes = [*slices, *messages, pointer, ctypes.c_int]
     loaded.decode_sum_encode.argtypes = [pointer, *messages, pointer, pointer]
     assert loaded.codec_size() == ctypes.sizeof(_Codec)
     return loaded

@@ -11,10 +11,10 @@ from functools import lru_cache
 
 from . import exchange
 from .codec import Codec, CodecPair
-from .cost import (
-    choose_algorithm,
+from .cost import choose_algorithm, most_chunks
+from .topology import Topology
+from .traffic import (
     flat_across,
-    most_chunks,
     received_by_level,
     received_by_level_scatter,
     received_bytes,
@@ -23,7 +23,6 @@ from .cost import (
     slice_rows,
     step_codecs,
 )
-from .topology import Topology
 
 # Plans that are kept: a prompt's length makes one for each codec and phase that a policy names.
 KNOWN_PLANS = 4096
@@ -137,7 +136,7 @@ def plan_all_reduce(
         topology, across, slices = None, "", ranks
         received = received_bytes(shape, codec, ranks, algorithm, rank)
     if chunks is None:
-        chunks = most_chunks(shape, codec, slices, chunk_bytes) if chunk_bytes else 1
+        chunks = most_chunks(shape, codec, ranks, chunk_bytes, topology and topology.islands) if chunk_bytes else 1
 
     def make(count: int) -> Chunk:
         if topology is not None:

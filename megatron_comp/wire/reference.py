@@ -37,6 +37,14 @@ def encode_slices(x_RH: torch.Tensor, fmt: Format, rows: Sequence[int], out: tor
         encode(part, fmt, out[start:end])
 
 
+def sum_encode(parts_NRH: torch.Tensor, fmt: Format, rows: Sequence[int], out: torch.Tensor) -> None:
+    """`encode_slices` of the fp32 sum of N tensors, `[N, rows, hidden]`, in their order, each value as it is."""
+    total_RH = parts_NRH[0].float()
+    for part_RH in parts_NRH[1:]:
+        total_RH = total_RH + part_RH
+    encode_slices(total_RH, fmt, rows, out)
+
+
 def decode_sum(messages: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
     """uint8 `[ranks, nbytes]` to the sum `out` `[rows, hidden]`: fp32, in rank order, rounded once to its dtype.
 
@@ -47,13 +55,14 @@ def decode_sum(messages: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
     _decode_sum(messages, fmt, limit, out)
 
 
-def decode_slices(slots: torch.Tensor, fmt: Format, rows: Sequence[int], out: torch.Tensor) -> None:
-    """The messages of sums, one at the start of each slot of uint8 `[slices, bytes]`, to their rows of `out`.
+def decode_slices(slots: torch.Tensor, fmt: Format, rows: Sequence[int], out: torch.Tensor, each: int = 1) -> None:
+    """Messages, one at the start of each slot of uint8 `[slices * each, bytes]`, to the rows of `out`.
 
-    What a message leaves of its slot is not read. Nothing saturates: these are sums.
+    Every slice is the sum of `each` messages, in their order. What a message leaves of its slot is not read. Nothing
+    saturates: these are sums.
     """
-    for slot, part in zip(slots, out.split(rows), strict=True):
-        _decode_sum(slot.unsqueeze(0), fmt, torch.inf, part)
+    for of_slice, part in zip(slots.split(each), out.split(rows), strict=True):
+        _decode_sum(of_slice, fmt, torch.inf, part)
 
 
 def decode_sum_encode(

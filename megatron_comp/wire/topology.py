@@ -97,17 +97,17 @@ class Topology:
         return self.place < self.islands.shares
 
 
-def connect(islands: Mapping[Group | None, Islands]) -> dict[Group | None, Topology]:
+def connect(islands: Mapping[Group | None, Islands], problem: str | None = None) -> dict[Group | None, Topology]:
     """The topologies of groups that this rank is in, their sub-groups made where they were not yet.
 
     Every rank of the job must call it at the same time, since torch.distributed makes groups on all ranks in one order;
     ranks may name different groups, or none. None names the group of all ranks. Sub-groups have backend and timeout of
-    their group.
+    their group. problem: why this rank refuses.
 
-    Raises ValueError, on every rank if on one, for islands of another number of ranks than their group has, and for
-    groups whose ranks do not ascend with those of the job.
+    Raises ValueError, on every rank if on one, for a problem, for islands of another number of ranks than their group
+    has, and for groups whose ranks do not ascend with those of the job.
     """
-    problem = next(filter(None, itertools.starmap(_problem, islands.items())), None)
+    problem = problem or next(filter(None, itertools.starmap(_problem, islands.items())), None)
     wanted = [] if problem else [_sub_groups(group, its_islands) for group, its_islands in islands.items()]
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (problem, wanted))

@@ -20,8 +20,9 @@ from megatron_comp.commands import calibrate
 from megatron_comp.commands.calibrate import _advice
 from megatron_comp.wire.calibration import LEVEL_LINKS, LINKS, Calibration, CodecCost, Link
 from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.cost import choose_algorithm, pays, ring_bytes, stock_seconds, sum_seconds, wire_and_work
+from megatron_comp.wire.cost import choose_algorithm, pays, stock_seconds, sum_seconds, wire_and_work
 from megatron_comp.wire.topology import Islands
+from megatron_comp.wire.traffic import ring_bytes
 
 MXFP4 = Codec.parse("mxfp4")
 

@@ -9,6 +9,7 @@ import torch
 
 import megatron_comp as mc
 from megatron_comp.layers import apply
+from megatron_comp.wire.topology import Islands, Topology
 
 CUDA = torch.device("cuda", 1)
 
@@ -26,16 +27,20 @@ def place(site, ranks, sequence_parallel=False):
     return SimpleNamespace(layer=0, site=site, module=SimpleNamespace(config=config), group=Group(ranks))
 
 
-def compiled(monkeypatch, places, device=CUDA, topologies=(), dtype=torch.bfloat16, **policy):
-    """{(first, second, ranks, algorithm)} of the calls in `dtype`, all with the model's hidden size and device."""
+def compiled(monkeypatch, places, device=CUDA, topologies=(), by_level=False, **policy):
+    """{(first, second, ranks, algorithm)} of the flat sums, or with ranks and shares of the machine of all others.
+
+    All with the model's type, hidden size and device.
+    """
     calls = []
     monkeypatch.setattr(apply, "warm_up", lambda *arguments: calls.append(arguments))
     weight = SimpleNamespace(is_cuda=device.type == "cuda", dtype=torch.bfloat16, device=device)
     model = SimpleNamespace(parameters=lambda: iter([weight]))
     apply._compile_kernels(model, places, mc.CompressionPolicy(**policy), dict(topologies))
-    assert all(call[3] == 96 and call[6] == CUDA for call in calls)
+    assert all(call[2:4] == (torch.bfloat16, 96) and call[6] == CUDA for call in calls)
     assert len(calls) == len(set(calls))
-    return {(str(first), str(second), ranks, way) for first, second, its, _, ranks, way, _ in calls if its == dtype}
+    names = [(str(first), str(second), ranks, way, *level) for first, second, _, _, ranks, way, _, *level in calls]
+    return {name if by_level else name[:4] for name in names if (name[4:] != (1, 1)) == by_level}
 
 
 MXFP4, MXFP8 = "fp4_e2m1:32:e8m0", "fp8_e4m3:32:e8m0"
@@ -63,14 +68,20 @@ def test_sequence_parallel(monkeypatch):
     assert compiled(monkeypatch, [place("mlp", 2, True)], codec="mxfp4") == {(MXFP4, MXFP4, 2, "reduce_scatter")}
 
 
-def test_sums_across_machines_are_of_fp32(monkeypatch):
-    """Two machines of two ranks: flat sums of four ranks in the model's type, and sums of sums between two."""
-    topologies = {Group(4): SimpleNamespace(islands=SimpleNamespace(members=((0, 1), (2, 3))))}
-    how = {"topologies": topologies, "codec": "mxfp4", "algorithm": "hierarchical"}
-    flat = {(MXFP4, MXFP4, 4, "gather_sum"), (MXFP4, MXFP4, 4, "two_step")}
-    across = {(MXFP4, MXFP4, 2, "gather_sum"), (MXFP4, MXFP4, 2, "two_step")}
-    assert compiled(monkeypatch, [place("mlp", 4)], **how) == flat
-    assert compiled(monkeypatch, [place("mlp", 4)], dtype=torch.float32, **how) == across
+@pytest.mark.parametrize(
+    "codec, scatters, expected",
+    [
+        ("mxfp4", False, (MXFP4, MXFP4, 2, "gather_sum", 3, 2)),
+        ("mxfp4>mxfp8", False, (MXFP4, MXFP8, 2, "two_step", 3, 2)),
+        ("mxfp4", True, (MXFP4, MXFP4, 2, "reduce_scatter", 3, 2)),
+    ],
+)
+def test_sums_by_level(monkeypatch, codec, scatters, expected):
+    """On the larger of two machines: flat sums of all ranks, and sums of three ranks' partial sums between two."""
+    islands = Islands.of_names("aabbb")
+    topologies = {Group(5): Topology(islands, island=1, place=0, inside=None, across=None)}
+    how = {"topologies": topologies, "codec": codec, "algorithm": "hierarchical", "by_level": True}
+    assert compiled(monkeypatch, [place("mlp", 5, scatters)], **how) == {expected}
 
 
 def test_nothing_to_compile(monkeypatch):

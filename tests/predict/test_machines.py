@@ -11,7 +11,8 @@ from megatron_comp.predict.hardware import Interconnect, Shares, assumed_calibra
 from megatron_comp.predict.machines import Machines
 from megatron_comp.wire.calibration import Link
 from megatron_comp.wire.codec import Codec
-from megatron_comp.wire.cost import received_bytes, ring_bytes, sum_seconds
+from megatron_comp.wire.cost import sum_seconds
+from megatron_comp.wire.traffic import received_bytes, ring_bytes
 
 LINK = Interconnect(1, 20, "1e9 bytes a second, a hop in 20 us", reached=1.0)
 INSIDE = Interconnect(100, 2, "", reached=1.0)

@@ -254,6 +254,26 @@ def check_slices(fmt: Format, rows: tuple[int, ...], hidden: int, dtype: torch.d
     assert decoded.untouched_around()
 
 
+def check_sum_encode(fmt: Format, ranks: int, rows: tuple[int, ...], hidden: int, dtype: torch.dtype, seed: int = 0):
+    """Slices of the sum of the ranks' tensors, in one launch; and each slice as the sum of two messages of its own."""
+    parts = torch.stack([tensor((sum(rows), hidden), dtype, fmt.block, seed + rank) for rank in range(ranks)])
+    sizes = [message.layout(fmt, count, hidden).nbytes for count in rows]
+    out, expected = Guarded((sum(sizes),), torch.uint8), torch.empty(sum(sizes), dtype=torch.uint8)
+    gpu.sum_encode(parts.to(DEVICE), fmt, rows, out.tensor)
+    reference.sum_encode(parts, fmt, rows, expected)
+    assert torch.equal(out.tensor.cpu(), expected), f"{fmt} {rows} of {ranks} {dtype}"
+    assert out.untouched_around()
+    slots = torch.full((2 * len(rows), max(sizes)), 0xFF, dtype=torch.uint8)
+    for slot, sent in zip(slots[::2], expected.split(sizes)):
+        slot[: len(sent)] = sent
+    slots[1::2] = slots[::2].roll(1, 1)  # any bytes are a message of something
+    decoded, total = Guarded((sum(rows), hidden), dtype), torch.empty(sum(rows), hidden, dtype=dtype)
+    gpu.decode_slices(slots.to(DEVICE), fmt, rows, decoded.tensor, 2)
+    reference.decode_slices(slots, fmt, rows, total, 2)
+    assert_same_bits(decoded.tensor.cpu(), total)
+    assert decoded.untouched_around()
+
+
 def check_decode_sum_encode(fmt: Format, messages: torch.Tensor, shape: tuple[int, int], second: Format) -> None:
     nbytes = message.layout(second, *shape).nbytes
     out = Guarded((nbytes,), torch.uint8)

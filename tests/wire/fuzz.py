@@ -94,11 +94,11 @@ class Fuzz:
     def codec(self):
         return Format.parse(next(self.codecs, None) or self.random.choice(oracles.all_codecs()))
 
-    def both(self, function, empty, *inputs):
+    def both(self, function, empty, *inputs, **options):
         """What a function of the C and of the reference write; they must be the same."""
         ours, theirs = empty(), empty()
-        getattr(native, function)(*inputs, ours)
-        getattr(reference, function)(*inputs, theirs)
+        getattr(native, function)(*inputs, ours, **options)
+        getattr(reference, function)(*inputs, theirs, **options)
         self.calls += 1
         same = torch.equal(ours, theirs) if ours.dtype == torch.uint8 else oracles.same_bits(ours, theirs)
         if not same:
@@ -148,11 +148,14 @@ class Fuzz:
         rows = (cut, 0, shape[0] - cut)
         sizes = [message.layout(fmt, count, shape[1]).nbytes for count in rows]
         slices = self.both("encode_slices", lambda: empty(sum(sizes)), x, fmt, rows)
-        slots = self.memory.copy(self.bytes(3, max(sizes)))
+        parts = self.memory.copy(torch.stack([self.tensor(*shape).to(dtype) for _ in range(self.random.randint(1, 4))]))
+        self.both("sum_encode", lambda: empty(sum(sizes)), parts, fmt, rows)
+        each = self.random.choice([1, 1, 2, 3])
+        slots = self.memory.copy(self.bytes(3 * each, max(sizes)))
         if self.random.random() < 0.5:
-            for slot, each in zip(slots, slices.split(sizes), strict=True):
-                slot[: len(each)] = each
-        self.both("decode_slices", lambda: empty(*shape, dtype=dtype), slots, fmt, rows)
+            for slot, sent in zip(slots[::each], slices.split(sizes), strict=True):
+                slot[: len(sent)] = sent
+        self.both("decode_slices", lambda: empty(*shape, dtype=dtype), slots, fmt, rows, each=each)
         self.memory.free()
 
 

@@ -18,8 +18,8 @@ from sums import Wire, digest, expected_gather_sum, expected_two_step, tensor
 from megatron_comp.wire import exchange
 from megatron_comp.wire.codec import parse_codec
 from megatron_comp.wire.collectives import PendingAllReduce, all_reduce, reduce_scatter
-from megatron_comp.wire.cost import received_bytes, received_bytes_scatter, slice_rows
 from megatron_comp.wire.plan import plan_all_reduce
+from megatron_comp.wire.traffic import received_bytes, received_bytes_scatter, slice_rows
 
 CODECS = ["mxfp4", "nvfp4", "int5:32:fp16:hadamard", "fp5_e2m2:8:e5m0", "int4:128:fp16:asym:spike", "mxfp4>mxfp8"]
 # Three of them leave rows over after whole multiples of 16 rows a rank; one is too short for two chunks.

@@ -15,7 +15,7 @@ from sums import Wire, digest, expected_gather_sum, expected_reduce_scatter, exp
 
 from megatron_comp.wire.codec import parse_codec
 from megatron_comp.wire.collectives import all_reduce, reduce_scatter
-from megatron_comp.wire.cost import received_bytes, received_bytes_scatter
+from megatron_comp.wire.traffic import received_bytes, received_bytes_scatter
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 PAIRS = ["int4:32:fp16>int8:32:fp16", "mxfp4>mxfp8", "int4:128:fp16:asym:spike>fp5_e2m2:8:e5m0:hadamard:search"]

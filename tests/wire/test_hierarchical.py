@@ -17,9 +17,9 @@ from sums import Wire, digest, expected_gather_sum, expected_hierarchical, islan
 from megatron_comp.wire import topology
 from megatron_comp.wire.codec import parse_codec
 from megatron_comp.wire.collectives import PendingAllReduce, all_reduce, reduce_scatter
-from megatron_comp.wire.cost import received_by_level, received_by_level_scatter
 from megatron_comp.wire.plan import plan_all_reduce
 from megatron_comp.wire.topology import Islands
+from megatron_comp.wire.traffic import received_by_level, received_by_level_scatter
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # The machine of each rank.

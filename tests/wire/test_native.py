@@ -59,25 +59,31 @@ def same(fmt, tensors, second):
         written(backend, "decode_sum_encode", second, messages, shape, fmt, second) for backend in (native, reference)
     ]
     assert torch.equal(*both), f"{fmt} > {second} {tuple(shape)} of {len(messages)}"
-    same_slices(fmt, tensors[0])
+    same_slices(fmt, tensors)
 
 
-def same_slices(fmt, x):
-    """Native and reference, on slices of half the rows, of none, and of the others, in slots that end in garbage."""
-    rows, hidden = (len(x) // 2, 0, len(x) - len(x) // 2), x.shape[1]
-    sizes = [message.layout(fmt, count, hidden).nbytes for count in rows]
-    ours, theirs = (torch.full((sum(sizes) + 40,), 0xFF, dtype=torch.uint8) for _ in range(2))
-    for backend, margin in ((native, ours), (reference, theirs)):
-        backend.encode_slices(x, fmt, rows, margin[17 : 17 + sum(sizes)])
-    assert torch.equal(ours, theirs), f"{fmt} slices {rows} of {tuple(x.shape)}"
-    slots = torch.full((len(rows), max(sizes) + 7), 0xFF, dtype=torch.uint8)
-    for slot, each in zip(slots, ours[17:-23].split(sizes), strict=True):
-        slot[: len(each)] = each
-    for dtype in DTYPES:
-        ours, theirs = (torch.full((len(x) + 2, hidden), NAN, dtype=dtype) for _ in range(2))
+def same_slices(fmt, tensors):
+    """Native and reference, on slices of half the rows, of none, and of the others: of the first tensor, and of the sum
+    of all. Their messages are decoded from slots that end in garbage, one by one and added up."""
+    (count, hidden), x = tensors[0].shape, tensors[0]
+    rows, parts = (count // 2, 0, count - count // 2), torch.stack(tensors)
+    sizes = [message.layout(fmt, each, hidden).nbytes for each in rows]
+    slots = []
+    for function, source in (("encode_slices", x), ("sum_encode", parts)):
+        ours, theirs = (torch.full((sum(sizes) + 40,), 0xFF, dtype=torch.uint8) for _ in range(2))
         for backend, margin in ((native, ours), (reference, theirs)):
-            backend.decode_slices(slots, fmt, rows, margin[1:-1])
-        assert oracles.same_bits(ours, theirs), f"{fmt} slices {rows} to {dtype} {tuple(x.shape)}"
+            getattr(backend, function)(source, fmt, rows, margin[17 : 17 + sum(sizes)])
+        assert torch.equal(ours, theirs), f"{function} {fmt} slices {rows} of {tuple(source.shape)}"
+        slots.append(torch.full((len(rows), max(sizes) + 7), 0xFF, dtype=torch.uint8))
+        for slot, sent in zip(slots[-1], ours[17:-23].split(sizes), strict=True):
+            slot[: len(sent)] = sent
+    of_both = torch.stack(slots, dim=1).flatten(0, 1)
+    for number, dtype in enumerate(DTYPES):
+        messages, each = (of_both, 2) if number == len(tensors) % 3 else (slots[0], 1)
+        ours, theirs = (torch.full((count + 2, hidden), NAN, dtype=dtype) for _ in range(2))
+        for backend, margin in ((native, ours), (reference, theirs)):
+            backend.decode_slices(messages, fmt, rows, margin[1:-1], each)
+        assert oracles.same_bits(ours, theirs), f"{fmt} slices {rows} of {each} to {dtype} {tuple(x.shape)}"
         assert ours[0].isnan().all() and ours[-1].isnan().all()
 
 

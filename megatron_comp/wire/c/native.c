@@ -33,17 +33,27 @@
     for (int64_t row = 0; row < (c)->rows; row++)                                                                      \
         for (int64_t column = 0; column < (c)->hidden && (aim(c, t, row, column), 1); column += (t)->capacity)
 
-/* The slices' messages, one after another. */
-int encode_slices(const Codec *const *codecs, int slices, const void *tensor, int dtype, uint8_t *message)
+/* The messages of the slices of a sum of tensors, one after another; the ranks' tensors follow one another. */
+int sum_encode(
+    const Codec *const *codecs, int slices, const void *tensors, int dtype, int ranks, uint8_t *message)
 {
     Tile t;
-    int64_t at = 0;
+    int64_t at = 0, values = 0;
+    for (int slice = 0; slice < slices; slice++)
+        values += codecs[slice]->rows * codecs[slice]->hidden;
     if (!new_tile(&t, codecs[0], 0, tile_values_to_encode(codecs[0])))
         return 1;
     for (int slice = 0; slice < slices; slice++) {
         const Codec *c = codecs[slice];
         FOR_TILES(c, &t) {
-            load_tile(c, &t, tensor, dtype, at + row * c->hidden + column);
+            const int64_t first = at + row * c->hidden + column;
+            if (ranks == 1) {
+                load_tile(c, &t, tensors, dtype, first);
+            } else {
+                for (int rank = 0; rank < ranks; rank++)
+                    add(tensors, dtype, first + rank * values, t.values, rank == 0, t.total);
+                load_tile(c, &t, t.total, FP32, 0);
+            }
             transform(c, &t, t.x);
             encode_tile(c, &t, message);
         }
@@ -81,9 +91,9 @@ int decode_sum(const Codec *c, const uint8_t *messages, int64_t stride, int rank
     return 0;
 }
 
-/* A sum's message in each slot. */
+/* A message in each slot, so many in turn to add up for each slice. */
 int decode_slices(
-    const Codec *const *codecs, int slices, const uint8_t *slots, int64_t stride, void *tensor, int dtype)
+    const Codec *const *codecs, int slices, const uint8_t *slots, int64_t stride, int each, void *tensor, int dtype)
 {
     Tile t;
     int64_t at = 0;
@@ -91,7 +101,7 @@ int decode_slices(
         return 1;
     for (int slice = 0; slice < slices; slice++) {
         const Codec *c = codecs[slice];
-        sum_messages(c, &t, slots + slice * stride, 0, 1, INFINITY, tensor, dtype, at);
+        sum_messages(c, &t, slots + slice * each * stride, stride, each, INFINITY, tensor, dtype, at);
         at += c->rows * c->hidden;
     }
     free(t.arena);

@@ -25,6 +25,28 @@ static void load(const void *tensor, int dtype, int64_t at, int n, float *restri
     }
 }
 
+/* The values as they are: the first tensor's, or what `total` holds and theirs. */
+static void add(const void *tensor, int dtype, int64_t at, int n, int first, float *restrict total)
+{
+    if (dtype == FP32) {
+        const float *restrict in = (const float *)tensor + at;
+        for (int i = 0; i < n; i++)
+            total[i] = (first ? ZERO : total[i]) + in[i];
+    } else if (dtype == BF16) {
+        const uint16_t *restrict in = (const uint16_t *)tensor + at;
+        for (int i = 0; i < n; i++) {
+            const float value = float_of((uint32_t)in[i] << 16);
+            total[i] = (first ? ZERO : total[i]) + value;
+        }
+    } else {
+        const uint16_t *restrict in = (const uint16_t *)tensor + at;
+        for (int i = 0; i < n; i++) {
+            const float value = float_of(half_value(in[i]));
+            total[i] = (first ? ZERO : total[i]) + value;
+        }
+    }
+}
+
 static void store(const float *restrict y, int n, void *tensor, int dtype, int64_t at)
 {
     if (dtype == FP32) {

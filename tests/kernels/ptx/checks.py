@@ -120,11 +120,31 @@ def check_far(device, fmt, shape, dtype, seed, slices=1) -> None:
     kernel_cases.assert_same_bits(found[[0, -1]], expected)
 
 
+def check_sum_encode(device, fmt, shape, dtype, seed) -> None:
+    """In two slices of a sum over the ranks, decoded as sums of as many messages."""
+    parts = torch.stack([kernel_cases.tensor(shape, dtype, fmt.block, seed + r) for r in range(RANKS)])
+    rows, hidden = (shape[0] - shape[0] // 2, shape[0] // 2), shape[1]
+    sizes = [message.layout(fmt, count, hidden).nbytes for count in rows]
+    found, expected = _filled(sum(sizes)), _filled(sum(sizes))
+    device.run(lambda: gpu.sum_encode(parts, fmt, rows, found), [parts], [found])
+    reference.sum_encode(parts, fmt, rows, expected)
+    _compare(found, expected)
+    slots = torch.full((len(rows), RANKS, max(sizes)), 0xFF, dtype=torch.uint8)
+    for of_slice, sent in zip(slots, expected.split(sizes)):
+        of_slice[:, : len(sent)] = sent
+    slots = slots.flatten(0, 1)
+    decoded, total = torch.full(shape, torch.nan, dtype=dtype), torch.empty(shape, dtype=dtype)
+    device.run(lambda: gpu.decode_slices(slots, fmt, rows, decoded, RANKS), [slots], [decoded])
+    reference.decode_slices(slots, fmt, rows, total, RANKS)
+    kernel_cases.assert_same_bits(decoded, total)
+
+
 OPERATIONS = {
     "encode": check_encode,
     "decode_sum": check_decode_sum,
     "decode_sum_encode": check_decode_sum_encode,
     "slices": check_slices,
+    "sum_encode": check_sum_encode,
     "far": check_far,
     "far slices": partial(check_far, slices=2),
 }
@@ -170,7 +190,8 @@ def whole_matrix() -> list[Case]:
 
 def every_shape() -> list[Case]:
     shapes = kernel_cases.shapes(Format.parse("mxfp4")).values()
-    return [*(Case(op, "mxfp4", shape, "bf16") for op in IN_TURN for shape in shapes), *FAR]
+    by_level = [Case("sum_encode", "mxfp4", (3, 1023), "bf16"), Case("sum_encode", "nvfp4", (3, 64), "bf16")]
+    return [*(Case(op, "mxfp4", shape, "bf16") for op in IN_TURN for shape in shapes), *by_level, *FAR]
 
 
 # What the test suite runs.

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_comp import files
-from megatron_comp.wire import compiled, message, native, reference
+from megatron_comp.wire import c_library, message, native, reference
 from megatron_comp.wire.formats import Format
 
 pytestmark = pytest.mark.skipif(native.compiler() is None, reason="needs a C compiler")
@@ -49,7 +49,7 @@ def hostile(tmp_path):
 
 
 def load(source):
-    return compiled.load(source, native.compiler(), FLAGS)
+    return c_library.load(source, native.compiler(), FLAGS)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_library_that_is_not_whole_or_not_ours_is_compiled_anew(made, cache, s
 
 
 def digest_of(content):
-    return compiled.hashlib.sha256(content).hexdigest().encode()
+    return c_library.hashlib.sha256(content).hexdigest().encode()
 
 
 @needs_root
@@ -168,7 +168,7 @@ def test_a_stopped_compiler_is_named_after_a_while(cache, source, made, monkeypa
     try:
         assert holder.stdout.readline() == "held\n"
         holder.send_signal(signal.SIGSTOP)
-        monkeypatch.setattr(compiled, "WAIT_SECONDS", 0.5)
+        monkeypatch.setattr(c_library, "WAIT_SECONDS", 0.5)
         with pytest.raises(files.InUse, match=f"process {holder.pid} on .* 0 seconds: end .*MEGATRON_COMP_CACHE"):
             load(source)
     finally:
