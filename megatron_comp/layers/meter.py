@@ -26,9 +26,14 @@ class Traffic:
     """None unless timing was asked for."""
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        counts = (getattr(self, name) + getattr(other, name) for name in Traffic.__slots__[:-1])
         timed = [each.seconds for each in (self, other) if each.seconds is not None]
-        return Traffic(*counts, sum(timed) if timed else None)
+        return Traffic(
+            self.calls + other.calls,
+            self.values + other.values,
+            self.message_bytes + other.message_bytes,
+            self.received_bytes + other.received_bytes,
+            sum(timed) if timed else None,
+        )
 
 
 @dataclass(slots=True)

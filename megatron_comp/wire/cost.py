@@ -32,7 +32,7 @@ import torch
 
 from . import exchange
 from .calibration import ASSUMED, Calibration, CodecCost, Link
-from .codec import Codec, CodecPair
+from .codec import Codec, CodecPair, one_codec
 from .topology import Islands
 
 # Of which all ranks take the same part.
@@ -54,8 +54,8 @@ def choose_algorithm(
     chooses.
     """
     _check(algorithm)
-    if isinstance(codec, CodecPair) and algorithm == "gather_sum":
-        raise ValueError(f"gather_sum has one phase and takes one codec, not {codec}")
+    if algorithm == "gather_sum":
+        one_codec(codec, algorithm)
     two_levels = islands is not None and islands.have_two_levels
     if algorithm in FLAT or algorithm == "hierarchical" and two_levels:
         return algorithm
@@ -123,9 +123,10 @@ def pays(
         shape = (max(1, int(math.prod(shape[:-1]) / beyond)), shape[-1])
     stock = stock_seconds(math.prod(shape) * itemsize, ranks, calibration, scatter)
     if scatter:
-        way = choose_scatter(shape, codec, ranks, algorithm, calibration, islands)
+        one = one_codec(codec, "reduce_scatter")
+        way = choose_scatter(shape, one, ranks, algorithm, calibration, islands)
         of_levels = islands if way == "hierarchical_scatter" else None
-        return scatter_seconds(shape, codec, ranks, calibration, of_levels) * (1 + calibration.margin) < stock
+        return scatter_seconds(shape, one, ranks, calibration, of_levels) * (1 + calibration.margin) < stock
     algorithm = choose_algorithm(shape, codec, ranks, algorithm, calibration, islands)
     return sum_seconds(shape, codec, ranks, algorithm, calibration, islands) * (1 + calibration.margin) < stock
 
@@ -162,8 +163,10 @@ def choose_chunks(
     islands: Islands | None = None,
 ) -> int:
     """Into how many chunks, of a message of at least `chunk_bytes` each, a sum by `algorithm` goes; None: into one."""
-    by_level = algorithm == "hierarchical"
-    slices = islands.shares * len(islands.members) if by_level else ranks
+    by_level, slices = algorithm == "hierarchical", ranks
+    if by_level:
+        assert islands is not None
+        slices = islands.shares * len(islands.members)
     most = most_chunks(shape, codec, slices, chunk_bytes) if chunk_bytes else 1
     if not calibration.codecs or by_level and not calibration.inside:
         return most
@@ -213,6 +216,7 @@ def wire_and_work(
 ) -> tuple[float, float]:
     """Seconds on the wire, and those of the codec, of a sum by a named algorithm in so many chunks."""
     if algorithm == "hierarchical":
+        assert islands is not None
         return _by_level(shape, codec, calibration, chunks, islands)
     values = math.prod(shape)
     first, second = (calibration.cost(each) for each in step_codecs(codec))
@@ -260,7 +264,8 @@ def scatter_seconds(
     islands: Islands | None = None,
 ) -> float:
     """Of a compressed reduce-scatter into equal shares: the flat one, or with `islands` the hierarchical one."""
-    values, cost = math.prod(shape), calibration.cost(codec)
+    values: float = math.prod(shape)
+    cost = calibration.cost(codec)
     nbytes = codec.message_bytes(shape)
     if islands is None:
         wire = calibration.links["all_to_all"].seconds((ranks - 1) / ranks * nbytes)
@@ -287,7 +292,8 @@ def _decode(cost: CodecCost, values: float, calls: int = 1) -> float:
 def two_step_bytes(shape: Sequence[int], codec: Codec | CodecPair, ranks: int) -> tuple[int, int]:
     """What the rank with the longest slice receives in each of the two phases."""
     rows = (slice_rows(shape, ranks)[0], shape[-1])
-    return tuple((ranks - 1) * each.message_bytes(rows) for each in step_codecs(codec))
+    first, second = step_codecs(codec)
+    return (ranks - 1) * first.message_bytes(rows), (ranks - 1) * second.message_bytes(rows)
 
 
 def received_bytes(shape: Sequence[int], codec: Codec | CodecPair, ranks: int, algorithm: str, rank: int) -> int:
