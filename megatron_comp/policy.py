@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from .files import read_yaml, shown
+from .files import shown
 from .wire.calibration import ASSUMED, Calibration
 from .wire.codec import Codec, CodecPair, parse_codec
 from .wire.cost import ALGORITHMS, pays, step_codecs
 from .wire.topology import Islands
+from .yaml_files import read_yaml
 
 SITES = ("attention", "mlp", "experts", "shared_experts")
 PHASES = ("prefill", "decode")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_comp import files
+from megatron_comp import files, yaml_files
 from megatron_comp.policy import CompressionPolicy
 from megatron_comp.wire.calibration import Calibration
 
@@ -73,7 +73,7 @@ def test_merge_keys(tmp_path):
         "  2: {<<: [*loud, *quiet], attention: mxfp6}\n"
     )
     (tmp_path / "policy.yaml").write_text(text)
-    assert files.read_yaml(tmp_path / "policy.yaml", "policy file") == yaml.safe_load(text)
+    assert yaml_files.read_yaml(tmp_path / "policy.yaml", "policy file") == yaml.safe_load(text)
     policy = CompressionPolicy.from_file(tmp_path / "policy.yaml")
     assert [policy.codec_name(n, "attention", "decode") for n in range(3)] == ["none", "none", "mxfp6"]
     assert [policy.codec_name(n, "mlp", "decode") for n in range(3)] == ["mxfp8", "mxfp4", "mxfp4"]

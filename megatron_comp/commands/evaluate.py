@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..launcher import output
 from ..policy import DROP
 from ..quality.windows import read_windows
-from . import options
+from . import checks, setup
 
 if TYPE_CHECKING:
     from ..quality.judge import Judge, Judgement
@@ -27,31 +27,12 @@ COLUMNS = {
 }
 
 
-DESCRIPTION = """\
-Measure what compression does to a model's predictions on a text: perplexity, KL divergence from the uncompressed model,
-agreement on the most likely token, and bytes. The output has one row per codec and policy. The codecs of a policy file
-are judged whether or not its min_bytes would let these messages through, unless --min-bytes says otherwise.
-"""
-EPILOG = """\
-Example:
-  megatron-comp evaluate --model llama --tp 2 --text prose.txt --codec mxfp4 --codec int4:32:fp16:hadamard
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_arguments(parser)
-    options.add_text(parser, 6144, "A text file of prose that the model has not been tuned on.")
-    parser.add_argument(
-        "--codec", action="append", default=[], metavar="C", help="A codec or preset. Repeat it for more rows."
-    )
-
-
-def check(args: argparse.Namespace) -> list[options.Setting]:
-    options.check_files(args)
-    options.check_text(args)
+def check(args: argparse.Namespace) -> list[setup.Setting]:
+    checks.check_files(args)
+    checks.check_text(args)
     gate = args.min_bytes or 0  # of policies, too
     without = argparse.Namespace(**{**vars(args), "min_bytes": None})
-    settings = [setting for setting in options.settings(without, args.codec) if setting.name != "none"]  # it has a row
+    settings = [setting for setting in setup.settings(without, args.codec) if setting.name != "none"]  # it has a row
     return [replace(setting, policy=replace(setting.policy, min_bytes=gate)) for setting in settings]
 
 
@@ -59,9 +40,9 @@ def run(args: argparse.Namespace) -> None:
     from ..quality.judge import Judge
 
     settings = check(args)
-    with options.opened(args) as (model, tokenizer):
+    with setup.opened(args) as (model, tokenizer):
         windows = read_windows(args, tokenizer)
-        overrides = options.overrides(args, model, settings)
+        overrides = setup.overrides(args, model, settings)
         judge = Judge(model, windows, overrides=overrides, keep=False)
         rows, kept = evaluate(judge, settings)
     if output.is_first_rank():
@@ -72,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
             print(line)
 
 
-def evaluate(judge: "Judge", settings: list[options.Setting]) -> tuple[list[dict], list[str]]:
+def evaluate(judge: "Judge", settings: list[setup.Setting]) -> tuple[list[dict], list[str]]:
     """A row for the uncompressed model, then one for each setting, with the overrides' weights in blocks that it drops
     the sum of; and a line about every setting that left sums uncompressed."""
     from ..quality.judge import Trial

@@ -32,7 +32,8 @@ from typing import Any
 import torch
 import yaml
 
-from ..files import cache_folder, read_yaml, shown, write_text
+from ..files import cache_folder, shown, write_text
+from ..yaml_files import read_yaml
 from . import exchange
 from .codec import Codec
 

@@ -31,13 +31,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from . import exchange
+from .algorithms import ALGORITHMS, FLAT
 from .calibration import ASSUMED, Calibration, CodecCost, Link
 from .codec import Codec, CodecPair, one_codec
 from .topology import Islands
-
-# Of which all ranks take the same part.
-FLAT = ("gather_sum", "two_step")
-ALGORITHMS = ("auto", *FLAT, "hierarchical")
 
 
 def choose_algorithm(
