@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from .files import read_yaml, shown
+from .files import shown
 from .wire.calibration import ASSUMED, Calibration
 from .wire.codec import Codec, CodecPair, parse_codec
 from .wire.cost import ALGORITHMS, pays
 from .wire.topology import Islands
 from .wire.traffic import step_codecs
+from .yaml_files import read_yaml
 
 SITES = ("attention", "mlp", "experts", "shared_experts")
 PHASES = ("prefill", "decode")
@@ -170,19 +171,19 @@ class CompressionPolicy:
             return Decision(None, reason="min_bytes")
         return Decision(codec, self.algorithm)
 
-    def word(self, layer: int, site: str, phase: str) -> str:
-        """What the policy says of a place: a codec's name, `none`, or `drop`."""
+    def word(self, layer: int | None, site: str, phase: str) -> str:
+        """What the policy says of a place: a codec's name, `none`, or `drop`. layer: None where it is unknown."""
         if site == "attention" and self.drops(layer):
             return DROP
         return self.codec_name(layer, site, phase)
 
-    def codec_name(self, layer: int, site: str, phase: str) -> str:
+    def codec_name(self, layer: int | None, site: str, phase: str) -> str:
         """The codec's name for this place, before any look at the message's size; `none` for a dropped sum."""
         of_layer = self._codecs_of_layers.get(layer, {})
         name = of_layer.get(site, of_layer.get("", self.sites.get(site, self.codec)))
         return "none" if name in ("none", DROP) else self.phases.get(phase, name)
 
-    def drops(self, layer: int) -> bool:
+    def drops(self, layer: int | None) -> bool:
         """Whether a layer does without attention's sum, in every phase."""
         return self._codecs_of_layers.get(layer, {}).get("attention") == DROP
 
@@ -234,11 +235,11 @@ class CompressionPolicy:
         return json.dumps(_with_text_keys(said), sort_keys=True)
 
     @cached_property
-    def _codecs_of_layers(self) -> dict[int, dict[str, str]]:
+    def _codecs_of_layers(self) -> Mapping[int | None, Mapping[str, str]]:
         """By layer number: codec names by site, the layer's own under the empty name."""
         if not isinstance(self.layers, Mapping):
             raise ValueError(f"policy: layers: expected layer numbers or ranges with codecs, got {shown(self.layers)}")
-        by_layer: dict[int, dict[str, str]] = {}
+        by_layer: dict[int | None, dict[str, str]] = {}
         for key, value in self.layers.items():
             if isinstance(value, Mapping):
                 self._check_codecs(f"layers: {key}", value, SITES, drop="attention")

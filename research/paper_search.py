@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from megatron_comp.cli import carry_out
 from megatron_comp.commands import search
+from megatron_comp.commands.arguments.search import add_search
 from megatron_comp.launcher import output
 from megatron_comp.layers.apply import remove_compression
 from megatron_comp.layers.places import Place, find_places
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Try one codec for all sums, value x block x scale, as arXiv 2411.09510 did, beside its baselines. "
         "The bound is a perplexity increase of 3 % unless another one is given.",
     )
-    search.add_search(parser)
+    add_search(parser)
     argv = sys.argv[1:] if argv is None else argv
     return carry_out(sys.modules[__name__], parser.parse_args(argv), "research.paper_search", argv)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_comp import files
+from megatron_comp import files, yaml_files
 from megatron_comp.policy import CompressionPolicy
 from megatron_comp.wire.calibration import Calibration
 
@@ -73,7 +73,7 @@ def test_merge_keys(tmp_path):
         "  2: {<<: [*loud, *quiet], attention: mxfp6}\n"
     )
     (tmp_path / "policy.yaml").write_text(text)
-    assert files.read_yaml(tmp_path / "policy.yaml", "policy file") == yaml.safe_load(text)
+    assert yaml_files.read_yaml(tmp_path / "policy.yaml", "policy file") == yaml.safe_load(text)
     policy = CompressionPolicy.from_file(tmp_path / "policy.yaml")
     assert [policy.codec_name(n, "attention", "decode") for n in range(3)] == ["none", "none", "mxfp6"]
     assert [policy.codec_name(n, "mlp", "decode") for n in range(3)] == ["mxfp8", "mxfp4", "mxfp4"]
@@ -251,6 +251,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_file():
 # Calls that write a file. Those of `files` write it whole; so does what stands in a `with files.replacing(...)`.
 WRITERS = {"write_text", "write_bytes", "savefig", "save_file", "dump"}
 ELSEWHERE = {
+    ("cli.py", "open"),  # the null device, in the place of a closed standard output
     ("commands/convert.py", "write_text"),  # into a folder that is renamed as a whole
     ("launcher/ranks.py", "write_text"),  # a rank's last words, in a folder of this run
 }

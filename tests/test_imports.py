@@ -30,7 +30,7 @@ ROOMS = {
     "wire": ["megatron_comp.wire"],
     "kernels": ["megatron_comp.kernels"],
     "version": ["megatron_comp.version"],
-    "files": ["megatron_comp.files"],
+    "files": ["megatron_comp.files", "megatron_comp.yaml_files"],
     "notices": ["megatron_comp.notices"],
 }
 ORDER = list(ROOMS)

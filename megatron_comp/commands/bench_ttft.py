@@ -6,12 +6,13 @@ import argparse
 import torch
 import torch.distributed as dist
 
-from ..bench import links, plot, timing
+from ..bench import plot, timing
 from ..bench.circumstances import circumstances
+from ..bench.links import here, slowest
 from ..launcher import output
 from ..launcher.progress import progress
 from ..policy import DROP
-from . import options
+from . import checks, links, setup
 
 COLUMNS = {
     "policy": ("policy", ""),
@@ -33,65 +34,12 @@ DECODE_COLUMNS = {
     "decode_speedup_high": ("to", ".3f"),
 }
 
-DESCRIPTION = "Time a model's prefill, and with --new-tokens its decoding, in one run: stock and compressed."
-RENAMED = {"--tokens": "--prompt-tokens"}
-EPILOG = f"""\
-Example:
-  megatron-comp bench ttft --model llama --tp 2 --codec mxfp4 --link 100mbit
 
-One row a setting, in the table and in the files; the first is the model with stock communication:
-  policy         codec of every reduction, or the policy file; none: stock
-  algorithm      of the reductions that were compressed, all_reduce where none was
-  tp, link, prompt_tokens, dtype
-                 what was run; but for the link in the table's title
-  dropped        sums that the policy leaves out
-  ttft_ms, p20_ms, p80_ms
-                 milliseconds of a prefill with KV cache, until the last rank has the first token: median over the runs
-  speedup_vs_none
-                 the median of the stock row over this one's, on the same link
-  speedup_low, speedup_high
-                 its 95 % confidence interval: turns drawn again, with replacement; too narrow for fewer than ten --runs
-  bytes_per_rank received by rank 0 in the sums of one prefill, stock ones counted as rings
-  decode_ms, decode_speedup, ..._low, ..._high
-                 with --new-tokens: milliseconds a token after the first, in the same way
-The CSV file adds device, torch, triton, megatron_comp and date.
-
-How: the prompt is random tokens of the vocabulary, as a dense model's time does not depend on them. All settings run in
-turn, so that a slow moment hits all alike, another one first every time, each once before anything counts.
-
-{links.EPILOG}
-A policy file's `min_bytes: auto` goes by `megatron-comp calibrate`; a codec compresses every message (--min-bytes 0).
-
---weights are in all rows, the first included: the time does not depend on them.
-
-What the figures do not show: several requests at once, and what the policy does to the model's predictions,
-for which see `megatron-comp evaluate`.
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_arguments(parser)
-    add = parser.add_argument
-    options.add_prompt_tokens(parser)
-    add("--codec", action="append", default=[], metavar="C", help="A codec or preset. Repeat it for more rows.")
-    links.add_argument(parser)
-    add(
-        "--new-tokens",
-        type=int,
-        default=1,
-        metavar="K",
-        help="Number of tokens to generate (default 1); with more than one, decoding is timed too.",
-    )
-    options.add_runs(parser, 5, "How often every setting runs, in turn")
-    options.add_csv(parser)
-    options.add_figure(parser, "the times")
-
-
-def check(args: argparse.Namespace) -> list[options.Setting]:
-    options.check_files(args)
+def check(args: argparse.Namespace) -> list[setup.Setting]:
+    checks.check_files(args)
     links.check(args)
-    options.at_least_one(args, "prompt_tokens", "runs", "new_tokens")
-    return options.with_baseline(options.settings(args, args.codec))
+    checks.at_least_one(args, "prompt_tokens", "runs", "new_tokens")
+    return setup.with_baseline(setup.settings(args, args.codec))
 
 
 def start(args: argparse.Namespace, argv: list[str]) -> int:
@@ -100,13 +48,13 @@ def start(args: argparse.Namespace, argv: list[str]) -> int:
 
 def run(args: argparse.Namespace) -> None:
     settings = check(args)
-    with options.opened(args, args.weights) as (model, _tokenizer):
+    with setup.opened(args, args.weights) as (model, _tokenizer):
         rows = measure(model, settings, args.prompt_tokens, args.runs, args.new_tokens)
         about = circumstances(model.embedding.word_embeddings.weight.device)
     links.hand_over(args, rows, about, report)
 
 
-def measure(model, settings: list[options.Setting], tokens: int, runs: int, new_tokens: int = 1) -> list[dict]:
+def measure(model, settings: list[setup.Setting], tokens: int, runs: int, new_tokens: int = 1) -> list[dict]:
     """A row a setting, the first of which is the baseline. All ranks call this together."""
     from ..inference.generate import checked_prompt
 
@@ -126,11 +74,11 @@ def measure(model, settings: list[options.Setting], tokens: int, runs: int, new_
                 took[number % count] = _run(model, ids, settings[number % count].policy, new_tokens)[0]
                 bar.update()
             seconds.append(took)
-    seconds = links.slowest(seconds, ids.device)
+    seconds = slowest(seconds, ids.device)
     prefills, decodes = ([[turn[number][phase] for turn in seconds] for number in range(count)] for phase in (0, 1))
     about = {
         "tp": model.config.tensor_model_parallel_size,
-        "link": links.here(),
+        "link": here(),
         "prompt_tokens": tokens,
         "dtype": str(model.config.params_dtype).removeprefix("torch."),
     }

@@ -11,7 +11,7 @@ from ..policy import DROP
 from ..quality.bootstrap import check_scipy
 from ..quality.metrics import with_intervals
 from ..quality.windows import read_windows
-from . import options
+from . import checks, setup
 
 if TYPE_CHECKING:
     from ..quality.judge import Judge, Judgement
@@ -38,41 +38,14 @@ INTERVALS = {
     "rms_probability_change": ("RMS of change of probability", ".4f"),
 }
 
-DESCRIPTION = """\
-Measure what compression does to a model's predictions on a text: perplexity, KL divergence from the uncompressed model,
-agreement on the most likely token, and bytes. The output has one row per codec and policy. The codecs of a policy file
-are judged whether or not its min_bytes would let these messages through, unless --min-bytes says otherwise.
 
-A second table has 95 % intervals; in the files they are `<column>_low` and `<column>_high`. They come from a bootstrap
-over windows, since tokens of one window depend on each other. Fewer than about ten windows make them too narrow.
-"""
-EPILOG = """\
-Columns of the second table, beside those of the first:
-  KL             over tokens: mean, median, and what 95 and 99 % of the tokens stay below
-  RMS of change of probability
-                 root of the mean square change of the true next token's probability
-
-Example:
-  megatron-comp evaluate --model llama --tp 2 --text prose.txt --codec mxfp4 --codec int4:32:fp16:hadamard
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_arguments(parser)
-    options.add_text(parser, 6144, "A text file of prose that the model has not been tuned on.")
-    parser.add_argument(
-        "--codec", action="append", default=[], metavar="C", help="A codec or preset. Repeat it for more rows."
-    )
-    options.add_csv(parser)
-
-
-def check(args: argparse.Namespace) -> list[options.Setting]:
-    options.check_files(args)
-    options.check_text(args)
+def check(args: argparse.Namespace) -> list[setup.Setting]:
+    checks.check_files(args)
+    checks.check_text(args)
     check_scipy()
     gate = args.min_bytes or 0  # of policies, too
     without = argparse.Namespace(**{**vars(args), "min_bytes": None})
-    settings = [setting for setting in options.settings(without, args.codec) if setting.name != "none"]  # it has a row
+    settings = [setting for setting in setup.settings(without, args.codec) if setting.name != "none"]  # it has a row
     return [replace(setting, policy=replace(setting.policy, min_bytes=gate)) for setting in settings]
 
 
@@ -80,9 +53,9 @@ def run(args: argparse.Namespace) -> None:
     from ..quality.judge import Judge
 
     settings = check(args)
-    with options.opened(args) as (model, tokenizer):
+    with setup.opened(args) as (model, tokenizer):
         windows = read_windows(args, tokenizer)
-        overrides = options.overrides(args, model, settings)
+        overrides = setup.overrides(args, model, settings)
         judge = Judge(model, windows, overrides=overrides, keep=False)
         rows, kept = evaluate(judge, settings)
     if output.is_first_rank():
@@ -96,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
             print(line)
 
 
-def evaluate(judge: "Judge", settings: list[options.Setting]) -> tuple[list[dict], list[str]]:
+def evaluate(judge: "Judge", settings: list[setup.Setting]) -> tuple[list[dict], list[str]]:
     """A row for the uncompressed model, then one for each setting, with the overrides' weights in blocks that it drops
     the sum of; and a line about every setting that left sums uncompressed."""
     from ..quality.judge import Trial

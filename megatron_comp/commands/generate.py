@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ..inference.text import check_prompt, encode, stop_tokens
 from ..launcher import output
 from ..launcher.progress import progress
-from . import options
+from . import checks, setup
 
 COLUMNS = {
     "codec": ("codec", ""),
@@ -23,60 +23,22 @@ COLUMNS = {
 }
 
 
-ENGINES = ("static", "dynamic")
-DESCRIPTION = "Continue a prompt greedily; show time to first token, decode rate and bytes received."
-RENAMED = {"--max-new-tokens": "--new-tokens"}
-EPILOG = """\
-Example:
-  megatron-comp generate --model llama --tp 2 --prompt "The capital of France is" --codec mxfp4
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_arguments(parser)
-    parser.add_argument(
-        "--prompt",
-        required=True,
-        action="append",
-        metavar="TEXT",
-        help="The text to continue. With --engine dynamic it may be repeated: all prompts are continued together.",
-    )
-    parser.add_argument(
-        "--engine",
-        choices=ENGINES,
-        default="static",
-        help="static (the default): one prompt, with a cache of its own. dynamic: Megatron's engine for several "
-        "prompts at once; it needs GPUs and flash-attn 2.7.3 or newer.",
-    )
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="The prompt is what a user says: put it into the tokenizer's chat template.",
-    )
-    parser.add_argument(
-        "--codec", metavar="C", help="A codec or preset for every sum. With none (the default) sums are uncompressed."
-    )
-    parser.add_argument(
-        "--new-tokens", type=int, default=32, metavar="K", help="Generate at most this many tokens (default 32)."
-    )
-
-
-def check(args: argparse.Namespace) -> list[options.Setting]:
+def check(args: argparse.Namespace) -> list[setup.Setting]:
     if (args.codec is not None) + len(args.policy) > 1:
         raise ValueError("give one --codec or --policy, not both")
-    options.at_least_one(args, "new_tokens")
+    checks.at_least_one(args, "new_tokens")
     if args.engine == "static" and len(args.prompt) > 1:
         raise ValueError("--engine static takes one --prompt; --engine dynamic takes several")
     for prompt in args.prompt:
         check_prompt(prompt)
-    options.check_files(args)
-    return options.settings(args, [] if args.codec is None else [args.codec]) or [options.NONE]
+    checks.check_files(args)
+    return setup.settings(args, [] if args.codec is None else [args.codec]) or [setup.NONE]
 
 
 def run(args: argparse.Namespace) -> None:
     (setting,) = check(args)
-    with options.opened(args) as (model, tokenizer):
-        if overrides := options.overrides(args, model, [setting]):
+    with setup.opened(args) as (model, tokenizer):
+        if overrides := setup.overrides(args, model, [setting]):
             overrides.use(overrides.blocks_for(setting.policy))
         prompts = [encode(tokenizer, prompt, args.chat) for prompt in args.prompt]
         stops = stop_tokens(args.model, model.hf_config, tokenizer)
@@ -90,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 def generate_row(
     model,
     tokenizer,
-    setting: options.Setting,
+    setting: setup.Setting,
     prompts: list[list[int]],
     max_new_tokens: int,
     stops: set[int],

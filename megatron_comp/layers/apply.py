@@ -19,7 +19,7 @@ from ..wire.traffic import flat_across, step_codecs
 from . import logits
 from .agreement import agree_on_calibration, compare_ranks, connect_islands, say_once
 from .compressed_layer import can_overlap, compress_layer, restore_layer
-from .meter import ModelStats
+from .meter import ModelStats, SiteStats
 from .not_recognised import find_not_recognised, find_without_policy, shortened
 from .places import Place, find_places, reducers, restore
 from .plans import Plans
@@ -79,8 +79,8 @@ def apply_compression(
     plans = {group: Plans(policy, known, topologies.get(group)) for group, known in calibration.items()}
     try:
         for place in places:
-            how = {"timing": timing, "allow_training": allow_training, "plans": plans[place.group]}
-            place.attach(Reducer(policy, place.layer, place.site, place.group, phase, **how))
+            at = policy, place.layer, place.site, place.group, phase
+            place.attach(Reducer(*at, timing=timing, allow_training=allow_training, plans=plans[place.group]))
         if policy.logits is not None:
             _gather_candidates(model, policy.logits, phase, timing)
         dropped = dropped_blocks(model, policy)
@@ -117,10 +117,16 @@ def stats(model: torch.nn.Module) -> ModelStats:
     Where the policy says how logits are gathered they are a site too, `logits`. Sums that are not counted, since no
     policy reaches them or nobody gave one, are named.
     """
-    found = list(reducers(model))
-    links = dict.fromkeys(each.plans.calibration.source for each in found if each.plans.policy.predicts)
-    sites = [deepcopy(each.meter.stats) for each in (*found, *logits.gathers(model))]
-    return ModelStats(sites, "; ".join(links), find_not_recognised(model), find_without_policy(model))
+    plans = [reducer.plans for reducer in reducers(model)]
+    links = dict.fromkeys(each.calibration.source for each in plans if each.policy.predicts)
+    return ModelStats(
+        deepcopy(counters(model)), "; ".join(links), find_not_recognised(model), find_without_policy(model)
+    )
+
+
+def counters(model: torch.nn.Module) -> list[SiteStats]:
+    """What `stats` copies, as it goes on counting: sums in model order, then gathers of logits."""
+    return [each.meter.stats for each in reducers(model)] + [each.meter.stats for each in logits.gathers(model)]
 
 
 def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> str | None:

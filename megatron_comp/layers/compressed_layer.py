@@ -15,7 +15,7 @@ products of fewer rows may round otherwise where a BLAS chooses the order of its
 Dropped sums: `sync_drop.py` says what they are. Here attention's partial sum is kept, and joins the MLP's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -62,13 +62,14 @@ def _forward(layer: TransformerLayer, may_overlap: bool, /, *args, **kwargs):
     drops, overlaps = attention_reducer.drops, may_overlap and _overlaps_now(layer)
     if not (drops or overlaps):
         return type(layer).forward(layer, *args, **kwargs)
-    sum_product, attention_bda, mlp_bda = getattr(proj, "_forward_impl", None), layer.self_attn_bda, layer.mlp_bda
+    attention_bda, mlp_bda = layer.self_attn_bda, layer.mlp_bda
     on_the_wire: SumInParts | None = None  # attention's sum
-    own: torch.Tensor | None = None  # of a dropped sum: this rank's part of it, Y_i
-    residual: torch.Tensor | None = None  # what a sum on the wire, or the joined one, is added to: X, or X + b
+    residual: torch.Tensor | None = None  # what that is added to: X
+    dropped: tuple[torch.Tensor, torch.Tensor] | None = None  # of a dropped sum: this rank's part Y_i, and X + b
     mlp_bias: torch.Tensor | None = None
 
-    def project(input: torch.Tensor, weight: torch.Tensor, **how) -> torch.Tensor:  # in place of proj._forward_impl
+    # In place of proj._forward_impl, which is `sum_product`.
+    def project(sum_product: Callable, input: torch.Tensor, weight: torch.Tensor, **how) -> torch.Tensor:
         nonlocal on_the_wire
         if len(rows := part_rows(proj, input)) == 1:
             return sum_product(input, weight, **how)
@@ -77,15 +78,14 @@ def _forward(layer: TransformerLayer, may_overlap: bool, /, *args, **kwargs):
 
     def add_attention(training: bool, fused: bool):  # in place of layer.self_attn_bda
         def add(output_with_bias: tuple, x: torch.Tensor, prob: float) -> torch.Tensor:
-            nonlocal own, residual
+            nonlocal dropped, residual
             output, bias = output_with_bias
             if on_the_wire is not None:
                 residual = x  # added to each part as it arrives
                 return output
             if drops:
                 _drop(attention_reducer, output, training)
-                own = output.clone()  # Megatron adds in place
-                residual = x if bias is None else x + bias
+                dropped = output.clone(), x if bias is None else x + bias  # Megatron adds in place
             return attention_bda(training, fused)(output_with_bias, x, prob)
 
         return add
@@ -102,13 +102,14 @@ def _forward(layer: TransformerLayer, may_overlap: bool, /, *args, **kwargs):
         rows = mlp_reducer.part_rows(hidden.shape, hidden) if overlaps else [hidden.shape[:-1].numel()]
         joined_sum = mlp_reducer.begin(torch.empty_like(hidden)) if len(rows) > 1 else None
         complete, there, end = _complete_rows(hidden, on_the_wire, residual), 0, 0
-        own_parts = _parts(own, rows) if drops else ()
+        own, base = dropped or (None, hidden)
+        own_parts = () if own is None else _parts(own, rows)
         for number, part in enumerate(_parts(hidden, rows)):
             end += rows[number]
             while there < end:
                 there = next(complete)
             partial_sum = type(layer)._forward_mlp(layer, part, *rest, **more)
-            if drops:
+            if own_parts:
                 partial_sum = own_parts[number] + partial_sum
             if joined_sum is not None:
                 joined_sum.push(partial_sum)
@@ -116,11 +117,11 @@ def _forward(layer: TransformerLayer, may_overlap: bool, /, *args, **kwargs):
         add = mlp_bda(layer.training, layer.config.bias_dropout_fusion)
         outputs = [
             add((each.view_as(part), mlp_bias), part, layer.hidden_dropout)
-            for each, part in zip(sums, _parts(residual if drops else hidden, rows), strict=True)
+            for each, part in zip(sums, _parts(base, rows), strict=True)
         ]
         return outputs[0] if len(rows) == 1 else torch.cat(outputs).view(hidden.shape)
 
-    in_proj = {"reducer": None} if drops else {"_forward_impl": project}
+    in_proj = {"reducer": None} if drops else {"_forward_impl": partial(project, proj._forward_impl)}
     in_layer = {"self_attn_bda": add_attention, "mlp_bda": keep_partial_sum, "_forward_mlp": forward_mlp}
     with _replaced(proj, **in_proj), _replaced(fc2, reducer=None), _replaced(layer, **in_layer):
         return type(layer).forward(layer, *args, **kwargs)

@@ -135,6 +135,7 @@ class SumInParts:
     """
 
     def __init__(self, out: torch.Tensor, choice: Choice, group: Group, meter: Meter) -> None:
+        assert choice.in_parts is not None, "this sum goes in one piece"
         self.out = out
         self._pending = PendingAllReduce(out, choice.in_parts, group)
         self._meter, self._traffic = meter, meter.record(choice, out.is_cuda)

@@ -31,7 +31,7 @@ class CompressedRowParallelLinear(RowParallelLinear):
         super().__init__(*args, **kwargs)
         if policy is None:
             return
-        site = site or SITE_OF_BUFFER.get(kwargs.get("tp_comm_buffer_name"))
+        site = site or SITE_OF_BUFFER.get(kwargs.get("tp_comm_buffer_name", ""))
         if site is None:
             raise ValueError("CompressedRowParallelLinear cannot tell its place here: give site='attention' or 'mlp'")
         if self.config.num_moe_experts:
@@ -104,7 +104,7 @@ def send_parts(
     return total
 
 
-def runs_forward_of(stock: type, linear: torch.nn.Module) -> bool:
+def runs_forward_of(stock: type, linear: object) -> bool:
     """Whether the linear's forward is that of Megatron's class `stock`, or ModelOpt's, which quantizes around it."""
     classes = type(linear).__mro__
     if stock not in classes:

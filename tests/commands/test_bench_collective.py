@@ -17,9 +17,10 @@ from network import need_network
 from ranks import run_ranks
 
 from megatron_comp import cli
-from megatron_comp.bench import links, sums
+from megatron_comp.bench import sums
 from megatron_comp.bench.circumstances import DTYPES
-from megatron_comp.commands import bench_collective
+from megatron_comp.bench.links import slowest as longest
+from megatron_comp.commands import bench_collective, links
 from megatron_comp.launcher import network
 from megatron_comp.wire.codec import Codec
 
@@ -147,7 +148,7 @@ def test_a_call_lasts_until_the_last_rank_is_done():
 
 
 def slowest(rank, _ranks):
-    return links.slowest([[[2.0, 1.0], [3.0, 4.0]], [[1.0, 5.0], [0.0, 0.0]]][rank], CPU)
+    return longest([[[2.0, 1.0], [3.0, 4.0]], [[1.0, 5.0], [0.0, 0.0]]][rank], CPU)
 
 
 def test_the_clock_starts_when_all_ranks_are_ready():

@@ -14,8 +14,7 @@ from ranks import run_ranks
 from safetensors.torch import save_file
 
 from megatron_comp import cli
-from megatron_comp.bench import links
-from megatron_comp.commands import bench_ttft, options
+from megatron_comp.commands import bench_ttft, links, setup
 from megatron_comp.policy import CompressionPolicy
 
 COLUMNS = ["policy", "algorithm", "tp", "link", "prompt_tokens", "dtype", "dropped", "ttft_ms"]
@@ -43,10 +42,10 @@ def measured(_rank, ranks, folder, tokens, runs, new_tokens):
 
     init_parallel(ranks)
     module.generate = watched
-    settings = [options.NONE]
+    settings = [setup.NONE]
     for algorithm in ("gather_sum", "two_step"):
-        settings.append(options.Setting(algorithm, CompressionPolicy(codec="mxfp4", algorithm=algorithm, min_bytes=0)))
-    settings.append(options.Setting("drop", replace(settings[1].policy, layers={0: {"attention": "drop"}, 1: "none"})))
+        settings.append(setup.Setting(algorithm, CompressionPolicy(codec="mxfp4", algorithm=algorithm, min_bytes=0)))
+    settings.append(setup.Setting("drop", replace(settings[1].policy, layers={0: {"attention": "drop"}, 1: "none"})))
     try:
         return bench_ttft.measure(build_model(folder), settings, tokens, runs, new_tokens), seen
     finally:

@@ -9,7 +9,7 @@ import torch
 from models import policy
 from ranks import run_ranks
 
-from megatron_comp.commands import options
+from megatron_comp.commands import options, setup
 from megatron_comp.commands.evaluate import evaluate
 from megatron_comp.inference.model import build_model, init_parallel
 from megatron_comp.quality.judge import Judge
@@ -67,7 +67,7 @@ def test_rows(command, smollm2, sotu_text, tmp_path, expected_perplexity):
 def mixtral_rows(rank, world_size, ref, dispatcher):
     init_parallel(world_size)
     model = build_model(ref.folder, token_dispatcher=dispatcher)
-    return evaluate(Judge(model, ref.ids, keep=False), [options.Setting("mxfp8", policy(codec="mxfp8"))])[0]
+    return evaluate(Judge(model, ref.ids, keep=False), [setup.Setting("mxfp8", policy(codec="mxfp8"))])[0]
 
 
 @pytest.mark.parametrize("dispatcher", options.TOKEN_DISPATCHERS)
