@@ -2,6 +2,8 @@
 """`megatron-comp bench ttft`: times of prefill and decoding of a model."""
 
 import argparse
+import os
+import re
 
 import torch
 import torch.distributed as dist
@@ -11,9 +13,10 @@ from ..bench import links, plot, timing
 from ..bench.circumstances import circumstances
 from ..launcher import output
 from ..policy import DROP
-from . import options
+from . import options, preflight
 
 COLUMNS = {
+    "layout": ("layout", ""),
     "policy": ("policy", ""),
     "algorithm": ("algorithm", ""),
     "link": ("link", ""),
@@ -24,6 +27,7 @@ COLUMNS = {
     "speedup_vs_none": ("x none", ".2f"),
     "speedup_low": ("95 % from", ".2f"),
     "speedup_high": ("to", ".2f"),
+    "speedup_vs_first": ("x first", ".2f"),
     "bytes_per_rank": ("bytes/rank", ",d"),
 }
 DECODE_COLUMNS = {
@@ -33,25 +37,32 @@ DECODE_COLUMNS = {
     "decode_speedup_high": ("to", ".3f"),
 }
 
+DTYPE = """\
+Of weights, activations and sums: default bf16, as models are served, also on a CPU; other subcommands take fp32 there,
+in which less is lost besides what codecs lose. A processor with AVX2 alone multiplies through fp32."""
 DESCRIPTION = "Time a model's prefill, and with --new-tokens its decoding, in one run: stock and compressed."
 RENAMED = {"--tokens": "--prompt-tokens"}
 EPILOG = f"""\
 Example:
   megatron-comp bench ttft --model llama --tp 2 --codec mxfp4 --link 100mbit
 
-One row a setting, in the table and in the files; the first is the model with stock communication:
+One row per layout and setting, in the table and in the files; the first of a layout is the model with stock sums:
+  layout         tensor-parallel ranks and pipeline stages; --layout adds more, which run after the first
   policy         codec of every reduction, or the policy file; none: stock
   algorithm      of the reductions that were compressed, all_reduce where none was
-  tp, link, prompt_tokens, dtype
+  tp, pp, link, prompt_tokens, dtype
                  what was run; but for the link in the table's title
   dropped        sums that the policy leaves out
   ttft_ms, p20_ms, p80_ms
                  milliseconds of a prefill with KV cache, until the last rank has the first token: median over the runs
   speedup_vs_none
-                 the median of the stock row over this one's, on the same link
+                 the median of the layout's stock row over this one's, on the same link
   speedup_low, speedup_high
                  its 95 % confidence interval: turns drawn again, with replacement; too narrow for fewer than ten --runs
-  bytes_per_rank received by rank 0 in the sums of one prefill, stock ones counted as rings
+  speedup_vs_first
+                 the median of the first layout's stock row over this one's, on the same link
+  bytes_per_rank received in one prefill by the rank that receives most: sums, stock ones counted as rings, and the
+                 activations of a pipeline
   decode_ms, decode_speedup, ..._low, ..._high
                  with --new-tokens: milliseconds a token after the first, in the same way
 The CSV file adds device, torch, triton, megatron_comp and date.
@@ -62,7 +73,7 @@ turn, so that a slow moment hits all alike, another one first every time, each o
 {links.EPILOG}
 A policy file's `min_bytes: auto` goes by `megatron-comp calibrate`; a codec compresses every message (--min-bytes 0).
 
---weights are in all rows, the first included: the time does not depend on them.
+--weights are in all rows of layouts with --tp ranks, stock ones included: the time does not depend on them.
 
 What the figures do not show: several requests at once, and what the policy does to the model's predictions,
 for which see `megatron-comp evaluate`.
@@ -70,9 +81,17 @@ for which see `megatron-comp evaluate`.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_arguments(parser)
+    options.add_arguments(parser, what=DTYPE, default="bf16")
     add = parser.add_argument
     options.add_prompt_tokens(parser)
+    add(
+        "--layout",
+        action="append",
+        default=[],
+        metavar="TPxPP",
+        help="Time other ranks and stages too, as in 2x2 for --tp 2 --pp 2, on the same links. Fewer ranks than those "
+        "of --tp and --pp fill machine after machine. Repeat it for more.",
+    )
     add("--codec", action="append", default=[], metavar="C", help="A codec or preset. Repeat it for more rows.")
     links.add_argument(parser)
     add(
@@ -91,18 +110,42 @@ def check(args: argparse.Namespace) -> list[options.Setting]:
     options.check_files(args)
     links.check(args)
     options.at_least_one(args, "prompt_tokens", "runs", "new_tokens")
+    if not links.started_here():
+        _layouts(args)
     return options.with_baseline(options.settings(args, args.codec))
 
 
+def _layouts(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The options for every layout. Raises ValueError for one that is not valid, or not of this model."""
+    made = [args]
+    for text in args.layout:
+        if not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}", text):
+            raise ValueError(f"--layout {text}: expected TPxPP, both at least 1, as in 2x2")
+        tp, pp = map(int, text.split("x"))
+        if tp * pp > args.tp * args.pp:
+            raise ValueError(f"--layout {text}: more ranks than the {args.tp * args.pp} of --tp and --pp")
+        made.append(argparse.Namespace(**{**vars(args), "tp": tp, "pp": pp}))
+        preflight.check_model(made[-1])
+    if args.layout and "WORLD_SIZE" in os.environ:
+        raise ValueError("--layout starts ranks of its own, on this machine: leave it out, or leave out torchrun")
+    return made
+
+
 def start(args: argparse.Namespace, argv: list[str]) -> int:
-    return links.start(args, argv, args.tp, report)
+    starts = []
+    for each in _layouts(args):
+        more = ["--tp", str(each.tp), "--pp", str(each.pp)]
+        if each.tp != args.tp:
+            more += ["--weights", ""]  # they are for one number of ranks
+        starts.append(links.Start(preflight.ranks_of(each), more))
+    return links.start(args, argv, starts, report)
 
 
 def run(args: argparse.Namespace) -> None:
-    settings = check(args)
-    with options.opened(args, args.weights) as (model, _tokenizer):
+    settings = check(args)[: None if args.tp > 1 else 1]  # one rank has nothing to compress
+    with options.opened(args, args.weights or None) as (model, _tokenizer):
         rows = measure(model, settings, args.prompt_tokens, args.runs, args.new_tokens)
-        about = circumstances(model.embedding.word_embeddings.weight.device)
+        about = circumstances(next(model.parameters()).device)
     links.hand_over(args, rows, about, report)
 
 
@@ -128,20 +171,28 @@ def measure(model, settings: list[options.Setting], tokens: int, runs: int, new_
             seconds.append(took)
     seconds = links.slowest(seconds, ids.device)
     prefills, decodes = ([[turn[number][phase] for turn in seconds] for number in range(count)] for phase in (0, 1))
+    tp, pp = model.config.tensor_model_parallel_size, model.config.pipeline_model_parallel_size
     about = {
-        "tp": model.config.tensor_model_parallel_size,
+        "tp": tp,
+        "pp": pp,
         "link": links.here(),
         "prompt_tokens": tokens,
         "dtype": str(model.config.params_dtype).removeprefix("torch."),
     }
     rows = []
-    for setting, received, prefill, decode in zip(settings, traffic, prefills, decodes):
+    for setting, (received, received_bytes), prefill, decode in zip(settings, traffic, prefills, decodes):
         algorithm = "+".join(sorted(received.algorithms)) or "all_reduce"
-        row = {"policy": setting.name, "algorithm": algorithm, **about, "dropped": received.kept_because[DROP]}
+        row = {
+            "layout": options.layout(tp, pp),
+            "policy": setting.name,
+            "algorithm": algorithm,
+            **about,
+            "dropped": received.kept_because[DROP],
+        }
         times = timing.percentiles(prefill)
         row |= {"ttft_ms": times.pop("median_ms"), **times}
         row |= zip(("speedup_vs_none", "speedup_low", "speedup_high"), timing.speedup(prefills[0], prefill))
-        row["bytes_per_rank"] = received.received_bytes
+        row["bytes_per_rank"] = received_bytes
         if new_tokens > 1:
             row["decode_ms"] = timing.percentiles(decode)["median_ms"] / (new_tokens - 1)
             row |= zip(tuple(DECODE_COLUMNS)[1:], timing.speedup(decodes[0], decode))
@@ -150,20 +201,25 @@ def measure(model, settings: list[options.Setting], tokens: int, runs: int, new_
 
 
 def _run(model, ids: torch.Tensor, policy, new_tokens: int):
-    """((seconds of prefill, of decoding) on this rank, what the layers sent) after all ranks are ready."""
+    """((seconds of prefill, of decoding) on this rank, what `stats_of_all` tells) after all ranks are ready."""
     from ..inference.generate import generate
+    from ..inference.stages import stats_of_all
     from ..layers.apply import apply_compression, stats
 
     apply_compression(model, policy)  # counters start at zero
     dist.barrier()
     made = generate(model, ids, new_tokens)
-    return (made.ttft_seconds, made.decode_seconds), stats(model)
+    tokens = ids.numel() + len(made.tokens) - 1
+    return (made.ttft_seconds, made.decode_seconds), stats_of_all(model, stats(model), tokens)
 
 
 def report(args: argparse.Namespace, rows: list[dict], new: list[dict], circumstances: dict) -> None:
     columns = COLUMNS | (DECODE_COLUMNS if args.new_tokens > 1 else {})
-    what = f"TP={args.tp}, {args.prompt_tokens} tokens, {new[0]['dtype']}, {circumstances['device']}"
-    output.show(f"bench ttft: {args.model}, {what}", columns, new)
+    its_link = [row for row in rows if row["link"] == new[0]["link"]]
+    for row in new:
+        row["speedup_vs_first"] = its_link[0]["ttft_ms"] / row["ttft_ms"]
+    what = f"{args.prompt_tokens} tokens, {new[0]['dtype']}, {circumstances['device']}"
+    output.show(f"bench ttft: {args.model}, {what}", columns, its_link)
     everything = [row | circumstances for row in rows]
     output.write_json(args.json, vars(args) | {"device": circumstances["device"]}, rows)
     output.write_csv(args.csv, everything)
@@ -171,8 +227,8 @@ def report(args: argparse.Namespace, rows: list[dict], new: list[dict], circumst
         row = rows[0]
         plot.draw_times(
             *(everything, args.figure, f"Time to first token, {row['prompt_tokens']} tokens, {row['dtype']}"),
-            panel=lambda row: f"TP={row['tp']}, {row['link']}",
-            bar=lambda row: row["policy"],
+            panel=lambda row: row["link"],
+            bar=lambda row: f"{row['layout']}: {row['policy']}",
             time="ttft_ms",
             speedup="speedup_vs_none",
         )

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         judge = Judge(model, windows, overrides=overrides, keep=False)
         rows, kept = evaluate(judge, settings)
     if output.is_first_rank():
-        scored = f"{len(windows)} windows of {args.context} tokens, TP={args.tp}"
+        scored = f"{len(windows)} windows of {args.context} tokens, {options.layout(args.tp, args.pp)}"
         output.show(f"evaluate: {Path(args.text).name}, {scored}", COLUMNS, rows)
         output.write_json(args.json, vars(args), rows)
         for line in kept:
@@ -103,6 +103,6 @@ def _row(name: str, judged: "Judgement", base: "Judgement") -> dict:
         "perplexity_increase_pct": judged.increase_pct(base),
         "kl": judged.kl,
         "top1_agreement": judged.top1_agreement,
-        "bytes_per_rank": judged.traffic.received_bytes,
+        "bytes_per_rank": judged.received_bytes,
         "seconds": judged.seconds,
     }

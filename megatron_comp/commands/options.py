@@ -51,10 +51,27 @@ def add_tp(parser: argparse.ArgumentParser, dest: str = "tp", what: str = "Numbe
     parser.add_argument("--tp", dest=dest, type=int, required=True, metavar="N", help=what)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of a subcommand that runs a model under codecs and policies."""
+def add_pp(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pp",
+        type=int,
+        default=1,
+        metavar="P",
+        help="Number of pipeline stages (default 1), each of --tp ranks that hold a share of the layers. Consecutive "
+        "ranks are of one stage: with --tp ranks per machine, sums stay inside machines.",
+    )
+
+
+def layout(tp: int, pp: int) -> str:
+    """What tables call so many stages of so many ranks each."""
+    return f"TP={tp}" + (f", PP={pp}" if pp > 1 else "")
+
+
+def add_arguments(parser: argparse.ArgumentParser, **dtype: str) -> None:
+    """Of a subcommand that runs a model under codecs and policies. dtype: what `add_dtype` is told."""
     add_model(parser)
     add_tp(parser)
+    add_pp(parser)
     parser.add_argument(
         "--policy",
         action="append",
@@ -82,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Distilled weights, as `megatron-comp drop distill` writes them for one number of ranks. They replace the "
         "model's own in the blocks whose attention sum a policy drops.",
     )
-    add_dtype(parser)
+    add_dtype(parser, **dtype)
     add_run_arguments(parser)
 
 
@@ -235,6 +252,8 @@ def check_files(args: argparse.Namespace) -> None:
     """Fails before any rank starts on what can be seen from here."""
     if args.tp < 1:
         raise ValueError(f"--tp {args.tp}: at least one rank is needed")
+    if getattr(args, "pp", 1) < 1:
+        raise ValueError(f"--pp {args.pp}: at least one stage is needed")
     check_model(args)
     check_timeout(args)
     check_written(args)
@@ -258,13 +277,13 @@ def overrides(args: argparse.Namespace, model, settings: list[Setting]):
 
 @contextmanager
 def opened(args: argparse.Namespace, weights: str | None = None):
-    """(model, tokenizer) on this rank, inside its tensor-parallel group. weights: a file that takes some of its own's
+    """(model, tokenizer) on this rank, inside its groups. weights: a file that takes some of its own's
     place."""
     # Here and in the subcommands: Megatron takes seconds to import, and the process that starts the ranks has no use.
     from ..inference.model import build_model, destroy_parallel, init_parallel
     from ..inference.text import read_tokenizer
 
-    init_parallel(args.tp, args.timeout)
+    init_parallel(args.tp, args.timeout, pipeline_parallel=getattr(args, "pp", 1))
     model = build_model(
         args.model,
         dtype=getattr(torch, dtype_name(args)),
