@@ -69,7 +69,7 @@ def carry_out(command: ModuleType, args: argparse.Namespace, program: str, argv:
         command.check(args)
         if hasattr(command, "start"):
             return command.start(args, argv)
-        return ranks.start(args.tp, [sys.executable, "-m", program, *argv])
+        return ranks.start(preflight.ranks_of(args), [sys.executable, "-m", program, *argv])
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -73,7 +73,7 @@ def check(args: argparse.Namespace) -> SumTiming:
 
 
 def start(args: argparse.Namespace, argv: list[str]) -> int:
-    return links.start(args, argv, check(args).ranks[-1], report)
+    return links.start(args, argv, [links.Start(check(args).ranks[-1])], report)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -2,6 +2,8 @@
 """`megatron-comp bench ttft`: times of prefill and decoding of a model."""
 
 import argparse
+import os
+import re
 
 import torch
 import torch.distributed as dist
@@ -12,9 +14,10 @@ from ..bench.links import here, slowest
 from ..launcher import output
 from ..launcher.progress import progress
 from ..policy import DROP
-from . import checks, links, setup
+from . import checks, links, options, preflight, setup
 
 COLUMNS = {
+    "layout": ("layout", ""),
     "policy": ("policy", ""),
     "algorithm": ("algorithm", ""),
     "link": ("link", ""),
@@ -25,6 +28,7 @@ COLUMNS = {
     "speedup_vs_none": ("x none", ".2f"),
     "speedup_low": ("95 % from", ".2f"),
     "speedup_high": ("to", ".2f"),
+    "speedup_vs_first": ("x first", ".2f"),
     "bytes_per_rank": ("bytes/rank", ",d"),
 }
 DECODE_COLUMNS = {
@@ -39,18 +43,42 @@ def check(args: argparse.Namespace) -> list[setup.Setting]:
     checks.check_files(args)
     links.check(args)
     checks.at_least_one(args, "prompt_tokens", "runs", "new_tokens")
+    if not links.started_here():
+        _layouts(args)
     return setup.with_baseline(setup.settings(args, args.codec))
 
 
+def _layouts(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The options for every layout. Raises ValueError for one that is not valid, or not of this model."""
+    made = [args]
+    for text in args.layout:
+        if not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}", text):
+            raise ValueError(f"--layout {text}: expected TPxPP, both at least 1, as in 2x2")
+        tp, pp = map(int, text.split("x"))
+        if tp * pp > args.tp * args.pp:
+            raise ValueError(f"--layout {text}: more ranks than the {args.tp * args.pp} of --tp and --pp")
+        made.append(argparse.Namespace(**{**vars(args), "tp": tp, "pp": pp}))
+        preflight.check_inputs(made[-1])
+    if args.layout and "WORLD_SIZE" in os.environ:
+        raise ValueError("--layout starts ranks of its own, on this machine: leave it out, or leave out torchrun")
+    return made
+
+
 def start(args: argparse.Namespace, argv: list[str]) -> int:
-    return links.start(args, argv, args.tp, report)
+    starts = []
+    for each in _layouts(args):
+        more = ["--tp", str(each.tp), "--pp", str(each.pp)]
+        if each.tp != args.tp:
+            more += ["--weights", ""]  # they are for one number of ranks
+        starts.append(links.Start(preflight.ranks_of(each), more))
+    return links.start(args, argv, starts, report)
 
 
 def run(args: argparse.Namespace) -> None:
-    settings = check(args)
-    with setup.opened(args, args.weights) as (model, _tokenizer):
+    settings = check(args)[: None if args.tp > 1 else 1]  # one rank has nothing to compress
+    with setup.opened(args, args.weights or None) as (model, _tokenizer):
         rows = measure(model, settings, args.prompt_tokens, args.runs, args.new_tokens)
-        about = circumstances(model.embedding.word_embeddings.weight.device)
+        about = circumstances(next(model.parameters()).device)
     links.hand_over(args, rows, about, report)
 
 
@@ -76,20 +104,28 @@ def measure(model, settings: list[setup.Setting], tokens: int, runs: int, new_to
             seconds.append(took)
     seconds = slowest(seconds, ids.device)
     prefills, decodes = ([[turn[number][phase] for turn in seconds] for number in range(count)] for phase in (0, 1))
+    tp, pp = model.config.tensor_model_parallel_size, model.config.pipeline_model_parallel_size
     about = {
-        "tp": model.config.tensor_model_parallel_size,
+        "tp": tp,
+        "pp": pp,
         "link": here(),
         "prompt_tokens": tokens,
         "dtype": str(model.config.params_dtype).removeprefix("torch."),
     }
     rows = []
-    for setting, received, prefill, decode in zip(settings, traffic, prefills, decodes):
+    for setting, (received, received_bytes), prefill, decode in zip(settings, traffic, prefills, decodes):
         algorithm = "+".join(sorted(received.algorithms)) or "all_reduce"
-        row = {"policy": setting.name, "algorithm": algorithm, **about, "dropped": received.kept_because[DROP]}
+        row = {
+            "layout": options.layout(tp, pp),
+            "policy": setting.name,
+            "algorithm": algorithm,
+            **about,
+            "dropped": received.kept_because[DROP],
+        }
         times = timing.percentiles(prefill)
         row |= {"ttft_ms": times.pop("median_ms"), **times}
         row |= zip(("speedup_vs_none", "speedup_low", "speedup_high"), timing.speedup(prefills[0], prefill))
-        row["bytes_per_rank"] = received.received_bytes
+        row["bytes_per_rank"] = received_bytes
         if new_tokens > 1:
             row["decode_ms"] = timing.percentiles(decode)["median_ms"] / (new_tokens - 1)
             row |= zip(tuple(DECODE_COLUMNS)[1:], timing.speedup(decodes[0], decode))
@@ -98,20 +134,25 @@ def measure(model, settings: list[setup.Setting], tokens: int, runs: int, new_to
 
 
 def _run(model, ids: torch.Tensor, policy, new_tokens: int):
-    """((seconds of prefill, of decoding) on this rank, what the layers sent) after all ranks are ready."""
+    """((seconds of prefill, of decoding) on this rank, what `stats_of_all` tells) after all ranks are ready."""
     from ..inference.generate import generate
+    from ..inference.stages import stats_of_all
     from ..layers.apply import apply_compression, stats
 
     apply_compression(model, policy)  # counters start at zero
     dist.barrier()
     made = generate(model, ids, new_tokens)
-    return (made.ttft_seconds, made.decode_seconds), stats(model)
+    tokens = ids.numel() + len(made.tokens) - 1
+    return (made.ttft_seconds, made.decode_seconds), stats_of_all(model, stats(model), tokens)
 
 
 def report(args: argparse.Namespace, rows: list[dict], new: list[dict], circumstances: dict) -> None:
     columns = COLUMNS | (DECODE_COLUMNS if args.new_tokens > 1 else {})
-    what = f"TP={args.tp}, {args.prompt_tokens} tokens, {new[0]['dtype']}, {circumstances['device']}"
-    output.show(f"bench ttft: {args.model}, {what}", columns, new)
+    its_link = [row for row in rows if row["link"] == new[0]["link"]]
+    for row in new:
+        row["speedup_vs_first"] = its_link[0]["ttft_ms"] / row["ttft_ms"]
+    what = f"{args.prompt_tokens} tokens, {new[0]['dtype']}, {circumstances['device']}"
+    output.show(f"bench ttft: {args.model}, {what}", columns, its_link)
     everything = [row | circumstances for row in rows]
     output.write_json(args.json, vars(args) | {"device": circumstances["device"]}, everything)
     output.write_csv(args.csv, everything)
@@ -119,8 +160,8 @@ def report(args: argparse.Namespace, rows: list[dict], new: list[dict], circumst
         row = rows[0]
         plot.draw_times(
             *(everything, args.figure, f"Time to first token, {row['prompt_tokens']} tokens, {row['dtype']}"),
-            panel=lambda row: f"TP={row['tp']}, {row['link']}",
-            bar=lambda row: row["policy"],
+            panel=lambda row: row["link"],
+            bar=lambda row: f"{row['layout']}: {row['policy']}",
             time="ttft_ms",
             speedup="speedup_vs_none",
         )

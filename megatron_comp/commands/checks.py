@@ -51,6 +51,8 @@ def check_files(args: argparse.Namespace) -> None:
     """Fails before any rank starts on what can be seen from here."""
     if args.tp < 1:
         raise ValueError(f"--tp {args.tp}: at least one rank is needed")
+    if getattr(args, "pp", 1) < 1:
+        raise ValueError(f"--pp {args.pp}: at least one stage is needed")
     check_model(args)
     check_timeout(args)
     check_written(args)

@@ -11,7 +11,7 @@ from ..policy import DROP
 from ..quality.bootstrap import check_scipy
 from ..quality.metrics import with_intervals
 from ..quality.windows import read_windows
-from . import checks, setup
+from . import checks, options, setup
 
 if TYPE_CHECKING:
     from ..quality.judge import Judge, Judgement
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         judge = Judge(model, windows, overrides=overrides, keep=False)
         rows, kept = evaluate(judge, settings)
     if output.is_first_rank():
-        scored = f"{len(windows)} windows of {args.context} tokens, TP={args.tp}"
+        scored = f"{len(windows)} windows of {args.context} tokens, {options.layout(args.tp, args.pp)}"
         output.show(f"evaluate: {Path(args.text).name}, {scored}", COLUMNS, rows)
         if settings:
             output.show("evaluate: with 95 % intervals", *_intervals(rows))
@@ -106,6 +106,6 @@ def _row(name: str, judged: "Judgement", base: "Judgement") -> dict:
         "algorithm": "+".join(sorted(judged.traffic.algorithms)) or "all_reduce",
         "bits_per_value": judged.traffic.bits_per_value,
         **with_intervals(judged.quality, base.quality),
-        "bytes_per_rank": judged.traffic.received_bytes,
+        "bytes_per_rank": judged.received_bytes,
         "seconds": judged.seconds,
     }

@@ -12,6 +12,7 @@ from . import checks, setup
 COLUMNS = {
     "codec": ("codec", ""),
     "tp": ("tensor-parallel ranks", "d"),
+    "pp": ("pipeline stages", "d"),
     "prompt_tokens": ("prompt tokens", "d"),
     "new_tokens": ("new tokens", "d"),
     "ttft_ms": ("time to first token, ms", ".1f"),
@@ -29,6 +30,8 @@ def check(args: argparse.Namespace) -> list[setup.Setting]:
     checks.at_least_one(args, "new_tokens")
     if args.engine == "static" and len(args.prompt) > 1:
         raise ValueError("--engine static takes one --prompt; --engine dynamic takes several")
+    if args.engine == "dynamic" and args.pp > 1:
+        raise ValueError("--pp goes with --engine static")
     for prompt in args.prompt:
         check_prompt(prompt)
     checks.check_files(args)
@@ -61,6 +64,7 @@ def generate_row(
     """Generates two tokens to warm up prefill and decode, and then to measure. prompts: their tokens; stops: those
     that end a text."""
     from ..inference.generate import checked_prompt
+    from ..inference.stages import stats_of_all
     from ..layers.apply import apply_compression, stats
 
     for ids in prompts:
@@ -69,27 +73,29 @@ def generate_row(
     _generate(engine, model, prompts, min(2, max_new_tokens), stops, lambda: None)
     apply_compression(model, setting.policy)  # counters start again
 
-    prefill_bytes = None
+    prefill = None
     with progress(total=max_new_tokens, desc=f"generate {setting.name}") as bar:
 
         def on_step() -> None:
-            nonlocal prefill_bytes
-            if prefill_bytes is None:  # once: walking the model for every token would slow what is being timed
-                prefill_bytes = stats(model).received_bytes
+            nonlocal prefill
+            if prefill is None:  # once: walking the model for every token would slow what is being timed
+                prefill = stats(model)
             bar.update()
 
         made, ttft_seconds, decode_seconds = _generate(engine, model, prompts, max_new_tokens, stops, on_step)
-    after = stats(model)
-    decoded = sum(map(len, made)) - len(made)
+    prompt_tokens, decoded = sum(map(len, prompts)), sum(map(len, made)) - len(made)
+    _, prefill_bytes = stats_of_all(model, prefill, prompt_tokens)
+    after, all_bytes = stats_of_all(model, stats(model), prompt_tokens + decoded)
     return {
         "codec": setting.name,
         "tp": model.config.tensor_model_parallel_size,
-        "prompt_tokens": sum(map(len, prompts)),
+        "pp": model.config.pipeline_model_parallel_size,
+        "prompt_tokens": prompt_tokens,
         "new_tokens": sum(map(len, made)),
         "ttft_ms": ttft_seconds * 1e3,
         "decode_tokens_per_s": decoded / decode_seconds if decoded else 0.0,
         "prefill_bytes_per_rank": prefill_bytes,
-        "decode_bytes_per_rank": after.received_bytes - prefill_bytes,
+        "decode_bytes_per_rank": all_bytes - prefill_bytes,
         "compressed_calls": after.compressed.calls,
         "kept_calls": after.kept.calls,
         "kept_because": dict(after.kept_because),

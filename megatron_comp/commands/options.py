@@ -45,10 +45,27 @@ def add_tp(parser: argparse.ArgumentParser, dest: str = "tp", what: str = "Numbe
     parser.add_argument("--tp", dest=dest, type=int, required=True, metavar="N", help=what)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of a subcommand that runs a model under codecs and policies."""
+def add_pp(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pp",
+        type=int,
+        default=1,
+        metavar="P",
+        help="Number of pipeline stages (default 1), each of --tp ranks that hold a share of the layers. Consecutive "
+        "ranks are of one stage: with --tp ranks per machine, sums stay inside machines.",
+    )
+
+
+def layout(tp: int, pp: int) -> str:
+    """What tables call so many stages of so many ranks each."""
+    return f"TP={tp}" + (f", PP={pp}" if pp > 1 else "")
+
+
+def add_arguments(parser: argparse.ArgumentParser, **dtype: str) -> None:
+    """Of a subcommand that runs a model under codecs and policies. dtype: what `add_dtype` is told."""
     add_model(parser)
     add_tp(parser)
+    add_pp(parser)
     parser.add_argument(
         "--policy",
         action="append",
@@ -76,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Distilled weights, as `megatron-comp drop distill` writes them for one number of ranks. They replace the "
         "model's own in the blocks whose attention sum a policy drops.",
     )
-    add_dtype(parser)
+    add_dtype(parser, **dtype)
     add_run_arguments(parser)
 
 

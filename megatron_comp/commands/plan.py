@@ -17,6 +17,7 @@ from ..predict.advice import (
     decode_advice,
     how_to_check,
     layouts_advice,
+    logits_advice,
     memory_advice,
     recommended,
 )
@@ -68,27 +69,34 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("give --tp, the number of ranks, or --machines and --gpus-per-machine")
     if args.ranks < 1:
         raise ValueError(f"--tp {args.ranks}: at least one is needed")
-    if (args.gpu is None) == (args.compute_ms is None):
+    if (args.gpu is None) == (args.compute_ms is None) and not (args.measured and args.gpu is None):
         raise ValueError("give --gpu, one of " + ", ".join(GPUS) + ", or --compute-ms, and not both")
     if args.drop is not None and not 0 < args.drop <= 100:
         raise ValueError(f"--drop {args.drop:g}: allowed are percents above 0, up to 100")
     if args.compute_ms is not None and not args.compute_ms > 0:
         raise ValueError(f"--compute-ms {args.compute_ms}: a time above 0 is needed")
-    if args.gpu is None and args.calibration is None:
+    if args.compute_ms is not None and args.calibration is None:
         raise ValueError("--compute-ms needs --calibration, since codecs take time on that machine too")
     if args.wire is None and args.calibration is None:
         raise ValueError("give --link, a name (" + ", ".join(WIRES) + ") or a rate, or --calibration")
 
 
 def _check_machines(args: argparse.Namespace) -> None:
-    """Settles the number of ranks where it follows from the machines."""
-    checks.at_least_one(args, "gpus_per_machine", "cards")
+    """Settles those of ranks, machines and GPUs per machine that follow from the others."""
+    checks.at_least_one(args, "cards", *(["gpus_per_machine"] if args.gpus_per_machine is not None else []))
+    if args.machines is None and args.gpus_per_machine is not None and args.ranks is not None:
+        if args.ranks % args.gpus_per_machine:
+            raise ValueError(f"--tp {args.ranks}: does not fill machines of {args.gpus_per_machine} GPUs")
+        if args.ranks > args.gpus_per_machine:
+            args.machines = args.ranks // args.gpus_per_machine
     if args.machines is None:
-        if args.inside or args.rtt != "0" or args.cards > 1 or args.gpus_per_machine > 1:
-            raise ValueError("--gpus-per-machine, --inside, --cards and --rtt describe machines: give --machines")
+        if args.inside or args.rtt != "0" or args.cards > 1 or args.gpus_per_machine and args.ranks is None:
+            raise ValueError("--inside, --cards and --rtt describe several machines: give --machines")
         return
     if args.machines < 2:
         raise ValueError(f"--machines {args.machines}: two are needed; for one machine leave it out and give --tp")
+    if args.gpus_per_machine is None:
+        args.gpus_per_machine = max(1, (args.ranks or 0) // args.machines)
     ranks = args.machines * args.gpus_per_machine
     if args.ranks not in (None, ranks):
         raise ValueError(f"--tp {args.ranks}: {args.machines} machines of {args.gpus_per_machine} have {ranks} ranks")
@@ -124,7 +132,8 @@ def _plan(args: argparse.Namespace) -> list[dict]:
     gpu = gpu_of(args.gpu) if args.gpu else None
     predict = Predictor(job, gpu, args.compute_ms and args.compute_ms / 1e3, machines)
     if args.measured:
-        rows = measured.rows(args.measured, job, predict.compute_of(job), layouts[0].calibration, layouts[0].islands)
+        compute = predict.compute_of(job) if gpu or predict.compute else None
+        rows = measured.rows(args.measured, job, compute, layouts[0].calibration, layouts[0].islands)
         output.show(f"plan --measured {args.measured}", measured.COLUMNS, rows)
         return rows
     tried = settings_of(names, layouts[0])
@@ -136,10 +145,14 @@ def _plan(args: argparse.Namespace) -> list[dict]:
     with_drops = [predict.row(layouts[0], setting) for setting in dropping]
     others = [predict.row(layout, setting) for layout in layouts[1:] for setting in settings_of(names, layout)]
     with_speedups([*rows, *with_drops, *others])
+    if machines is not None:
+        output.say(layouts_advice([*rows, *others]))
+    output.say((f"With {layouts[0].name}: " if others else "") + advice(rows, with_drops))
+    if gpu is not None and args.ranks > 1:
+        output.say(decode_advice(rows))
+        output.say(logits_advice(replace(job, phase="decode"), rows[0]["decode_ms"], policy, layouts[0].calibration))
     _show(args, rows, with_drops, others)
     if machines is not None:
-        output.say(decode_advice(rows))
-        output.say(layouts_advice([*rows, *others]))
         output.say(memory_advice(layouts, job, gpu))
         for line in how_to_check(best_of(rows, "ttft_ms"), args.ranks, job.itemsize):
             output.say(line)
@@ -158,7 +171,11 @@ def _show(args: argparse.Namespace, rows: list[dict], with_drops: list[dict], ot
         columns, shown = ACROSS | ({"dropped": COLUMNS["dropped"]} if with_drops else {}), best_rows([*rows, *others])
     title = f"plan: {args.model}, TP={args.ranks}, {args.batch}x{args.prompt_tokens} tokens, {where}"
     output.show(title, columns, shown + with_drops)
-    output.say(advice(rows, with_drops))
+    if args.machines is None and not args.calibration and args.ranks > 1:
+        output.say(
+            f"Assumed: each of the {args.ranks} ranks has its own link of {args.wire} to the others. If several are on "
+            "one machine and others on another, give --gpus-per-machine."
+        )
 
 
 def _machines(args: argparse.Namespace) -> Machines | None:

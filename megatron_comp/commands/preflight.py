@@ -11,12 +11,18 @@ from ..inference import config, environment, model_files, shards
 from ..inference.text import check_length, named_stops
 
 
+def ranks_of(args: argparse.Namespace) -> int:
+    """How many ranks a command with --tp, and perhaps --pp, runs on."""
+    return args.tp * getattr(args, "pp", 1)
+
+
 def check_environment(args: argparse.Namespace) -> None:
     """Raises ValueError, before this process takes itself for a rank, for a WORLD_SIZE that no launcher has set."""
-    started, tp = environment.world_size(), getattr(args, "tp", None)
-    if started is not None and isinstance(tp, int) and started != tp:
+    started = environment.world_size()
+    if started is not None and isinstance(getattr(args, "tp", None), int) and started != (asked := ranks_of(args)):
+        said = f"--tp is {args.tp}" + (f" and --pp {args.pp}" if asked != args.tp else "")
         raise ValueError(
-            f"--tp is {tp}, but the environment says WORLD_SIZE={started}: start {tp} ranks with torchrun, or "
+            f"{said}, but the environment says WORLD_SIZE={started}: start {asked} ranks with torchrun, or "
             "`unset WORLD_SIZE` to start without a launcher"
         )
 
@@ -34,7 +40,7 @@ def check_inputs(args: argparse.Namespace) -> None:
 
 def _check_model(args: argparse.Namespace) -> None:
     """Raises ValueError or FileNotFoundError that names file, key, value and what is allowed, for a folder of --model
-    that cannot be read, or not on --tp ranks."""
+    that cannot be read, or not on --tp ranks and in --pp stages."""
     if not isinstance(getattr(args, "model", None), str) or not Path(args.model).is_dir():
         return
     folder = Path(args.model)
@@ -42,6 +48,7 @@ def _check_model(args: argparse.Namespace) -> None:
     tp = getattr(args, "tp", getattr(args, "ranks", None))
     if (sizes := config.sizes(raw)) is not None and isinstance(tp, int) and tp >= 1:
         shards.check_tensor_parallel(sizes, tp)
+        shards.check_pipeline_parallel(sizes, getattr(args, "pp", 1))
     if any(getattr(args, name, None) for name in ("blocks", "weights", "distilled")):
         model_files.check_read_by_layer(folder)
     model_files.check_weights(folder)

@@ -59,13 +59,12 @@ def overrides(args: argparse.Namespace, model, settings: list[Setting]):
 
 @contextmanager
 def opened(args: argparse.Namespace, weights: str | None = None):
-    """(model, tokenizer) on this rank, inside its tensor-parallel group. weights: a file that takes some of its own's
-    place."""
+    """(model, tokenizer) on this rank, inside its groups. weights: a file that takes some of its own's place."""
     # Here and in the subcommands: Megatron takes seconds to import, and the process that starts the ranks has no use.
     from ..inference.model import build_model, destroy_parallel, init_parallel
     from ..inference.text import read_tokenizer
 
-    init_parallel(args.tp, args.timeout)
+    init_parallel(args.tp, args.timeout, pipeline_parallel=getattr(args, "pp", 1))
     model = build_model(
         args.model,
         dtype=getattr(torch, dtype_name(args)),

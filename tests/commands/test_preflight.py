@@ -238,6 +238,14 @@ def test_left_over_variables(main, model, environment, message):
     )
 
 
+def test_stages(main, model):
+    line = main(*generate(model), "--pp", 3)
+    assert "pipeline_parallel is 3, but this model has 2 layers" in line
+    meeting = {"RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    line = main(*generate(model), "--pp", 2, WORLD_SIZE="2", **meeting)
+    assert "--tp is 2 and --pp 2, but the environment says WORLD_SIZE=2: start 4 ranks with torchrun" in line
+
+
 @pytest.mark.parametrize("option", ["--json", "--csv", "--figure", "--out"])
 @pytest.mark.parametrize("place", ["nowhere/file.svg", "/proc/file.svg", ".", "x" * 300])
 def test_outputs(main, model, sotu_text, tmp_path, option, place):

@@ -5,6 +5,9 @@ import argparse
 
 from .. import options
 
+DTYPE = """\
+Of weights, activations and sums: default bf16, as models are served, also on a CPU; other subcommands take fp32 there,
+in which less is lost besides what codecs lose. A processor with AVX2 alone multiplies through fp32."""
 DESCRIPTION = "Time a model's prefill, and with --new-tokens its decoding, in one run: stock and compressed."
 
 
@@ -15,19 +18,23 @@ EPILOG = f"""\
 Example:
   megatron-comp bench ttft --model llama --tp 2 --codec mxfp4 --link 100mbit
 
-One row a setting, in the table and in the files; the first is the model with stock communication:
+One row per layout and setting, in the table and in the files; the first of a layout is the model with stock sums:
+  layout         tensor-parallel ranks and pipeline stages; --layout adds more, which run after the first
   policy         codec of every reduction, or the policy file; none: stock
   algorithm      of the reductions that were compressed, all_reduce where none was
-  tp, link, prompt_tokens, dtype
+  tp, pp, link, prompt_tokens, dtype
                  what was run; but for the link in the table's title
   dropped        sums that the policy leaves out
   ttft_ms, p20_ms, p80_ms
                  milliseconds of a prefill with KV cache, until the last rank has the first token: median over the runs
   speedup_vs_none
-                 the median of the stock row over this one's, on the same link
+                 the median of the layout's stock row over this one's, on the same link
   speedup_low, speedup_high
                  its 95 % confidence interval: turns drawn again, with replacement; too narrow for fewer than ten --runs
-  bytes_per_rank received by rank 0 in the sums of one prefill, stock ones counted as rings
+  speedup_vs_first
+                 the median of the first layout's stock row over this one's, on the same link
+  bytes_per_rank received in one prefill by the rank that receives most: sums, stock ones counted as rings, and the
+                 activations of a pipeline
   decode_ms, decode_speedup, ..._low, ..._high
                  with --new-tokens: milliseconds a token after the first, in the same way
 The CSV file adds device, torch, triton, megatron_comp and date.
@@ -38,7 +45,7 @@ turn, so that a slow moment hits all alike, another one first every time, each o
 {options.LINKS}
 A policy file's `min_bytes: auto` goes by `megatron-comp calibrate`; a codec compresses every message (--min-bytes 0).
 
---weights are in all rows, the first included: the time does not depend on them.
+--weights are in all rows of layouts with --tp ranks, stock ones included: the time does not depend on them.
 
 What the figures do not show: several requests at once, and what the policy does to the model's predictions,
 for which see `megatron-comp evaluate`.
@@ -46,9 +53,17 @@ for which see `megatron-comp evaluate`.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_arguments(parser)
+    options.add_arguments(parser, what=DTYPE, default="bf16")
     add = parser.add_argument
     options.add_prompt_tokens(parser)
+    add(
+        "--layout",
+        action="append",
+        default=[],
+        metavar="TPxPP",
+        help="Time other ranks and stages too, as in 2x2 for --tp 2 --pp 2, on the same links. Fewer ranks than those "
+        "of --tp and --pp fill machine after machine. Repeat it for more.",
+    )
     add("--codec", action="append", default=[], metavar="C", help="A codec or preset. Repeat it for more rows.")
     options.add_links(parser)
     add(

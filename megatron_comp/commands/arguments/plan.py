@@ -39,11 +39,13 @@ graphs. Quality is not predicted: `megatron-comp evaluate` measures that.
 
 Several machines: --link is the link of one network card, and --cards says how many a machine has, whose load its GPUs
 share. The table has stock sums and the best codec of each layout; --json has all rows. MB across: what a machine
-receives in a prefill. One request at a time: a pipeline that several requests fill is faster than said here. The
+receives in a prefill. One request at a time: a pipeline that several requests fill is faster than said here. A pipeline
+takes a prompt in chunks, as `generate --pp` does, so that its stages work at the same time. The
 formulas are in `megatron_comp/predict/machines.py` and `layouts.py`.
 
 --measured prints the error of every row of `megatron-comp bench ttft --json`; then --compute-ms is the time of an
-unshaped run without its sums. The errors on published measurements: `python -m research.published` in a checkout.
+unshaped run without its sums, unless the file has unshaped rows (`--link unshaped`) itself.
+The errors on published measurements: `python -m research.published` in a checkout.
 """
 
 
@@ -66,8 +68,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="L",
         help="The link of each rank, with --machines of each network card: a name below or a rate, such as 10gbit.",
     )
-    add("--machines", type=int, metavar="M", help="Number of machines, each with --gpus-per-machine GPUs.")
-    add("--gpus-per-machine", type=int, default=1, metavar="L", help="GPUs of each machine (default 1).")
+    add(
+        "--machines",
+        type=int,
+        metavar="M",
+        help="Number of machines, each with --gpus-per-machine GPUs. Without both, every rank has a --link of its own.",
+    )
+    add(
+        "--gpus-per-machine",
+        type=int,
+        metavar="L",
+        help="GPUs of each machine (default: --tp over --machines, or 1). With --tp alone, it tells how many machines.",
+    )
     add("--inside", metavar="L", help="With --machines: the link of each GPU inside its machine, named as --link.")
     add("--cards", type=int, default=1, metavar="K", help="With --machines: network cards per machine (default 1).")
     add("--rtt", default="0", metavar="TIME", help="With --machines: a round trip's time on the wire, such as 1ms.")
