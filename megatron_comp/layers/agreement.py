@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
 
-def compare_ranks(places: list, policy: CompressionPolicy, problem: str | None) -> dict:
-    """By group, the names of its ranks' machines.
+def compare_ranks(places: list, policy: CompressionPolicy, problem: str | None, predicted: str = "") -> dict:
+    """By group, the names of its ranks' machines. predicted: digest of the predictors and of what they compute here.
 
-    Raises on every rank if one of them found a problem, or if they do not all have one policy and version.
+    Raises on every rank if one of them found a problem, or if they do not all have one policy, version and digest.
     """
-    said, heard = (__version__, policy.digest(), str(policy), problem, socket.gethostname()), {}
+    said, heard = (__version__, policy.digest(), predicted, str(policy), problem, socket.gethostname()), {}
     # Every gather comes before any error, or other groups would wait for the ranks that left.
     for group in dict.fromkeys(place.group for place in places):
         everyone = [said] * group.size()
@@ -32,13 +32,18 @@ def compare_ranks(places: list, policy: CompressionPolicy, problem: str | None) 
     if problem:
         raise ValueError(problem)
     for everyone in heard.values():
-        for rank, (*what, its_problem, _) in enumerate(everyone):
+        for rank, (version, digest, its_prediction, *_, its_problem, _host) in enumerate(everyone):
             if its_problem:
                 raise ValueError(f"rank {rank}: {its_problem}")
-            if what[:2] != list(everyone[0][:2]):
+            if (version, digest) != everyone[0][:2]:
                 raise ValueError(
                     "compression differs between tensor-parallel ranks: "
-                    + "; ".join(f"rank {r}: version {everyone[r][0]}, policy {everyone[r][2]}" for r in (0, rank))
+                    + "; ".join(f"rank {r}: version {everyone[r][0]}, policy {everyone[r][3]}" for r in (0, rank))
+                )
+            if its_prediction != everyone[0][2]:
+                raise ValueError(
+                    f"policy: predictor: {policy.predictor} predicts other bits on rank {rank} than on rank 0: their "
+                    "files differ, or their devices or libraries round products otherwise"
                 )
     return {group: [host for *_, host in everyone] for group, everyone in heard.items()}
 
