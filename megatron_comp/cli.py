@@ -25,6 +25,7 @@ SUBCOMMANDS = Subcommands(
         "search": ("search", "Find the policy of fewest bits that keeps a bound on KL or perplexity."),
         "report": ("report", "Put on one page what other commands measured, with intervals and figures."),
         "drop": ("drop", "Leave out the sum after attention: in which blocks, and how to make up for it."),
+        "predictor": ("predictor", "Send only what the other ranks cannot predict: fit what predicts the rest."),
         "bench": ("bench", "Measure speed, beside an uncompressed baseline of the same run."),
         "plan": ("plan", "Predict time to first token on a GPU and link, and whether to compress; needs no GPU."),
         "calibrate": (

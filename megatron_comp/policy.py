@@ -71,6 +71,10 @@ class CompressionPolicy:
     """In decode each rank sends so many of its largest logits for each token, not all of them; None: all. For greedy
     decoding, and for sampling among at most so many tokens: see `layers/logits.py`."""
 
+    predictor: str | None = None
+    """A file of `megatron-comp predictor fit`: of compressed sums only that is sent which the ranks cannot predict from
+    their block's input, see `layers/predictor.py`. In a policy file the path is relative to the policy's folder."""
+
     def __post_init__(self) -> None:
         for each in ("codec", "algorithm", "phases", "sites", "layers"):
             object.__setattr__(self, each, _stripped(getattr(self, each)))
@@ -88,12 +92,16 @@ class CompressionPolicy:
             raise ValueError(
                 f"policy: logits: {shown(self.logits)} is not a number >= 1 of candidates that each rank sends"
             )
+        if self.predictor is not None and not isinstance(self.predictor, str | Path):
+            raise ValueError(f"policy: predictor: {shown(self.predictor)} is not a file's name")
         self._codecs_of_layers  # noqa: B018 - parsed now, so that mistakes are raised now
 
     @classmethod
     def from_file(cls, path: str | Path) -> "CompressionPolicy":
         """From a YAML file. Raises ValueError for anything that is not a policy, OSError if it cannot be read."""
         content = read_yaml(path, "policy file")
+        if isinstance(content, dict) and isinstance(given := content.get("predictor"), str):
+            content["predictor"] = str(Path(path).parent / given)
         try:
             return cls.from_dict(content)
         except ValueError as error:

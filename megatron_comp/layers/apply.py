@@ -21,10 +21,11 @@ from .agreement import agree_on_calibration, compare_ranks, connect_islands, say
 from .compressed_layer import can_overlap, compress_layer, restore_layer
 from .meter import ModelStats, SiteStats
 from .not_recognised import find_not_recognised, find_without_policy, shortened
-from .places import Place, find_places, reducers, restore
+from .places import Place, find_places, numbered_layers, reducers, restore
 from .plans import Plans
+from .predictor import Predictors
 from .reducer import Phase, Reducer
-from .sync_drop import check_block, dropped_blocks
+from .sync_drop import check_block, dropped_blocks, problem_of
 from .versions import check_megatron
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,13 @@ def apply_compression(
         raise TypeError(f"apply_compression takes one module, not {type(model).__name__}; call it for each model chunk")
     policy = CompressionPolicy.of(policy)
     places = list(find_places(model))
-    hosts = compare_ranks(places, policy, _problem(model, places, policy))
+    problem, predictors = _problem(model, places, policy), None
+    if policy.predictor and problem is None:
+        try:
+            predictors = _read_predictors(model, places, policy.predictor, allow_training)
+        except (OSError, ValueError) as error:
+            problem = f"policy: predictor: {error}"
+    hosts = compare_ranks(places, policy, problem, predictors.digest if predictors else "")
     machines = {group: len(set(names)) for group, names in hosts.items()}
     calibration = agree_on_calibration(machines, policy, _captures_graphs(places[0].module.config))
     topologies = connect_islands(hosts, policy)
@@ -77,15 +84,22 @@ def apply_compression(
 
     phase = Phase()
     plans = {group: Plans(policy, known, topologies.get(group)) for group, known in calibration.items()}
+    predicted_sites = predictors.sites if predictors else {}
+    predicted_layers = {layer for layer, _ in predicted_sites}
     try:
         for place in places:
             at = policy, place.layer, place.site, place.group, phase
-            place.attach(Reducer(*at, timing=timing, allow_training=allow_training, plans=plans[place.group]))
+            predictor = predicted_sites.get((place.layer, place.site))
+            its_plans = plans[place.group]
+            place.attach(
+                Reducer(*at, timing=timing, allow_training=allow_training, plans=its_plans, predictor=predictor)
+            )
         if policy.logits is not None:
             _gather_candidates(model, policy.logits, phase, timing)
         dropped = dropped_blocks(model, policy)
+        predicted = {layer for layer, number in numbered_layers(model) if number in predicted_layers}
         for layer in model.modules():
-            if layer in dropped or can_overlap(layer):
+            if layer in dropped or layer in predicted or can_overlap(layer):
                 compress_layer(layer)
         _note_phases(model, phase)
     except BaseException:
@@ -142,6 +156,20 @@ def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) ->
     except ValueError as error:
         return str(error)
     return None
+
+
+def _read_predictors(model: torch.nn.Module, places: list, path: str | Path, allow_training: bool) -> Predictors:
+    """Raises OSError or ValueError for a file that is not of this model, or a model whose sums are not predicted."""
+    if allow_training:
+        raise ValueError("predicted sums are for inference; leave out allow_training=True")
+    group, config = places[0].group, places[0].module.config
+    read = Predictors(path, group.rank(), group.size(), next(model.parameters()), config.hidden_size)
+    if unknown := [layer for layer in read.layers if layer >= config.num_layers]:
+        raise ValueError(f"{path} has layer {unknown[0]}; the model has layers 0 to {config.num_layers - 1}")
+    for layer, number in numbered_layers(model):
+        if number in read.layers and (problem := problem_of(layer)):
+            raise ValueError(f"layer {number}: its sums cannot be predicted: {problem}")
+    return read
 
 
 def _refuse_captured_graphs(model: torch.nn.Module) -> None:
