@@ -5,6 +5,7 @@ import argparse
 
 from .. import files
 from ..launcher import output
+from ..launcher.progress import progress
 from . import checks, drop_options
 
 COLUMNS = {
@@ -34,8 +35,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from ..inference import hf
     from ..layers.predictor import name
     from ..spd.block import stream
@@ -51,7 +50,7 @@ def _run(args: argparse.Namespace) -> None:
     unseen = max(1, round(len(windows) * args.unseen))
     with hf.Checkpoint(args.model) as own:
         blocks = stream(own, config, windows, missing)
-        for block, x, _, rope in tqdm(blocks, "predictor fit", len(missing), unit="layer"):
+        for block, x, _, rope in progress(blocks, "predictor fit", len(missing), unit="layer"):
             found = fit_block(block, x, rope, args.ranks, args.rank, unseen)
             kept = {site: each for site, each in found.items() if each.left <= args.most_left}
             tensors = {
