@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from ..launcher import output
 from ..policy import DROP
-from ..quality.windows import read_windows
 from . import checks, setup
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
     settings = check(args)
     with setup.opened(args) as (model, tokenizer):
-        windows = read_windows(args, tokenizer)
+        windows = setup.text_of(args).windows(tokenizer)
         overrides = setup.overrides(args, model, settings)
         judge = Judge(model, windows, overrides=overrides, keep=False)
         rows, kept = evaluate(judge, settings)

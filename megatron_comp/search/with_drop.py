@@ -24,8 +24,8 @@ from ..wire.codec import Codec, parse_codec
 from ..wire.cost import stock_seconds, sum_seconds
 from .bound import Bound
 from .candidates import PRESETS, joined_name, policy_of_names, uniform
+from .found import Found
 from .measurements import Measurements
-from .results import Found
 from .solve import Choice, Frontier, undominated
 from .tune import total_cost, tune
 

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_comp.commands.search_report import policy_text
 from megatron_comp.policy import CompressionPolicy
 from megatron_comp.predict.models import Model
 from megatron_comp.predict.times import Job
 from megatron_comp.search import solve, with_drop
 from megatron_comp.search.bound import Bound
 from megatron_comp.search.candidates import policy_of, policy_of_names
-from megatron_comp.search.results import policy_text
 from megatron_comp.search.solve import Choice, Frontier
 from megatron_comp.search.tune import tune
 from megatron_comp.search.with_drop import Words

@@ -3,8 +3,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +13,10 @@ from .. import files
 from ..launcher import output
 from ..policy import CompressionPolicy
 from ..quality.metrics import increase_pct, perplexity
+from ..search.found import Found
+from ..search.plot import draw
 from ..spd.blocks import dropped_blocks
-from .bound import Bound
-from .plot import draw
+from .setup import text_of
 
 if TYPE_CHECKING:
     from ..quality.judge import Judge
@@ -44,21 +44,6 @@ DROP_COLUMNS = {
 } | {key: column for key, column in COLUMNS.items() if key not in ("name", "algorithm")}
 
 
-@dataclass(frozen=True)
-class Found:
-    """policy: to be written. point: what it measured. curves: by name, (cost, predicted KL) of the best trades.
-
-    Of a search with drops also: distilled: blocks that have those weights; seconds: predicted, of a policy's sums.
-    """
-
-    policy: CompressionPolicy
-    point: dict
-    bound: Bound
-    curves: Mapping[str, list[tuple[float, float]]] = field(default_factory=dict)
-    distilled: Sequence[int] = ()
-    seconds: Callable[[CompressionPolicy], float] | None = None
-
-
 def report(args: argparse.Namespace, found: Found, judge: "Judge", how: str) -> None:
     """Writes the files that were asked for, and prints every point that was measured.
 
@@ -67,8 +52,7 @@ def report(args: argparse.Namespace, found: Found, judge: "Judge", how: str) -> 
     rows, algorithm = [_row(point, found) for point in judge.points], found.policy.algorithm
     cost = "sums_ms" if found.seconds else "bits_per_value"
     order = sorted(rows, key=lambda row: (row[cost], row["kl"]))
-    where = f"{Path(args.text).name}, {args.tokens // args.context} windows of {args.context} tokens"
-    title = f"{Path(args.model).name}, TP={args.tp}, {algorithm}: {where}"
+    title = f"{Path(args.model).name}, TP={args.tp}, {algorithm}: {text_of(args)}"
     files.write_text(args.out, policy_text(found.policy, _header(args, found, judge.journal.settings, how)))
     output.show(f"search: {title}", DROP_COLUMNS if found.seconds else COLUMNS, order)
     output.write_csv(args.csv, order)
