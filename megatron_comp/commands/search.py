@@ -5,6 +5,7 @@ import argparse
 from contextlib import contextmanager
 
 from ..launcher import output
+from ..policy import CompressionPolicy
 from ..search.bound import MAX_INCREASE_PCT, Bound
 from ..search.candidates import CANDIDATES, parse_candidates
 from . import checks, search_options, setup
@@ -24,6 +25,7 @@ def check_search(args: argparse.Namespace) -> None:
     if args.tp < 2:
         raise ValueError(f"--tp {args.tp}: one rank sums nothing; 2 or more have something to compress")
     checks.check_text(args)
+    CompressionPolicy(min_bytes=args.min_bytes)  # refuses what it cannot be
     checks.check_written(args, "out")
     for option in ("max_kl", "max_perplexity_increase"):
         if (given := getattr(args, option)) is not None and not 0 < given < float("inf"):

@@ -104,6 +104,7 @@ def test_bound_out_of_reach(llama, text, tmp_path):
         (["--max-kl", "0.1", "--codec", "int4:32:fp16>mxfp8"], "candidates are single codecs"),
         (["--max-kl", "0.1", "--codec", "mxfp5"], "codec 'mxfp5' is neither a preset"),
         (["--max-kl", "0.1", "--context", "1"], "--context 1: allowed are 2 to --tokens"),
+        (["--max-kl", "0.1", "--min-bytes", "64q"], "policy: min_bytes: '64q' is neither 'auto' nor a number"),
         (["--max-kl", "0.1", "--out", "nowhere/policy.yaml"], "--out nowhere/policy.yaml: not a file"),
         (["--max-kl", "0.1", "--text", "nowhere.txt"], "--text nowhere.txt: no such file"),
         (["--max-kl", "0.1", "--link", "1gbit"], "--link is for --with-drop"),
