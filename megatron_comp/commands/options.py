@@ -19,7 +19,7 @@ after it has been idle, so messages have to be much larger than that; above 1 Gb
 limit, not the link. The same links for any other command: launch/slow_network.sh.
 
 Threads: every rank gets its share of this machine's processors, or OMP_NUM_THREADS. On two cores, OMP_NUM_THREADS=1 and
-two ranks are a thread a core; with more ranks than cores, waiting for a core is in the times.
+two ranks are one thread per core; with more ranks than cores, waiting for a core is in the times.
 """
 
 
@@ -45,8 +45,9 @@ class Moved(argparse.Action):
 def add_model(
     parser: argparse.ArgumentParser,
     what: str = "Folder of a Hugging Face Llama or Mixtral checkpoint, or one that `megatron-comp convert` wrote.",
+    metavar: str = "DIR",
 ) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help=what)
+    parser.add_argument("--model", required=True, metavar=metavar, help=what)
 
 
 def add_tp(parser: argparse.ArgumentParser, dest: str = "tp", what: str = "Number of tensor-parallel ranks.") -> None:
@@ -115,7 +116,7 @@ def add_text(parser: argparse.ArgumentParser, tokens: int, what: str) -> None:
 
 def add_dtype(
     parser: argparse.ArgumentParser,
-    what: str = "Of weights, activations and sums; auto (the default) is bf16 on a GPU and fp32 on a CPU.",
+    what: str = "Data type of weights, activations and sums; auto (the default) is bf16 on a GPU and fp32 on a CPU.",
     default: str = "auto",
 ) -> None:
     """Leaves a name of `DTYPES`, or `auto` where that is the default."""

@@ -34,7 +34,7 @@ COLUMNS = {
 }
 
 
-# With drops, in the place of bits a value, which leave out what is not sent.
+# With drops, in the place of bits per value, which leave out what is not sent.
 DROP_COLUMNS = {
     "name": ("policy", ""),
     "kind": ("kind", ""),
@@ -66,7 +66,7 @@ def report(args: argparse.Namespace, found: Found, judge: "Judge", how: str) -> 
 def _said(args: argparse.Namespace, found: Found) -> str:
     kl, bits = found.point["kl"], found.point["bits_per_value"]
     if not found.seconds:
-        return f"{found.bound}: {args.out} sends {bits:.3f} bits a value at KL {kl:.4f}"
+        return f"{found.bound}: {args.out} sends {bits:.3f} bits per value at KL {kl:.4f}"
     dropped, stock = dropped_blocks(found.policy), CompressionPolicy()
     # Of the measured policy: the written one's min_bytes may keep what gains nothing.
     ms, of_stock = (1e3 * found.seconds(policy) for policy in (_measured_policy(found.point), stock))
@@ -117,8 +117,8 @@ def _header(args: argparse.Namespace, found: Found, settings: dict, how: str) ->
         f"Found by {how}, {found.bound}",
         f"model {settings['model']}, TP={args.tp}, {settings['dtype']}; text {settings['text']}, "
         f"{args.tokens // args.context} windows of {args.context} tokens (digests: of config.json and of the text)",
-        f"measured there: {point['bits_per_value']:.3f} bits a value, KL {point['kl']:.5f} nats a token, perplexity "
-        f"{increase_pct(point['nll'], point['base_nll']):+.2f} %",
+        f"measured there: {point['bits_per_value']:.3f} bits per value, KL {point['kl']:.5f} nats per token, "
+        f"perplexity {increase_pct(point['nll'], point['base_nll']):+.2f} %",
         ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
     if found.distilled:

@@ -47,7 +47,7 @@ def apply_compression(
 
     Prefill and decode are told apart by the inference context that this very module is called with.
 
-    `min_bytes: auto` and `algorithm: auto` go by what rank 0 of each group finds and all its ranks take: the file that
+    `min_bytes: auto` and `algorithm: auto` use rank 0's calibration, on every rank of its group: the file that
     MEGATRON_COMP_CALIBRATION names (`assumed`: none), else the one that `megatron-comp calibrate` left for such a
     group, else an assumed link. Which it was is logged.
 
@@ -55,8 +55,8 @@ def apply_compression(
     allow_training: let gradients pass compressed reductions in training mode.
 
     Raises ValueError, before anything is changed, where the policy asks for what this model does not have or cannot do,
-    if a calibration file is none or of another number of ranks, and on every rank if policies or package versions
-    differ between ranks.
+    if a calibration file is not valid or was measured with another number of ranks, and on every rank if policies or
+    package versions differ between ranks.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"apply_compression takes one module, not {type(model).__name__}; call it for each model chunk")

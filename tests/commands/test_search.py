@@ -42,7 +42,7 @@ def test_policy_measures_as_promised(done, llama, text, command):
     assert chosen["name"] == f"mixed, {measured['bits_per_value']:.3f} bits"  # counted before it was measured
     assert float(chosen["kl"]) == pytest.approx(measured["kl"], rel=1e-6)
     assert 0.005 < measured["kl"] <= 0.01
-    assert f"{measured['bits_per_value']:.3f} bits a value, KL {measured['kl']:.5f}" in content
+    assert f"{measured['bits_per_value']:.3f} bits per value, KL {measured['kl']:.5f}" in content
 
 
 def test_predicts_what_is_measured(done):
