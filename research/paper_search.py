@@ -27,6 +27,7 @@ import torch.distributed as dist
 from megatron_comp.cli import carry_out
 from megatron_comp.commands import search
 from megatron_comp.commands.arguments.search import add_search
+from megatron_comp.commands.search_report import report
 from megatron_comp.launcher import output
 from megatron_comp.layers.apply import remove_compression
 from megatron_comp.layers.places import Place, find_places
@@ -35,8 +36,8 @@ from megatron_comp.policy import CompressionPolicy
 from megatron_comp.quality.judge import Trial
 from megatron_comp.search.bound import Bound
 from megatron_comp.search.candidates import uniform
+from megatron_comp.search.found import Found
 from megatron_comp.search.measurements import Measurements, labels
-from megatron_comp.search.results import Found, report
 
 VALUES = ("fp3_e1m1", "fp4_e2m1", "int4", "fp5_e2m2", "fp5_e3m1")
 BLOCKS = (8, 16, 32)

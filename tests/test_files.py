@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from locks import lock_held
 
 from megatron_comp import files, yaml_files
 from megatron_comp.policy import CompressionPolicy
@@ -153,23 +154,11 @@ def test_caches_of_a_user_without_a_home(monkeypatch, tmp_path):
     assert files.cache_folder() == tmp_path / f"megatron_comp-{os.getuid()}"
 
 
-HOLDER = """
-import sys, time
-from megatron_comp import files
-with files.locked(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
-
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the lock of `file`."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "file"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.communicate()
+    with lock_held(tmp_path / "file") as process:
+        yield process
 
 
 def test_a_lock_has_one_holder(tmp_path, holder):

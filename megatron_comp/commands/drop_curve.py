@@ -3,10 +3,8 @@
 
 import argparse
 
-from ..launcher import output, ranks
+from ..launcher import output
 from ..quality.metrics import increase_pct, perplexity
-from ..quality.origin import settings
-from ..quality.windows import read_windows
 from ..spd.blocks import layers_that_drop, read_rows, share_of
 from . import drop_options, setup
 
@@ -43,15 +41,8 @@ def policy(blocks: list[int], codec: str):
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..inference.weight_overrides import WeightOverrides
-    from ..quality.journal import Journal
-    from ..quality.judge import Judge
-
     codecs = check(args)
-    with setup.opened(args) as (model, tokenizer), ranks.alone(args.state):
-        journal = Journal(args.state, settings(args, next(model.parameters()).dtype))
-        overrides = WeightOverrides(model, args.model, args.weights) if args.weights else None
-        judge = Judge(model, read_windows(args, tokenizer), journal, overrides)
+    with setup.judging(args, args.weights) as judge:
         rows = measure(args, judge, codecs)
     if output.is_first_rank():
         output.show(f"drop curve: TP={args.tp}, {args.tokens} tokens, windows of {args.context}", COLUMNS, rows)

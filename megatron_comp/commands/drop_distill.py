@@ -5,7 +5,6 @@ import argparse
 
 import torch
 
-from .. import files
 from ..launcher import output
 from ..quality.origin import digest
 from ..spd.blocks import parse_blocks, write_policy
@@ -32,28 +31,22 @@ def check(args: argparse.Namespace) -> list[int]:
 
 
 def run(args: argparse.Namespace) -> None:
-    blocks = check(args)
-    with files.locked(args.out):
-        _run(args, blocks)
-
-
-def _run(args: argparse.Namespace, blocks: list[int]) -> None:
     from ..inference import hf
-    from ..spd.block import Block, stream
+    from ..spd.block import Block
     from ..spd.training import Recipe, distill
-    from ..spd.weights import begin
 
+    blocks = check(args)
     recipe = Recipe(args.ranks, args.epochs, args.batch, args.learning_rate, args.loss, args.seed)
     start = {"start": digest(args.start)} if args.start else {}
-    config, file, missing = begin(args, blocks, {"recipe": str(recipe), **start})
-    if args.start:
-        hf.check_extra(args.start, args.ranks)
-    with hf.Checkpoint(args.model) as own, hf.Checkpoint(args.model, args.start) as started:
-        for teacher, x, target, rope in stream(own, config, drop_options.windows(args), missing):
-            student = Block(config, teacher.number, started).to(x.device)
-            with torch.enable_grad():
-                log, summary = distill(student, x, target, rope, recipe)
-            file.add(teacher.number, student.named(), {**summary, "log": log})
+    with drop_options.missing_blocks(args, blocks, {"recipe": str(recipe), **start}) as (config, file, teachers):
+        if args.start:
+            hf.check_extra(args.start, args.ranks)
+        with hf.Checkpoint(args.model, args.start) as started:
+            for teacher, x, target, rope in teachers:
+                student = Block(config, teacher.number, started).to(x.device)
+                with torch.enable_grad():
+                    log, summary = distill(student, x, target, rope, recipe)
+                file.add(teacher.number, student.named(), {**summary, "log": log})
     rows = [{**file.rows[str(block)]} for block in blocks]
     output.write_csv(args.log, [line for row in rows for line in row.pop("log")])
     output.show(f"drop distill: TP={args.ranks}, {recipe}", COLUMNS, rows)

@@ -3,7 +3,6 @@
 
 import argparse
 
-from .. import files
 from ..launcher import output
 from ..spd.blocks import parse_blocks
 from . import drop_options
@@ -24,20 +23,11 @@ def check(args: argparse.Namespace) -> list[int]:
 
 
 def run(args: argparse.Namespace) -> None:
-    blocks = check(args)
-    with files.locked(args.out):
-        _run(args, blocks)
-
-
-def _run(args: argparse.Namespace, blocks: list[int]) -> None:
-    from ..inference import hf
-    from ..spd.block import stream
     from ..spd.heads import candidates, permuted_attention
-    from ..spd.weights import begin
 
-    config, file, missing = begin(args, blocks, {"criterion": args.criterion})
-    with hf.Checkpoint(args.model) as own:
-        for block, x, target, rope in stream(own, config, drop_options.windows(args), missing):
+    blocks = check(args)
+    with drop_options.missing_blocks(args, blocks, {"criterion": args.criterion}) as (_config, file, missing):
+        for block, x, target, rope in missing:
             tried = candidates(block, x, target, rope, args.ranks)
             best = min(tried, key=lambda name: tried[name]["relative"])
             chosen = best if args.criterion == "best" else args.criterion

@@ -3,10 +3,8 @@
 
 import argparse
 
-from ..launcher import output, ranks
+from ..launcher import output
 from ..quality.metrics import perplexity
-from ..quality.origin import settings
-from ..quality.windows import read_windows
 from ..spd.blocks import classify, layers_that_drop
 from . import drop_options, setup
 from .arguments.drop_sensitivity import MEASURES
@@ -28,13 +26,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..quality.journal import Journal
-    from ..quality.judge import Judge
-
     check(args)
-    with setup.opened(args) as (model, tokenizer), ranks.alone(args.state):
-        journal = Journal(args.state, settings(args, next(model.parameters()).dtype))
-        judge = Judge(model, read_windows(args, tokenizer), journal)
+    with setup.judging(args) as judge:
         points, full = measure(judge)
     if not output.is_first_rank():
         return

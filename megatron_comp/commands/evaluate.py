@@ -10,7 +10,6 @@ from ..launcher import output
 from ..policy import DROP
 from ..quality.bootstrap import check_scipy
 from ..quality.metrics import with_intervals
-from ..quality.windows import read_windows
 from . import checks, options, setup
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
     settings = check(args)
     with setup.opened(args) as (model, tokenizer):
-        windows = read_windows(args, tokenizer)
+        windows = setup.text_of(args).windows(tokenizer)
         overrides = setup.overrides(args, model, settings)
         judge = Judge(model, windows, overrides=overrides, keep=False)
         rows, kept = evaluate(judge, settings)

@@ -6,6 +6,7 @@ import argparse
 from ..launcher.network import UNSHAPED
 from ..wire.algorithms import ALGORITHMS
 
+CONTEXT = 512  # tokens per window of a text
 TOKEN_DISPATCHERS = ("allgather", "alltoall")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # with torch's names
 # What --link means, for the end of a help text.
@@ -18,8 +19,16 @@ after it has been idle, so messages have to be much larger than that; above 1 Gb
 limit, not the link. The same links for any other command: launch/slow_network.sh.
 
 Threads: every rank gets its share of this machine's processors, or OMP_NUM_THREADS. On two cores, OMP_NUM_THREADS=1 and
-two ranks are a thread a core; with more ranks than cores, waiting for a core is in the times.
+two ranks are one thread per core; with more ranks than cores, waiting for a core is in the times.
 """
+
+
+def min_bytes(text: str) -> int | str:
+    """For `--min-bytes`: a number; other text, such as auto and 64k, is for the policy to understand or refuse."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 class Moved(argparse.Action):
@@ -36,8 +45,9 @@ class Moved(argparse.Action):
 def add_model(
     parser: argparse.ArgumentParser,
     what: str = "Folder of a Hugging Face Llama or Mixtral checkpoint, or one that `megatron-comp convert` wrote.",
+    metavar: str = "DIR",
 ) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help=what)
+    parser.add_argument("--model", required=True, metavar=metavar, help=what)
 
 
 def add_tp(parser: argparse.ArgumentParser, dest: str = "tp", what: str = "Number of tensor-parallel ranks.") -> None:
@@ -82,9 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser, **dtype: str) -> None:
     )
     parser.add_argument(
         "--min-bytes",
-        type=int,
+        type=min_bytes,
         metavar="BYTES",
-        help="Leave smaller messages uncompressed where --codec is used (default 0). A policy file has its own.",
+        help="With --codec: leave smaller messages uncompressed. The default, 0, compresses every message; auto leaves "
+        "those uncompressed that are predicted to gain nothing, as a policy file does that says nothing of it.",
     )
     add_token_dispatcher(parser)
     parser.add_argument(
@@ -107,19 +118,22 @@ def add_token_dispatcher(parser: argparse.ArgumentParser) -> None:
 
 
 def add_text(parser: argparse.ArgumentParser, tokens: int, what: str) -> None:
-    """A text, for `quality.windows.read_windows`. tokens: the default. what: help on which text it should be."""
+    """A text, as `quality.windows.Text` has it. tokens: the default. what: help on which text it should be."""
     parser.add_argument("--text", required=True, metavar="FILE", help=what)
     parser.add_argument(
         "--tokens", type=int, default=tokens, metavar="K", help=f"Number of tokens to read from it (default {tokens})."
     )
     parser.add_argument(
-        "--context", type=int, default=512, metavar="L", help="Number of tokens per window (default 512)."
+        "--context",
+        type=int,
+        metavar="L",
+        help=f"Number of tokens per window (default {CONTEXT}, or --tokens if that is less).",
     )
 
 
 def add_dtype(
     parser: argparse.ArgumentParser,
-    what: str = "Of weights, activations and sums; auto (the default) is bf16 on a GPU and fp32 on a CPU.",
+    what: str = "Data type of weights, activations and sums; auto (the default) is bf16 on a GPU and fp32 on a CPU.",
     default: str = "auto",
 ) -> None:
     """Leaves a name of `DTYPES`, or `auto` where that is the default."""

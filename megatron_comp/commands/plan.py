@@ -191,7 +191,7 @@ def _layouts(args: argparse.Namespace, machines: Machines | None, codecs: Sequen
     """Tensor parallel over all ranks first; other layouts where the links of each machine are known."""
     if machines is not None:
         return layouts_of(machines, gpu_of(args.gpu), Shares(), codecs, job)
-    known = calibration_of(args, codecs, args.ranks, job.itemsize)
+    known = calibration_of(args.calibration, args.gpu, args.wire, codecs, args.ranks, job.itemsize)
     islands = Islands.of_size(args.ranks, args.gpus_per_machine) if args.machines else None
     if islands and islands.have_two_levels and not known.inside:
         raise ValueError(

@@ -3,7 +3,6 @@
 
 import argparse
 
-from .. import files
 from ..launcher import output
 from ..launcher.progress import progress
 from . import checks, drop_options
@@ -29,34 +28,25 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    check(args)
-    with files.locked(args.out):
-        _run(args)
-
-
-def _run(args: argparse.Namespace) -> None:
-    from ..inference import hf
-    from ..layers.predictor import name
-    from ..spd.block import stream
+    from ..inference.hf import read_config
+    from ..layers.predictor import PARTS, name
     from ..spd.regression import fit_block
-    from ..spd.weights import begin
 
-    layers = list(range(hf.read_config(args.model).num_hidden_layers))
-    how = {"rank": args.rank, "most_left": args.most_left, "unseen": args.unseen}
-    config, file, missing = begin(args, layers, how)
+    check(args)
+    config = read_config(args.model)
     if args.rank > config.hidden_size:
         raise ValueError(f"--rank {args.rank}: the model has {config.hidden_size} values per token")
-    windows = drop_options.windows(args)
-    unseen = max(1, round(len(windows) * args.unseen))
-    with hf.Checkpoint(args.model) as own:
-        blocks = stream(own, config, windows, missing)
-        for block, x, _, rope in progress(blocks, "predictor fit", len(missing), unit="layer"):
+    layers = range(config.num_hidden_layers)
+    unseen = max(1, round(args.tokens // args.context * args.unseen))
+    how = {"rank": args.rank, "most_left": args.most_left, "unseen": args.unseen}
+    with drop_options.missing_blocks(args, layers, how) as (_config, file, missing):
+        for block, x, _, rope in progress(missing, "predictor fit", len(layers), initial=len(file.rows), unit="layer"):
             found = fit_block(block, x, rope, args.ranks, args.rank, unseen)
             kept = {site: each for site, each in found.items() if each.left <= args.most_left}
             tensors = {
                 f"{name(block.number, site)}.{part}": getattr(each, part).bfloat16()
                 for site, each in kept.items()
-                for part in ("down", "up", "bias")
+                for part in PARTS
             }
             left = {f"{site}_left": each.left for site, each in found.items()}
             file.add(block.number, tensors, {"block": block.number, **left, "written": ", ".join(kept) or "none"})

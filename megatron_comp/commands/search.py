@@ -4,11 +4,12 @@
 import argparse
 from contextlib import contextmanager
 
-from ..launcher import output, ranks
+from ..launcher import output
+from ..policy import CompressionPolicy
 from ..search.bound import MAX_INCREASE_PCT, Bound
 from ..search.candidates import CANDIDATES, parse_candidates
-from ..search.results import report
 from . import checks, search_options, setup
+from .search_report import report
 
 
 def check(args: argparse.Namespace) -> None:
@@ -24,6 +25,7 @@ def check_search(args: argparse.Namespace) -> None:
     if args.tp < 2:
         raise ValueError(f"--tp {args.tp}: one rank sums nothing; 2 or more have something to compress")
     checks.check_text(args)
+    CompressionPolicy(min_bytes=args.min_bytes)  # refuses what it cannot be
     checks.check_written(args, "out")
     for option in ("max_kl", "max_perplexity_increase"):
         if (given := getattr(args, option)) is not None and not 0 < given < float("inf"):
@@ -65,20 +67,12 @@ def measuring(args: argparse.Namespace, distilled: str | None = None, **searched
 
     searched: what else measurements depend on. Bound and algorithm are not of it: others use the same measurements.
     """
-    from ..inference.weight_overrides import WeightOverrides
-    from ..quality.journal import Journal
-    from ..quality.judge import Judge
-    from ..quality.origin import settings
-    from ..quality.windows import read_windows
     from ..search.measurements import Measurements
 
-    with setup.opened(args) as (model, tokenizer), ranks.alone(args.state):
-        windows, dtype = read_windows(args, tokenizer), next(model.parameters()).dtype
-        journal = Journal(args.state, settings(args, dtype, **searched))
-        if journal.continued and output.is_first_rank():
+    with setup.judging(args, distilled, **searched) as judge:
+        if judge.journal.continued and output.is_first_rank():
             print(f"search: going on from {args.state}", flush=True)
-        overrides = WeightOverrides(model, args.model, distilled) if distilled else None
-        yield Measurements(Judge(model, windows, journal, overrides))
+        yield Measurements(judge)
 
 
 def bound_of(args: argparse.Namespace) -> Bound:

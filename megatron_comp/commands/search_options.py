@@ -48,7 +48,7 @@ def check(args: argparse.Namespace) -> None:
 def calibration(args: argparse.Namespace, candidates: Sequence[Codec], itemsize: int) -> Calibration:
     """Raises what `predict.calibrations.calibration_of` raises."""
     presets = [Codec.parse(name) for name in PRESETS]
-    return calibration_of(args, (*candidates, *presets), args.tp, itemsize)
+    return calibration_of(args.calibration, args.gpu, args.wire, (*candidates, *presets), args.tp, itemsize)
 
 
 def job(args: argparse.Namespace, itemsize: int) -> Job:

@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A subcommand's model: the policies that it runs under, weights that replace its own, and its ranks."""
+"""What a subcommand runs: its model on its ranks, the policies and weights that it runs with, and the text."""
 
 import argparse
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
+from ..launcher import ranks
 from ..policy import CompressionPolicy
+from ..quality import origin
+from ..quality.windows import Text
 from .options import DTYPES
+
+if TYPE_CHECKING:
+    from ..quality.judge import Judge
 
 
 @dataclass(frozen=True)
@@ -73,3 +81,24 @@ def opened(args: argparse.Namespace, weights: str | None = None):
     )
     yield model, read_tokenizer(args.model)
     destroy_parallel()
+
+
+def text_of(args: argparse.Namespace) -> Text:
+    return Text(args.text, args.tokens, args.context)
+
+
+@contextmanager
+def judging(args: argparse.Namespace, weights: str | None = None, **measured: object) -> "Iterator[Judge]":
+    """A judge of the model on its ranks and of the text, with the journal of --state.
+
+    weights: a file of distilled weights that its trials may use. measured: what else its measurements depend on.
+    """
+    from ..inference.weight_overrides import WeightOverrides
+    from ..quality.journal import Journal
+    from ..quality.judge import Judge
+
+    with opened(args) as (model, tokenizer), ranks.alone(args.state):
+        text, dtype = text_of(args), next(model.parameters()).dtype
+        journal = Journal(args.state, origin.settings(args.model, text, args.tp, dtype, **measured))
+        overrides = WeightOverrides(model, args.model, weights) if weights else None
+        yield Judge(model, text.windows(tokenizer), journal, overrides)

@@ -52,7 +52,7 @@ def apply_compression(
     Prefill and decode are told apart by the inference context that the language model inside of `model`, or else
     `model` itself, is called with.
 
-    `min_bytes: auto` and `algorithm: auto` go by what rank 0 of each group finds and all its ranks take: the file that
+    `min_bytes: auto` and `algorithm: auto` use rank 0's calibration, on every rank of its group: the file that
     MEGATRON_COMP_CALIBRATION names (`assumed`: none), else the one that `megatron-comp calibrate` left for such a
     group, else an assumed link. Which it was is logged.
 
@@ -60,8 +60,9 @@ def apply_compression(
     allow_training: let gradients pass compressed reductions in training mode.
 
     Raises ValueError, before anything is changed, where the policy asks for what this model does not have or cannot do,
-    if a calibration file is none or of another number of ranks, and on every rank if policies or package versions
-    differ between ranks; RuntimeError for a Megatron-Core that is too old. After any other error the model is stock.
+    if a calibration file is not valid or was measured with another number of ranks, and on every rank if policies or
+    package versions differ between ranks; RuntimeError for a Megatron-Core that is too old. After any other error the
+    model is stock.
     """
     check_megatron()
     if not isinstance(model, torch.nn.Module):

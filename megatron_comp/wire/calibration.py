@@ -116,7 +116,7 @@ class Calibration:
 
     @property
     def device(self) -> torch.device:
-        """That was measured; a GPU where nothing was."""
+        """Of the calibration; cuda if nothing was measured."""
         return torch.device(self.measured.get("device", "cuda"))
 
     @property
@@ -294,7 +294,7 @@ def _link(where: str, value: object) -> Link:
     names = ("bytes_per_s", "latency_s")
     numbers = {key: _number(f"{where}: {key}", number) for key, number in _mapping(where, words, names).items()}
     if not numbers["bytes_per_s"]:
-        raise ValueError(f"{where}: bytes_per_s: a link of 0 bytes a second")
+        raise ValueError(f"{where}: bytes_per_s: a link of 0 bytes per second")
     return Link(**numbers, points=points)
 
 

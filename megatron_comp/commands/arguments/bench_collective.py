@@ -24,7 +24,7 @@ Example:
 
 Before anything is timed, all ranks compare their sums: a collective that leaves them with different bits is an error.
 
-One row a measurement, in the table and in the files:
+One row per measurement, in the table and in the files:
   codec, algorithm
                  none, all_reduce: torch.distributed's own, what Megatron calls; bf16 or fp16, gather_sum: an all-gather
                  of the tensor in 16 bits (fp32 as bf16) and a sum, uncompressed; else megatron_comp.all_reduce
@@ -36,7 +36,8 @@ One row a measurement, in the table and in the files:
                  rings in rank order, as those of gloo are
   link           rate of each machine's link in each direction, and after @ the latency of a round trip
   median_ms, p20_ms, p80_ms
-                 milliseconds a call, from a barrier to the last rank's end; half of the calls took less than the median
+                 milliseconds per call, from a barrier to the last rank's end; half of the calls take less than the
+                 median
   share_of_wire_limit
                  the time that bytes_across alone take at the link's rate, over the median; empty where the rate is not
                  known. Headers of packets take 4 to 5 % of a rate; a first burst of some 256 KB goes for nothing
@@ -73,8 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"How codecs are summed. {again} (default: gather_sum two_step, and hierarchical where machines have "
         "several ranks). Two codecs joined by '>' have no gather_sum.",
     )
-    add("--shape", action="append", metavar="ROWSxHIDDEN", help=f"Of a rank's tensor. {again} (default {SHAPE}).")
-    options.add_dtype(parser, "Of the tensors (default bf16).", "bf16")
+    add(
+        "--shape",
+        action="append",
+        metavar="ROWSxHIDDEN",
+        help=f"Shape of each rank's tensor. {again} (default {SHAPE}).",
+    )
+    options.add_dtype(parser, "Data type of the tensors (default bf16).", "bf16")
     options.add_runs(parser, 15)
     options.add_timeout(parser)
     options.add_json(parser)

@@ -24,7 +24,7 @@ Example:
 Each round times, in turn and from a common start, stock all-reduce and reduce-scatter, all-gather and all-to-all of
 bytes, and every codec's encode and decode, at tensors of [tokens, hidden] for each --tokens; and whole compressed sums,
 which the predictions are held against. A sample is the time of the slowest rank. Between the medians of collectives
-times are interpolated, beyond the largest they grow by a line; a codec's line (fixed cost, cost a value) is that of
+times are interpolated, beyond the largest they grow by a line; a codec's line (fixed cost, cost per value) is that of
 least relative error. Fixed costs include what Python takes. On several machines of several ranks also the collectives
 inside machines, and across them, are timed, and hierarchical sums.
 
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"Rows of a tensor. {again}, at least two (default: 1 8 64 512).",
     )
     add("--hidden", type=int, default=4096, metavar="H", help="Values per row (default 4096).")
-    options.add_dtype(parser, "Of the tensors; auto (the default) is bf16 on a GPU and fp32 on a CPU.")
+    options.add_dtype(parser, "Data type of the tensors; auto (the default) is bf16 on a GPU and fp32 on a CPU.")
     options.add_runs(parser, 9)
     add("--cuda-graphs", action="store_true", help="Time replays of CUDA graphs, in which Python takes no time.")
     add("--out", metavar="FILE", help="The file to write (default: where later runs of such a group look for it).")

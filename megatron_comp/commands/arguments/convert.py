@@ -30,5 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="Number of ranks that share the work and its memory (default 1). Any number reads the result.",
     )
-    options.add_dtype(parser, "Of the written weights; auto (the default) is what the checkpoint's config.json says.")
+    options.add_dtype(
+        parser, "Data type of the written weights; auto (the default) is what the checkpoint's config.json says."
+    )
     options.add_run_arguments(parser)

@@ -23,7 +23,7 @@ Example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    drop_options.add_ranks(parser, tokens=6144)
+    drop_options.add_ranks(parser, 6144, "A text that nothing was tuned on.")
     add = parser.add_argument
     add("--sensitivity", metavar="FILE", help="JSON of `megatron-comp drop sensitivity`.")
     add("--weights", metavar="FILE", help="Weights of `megatron-comp drop distill` or `drop group`.")

@@ -9,7 +9,7 @@ from . import drop_options
 DESCRIPTION = """\
 Train weights with which blocks without attention's sum give what the stock blocks give. This runs in one process: the
 model's layers pass through memory one by one, with the activations of the whole text. Every finished block is written;
-after an interruption the same command goes on behind the last one.
+after an interruption the same command goes on after the last one.
 """
 
 
@@ -33,14 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1e-3,
         metavar="R",
-        help="Of AdamW; it falls to 0 as a cosine (default 1e-3, for a model of 135M; the paper: 5e-5 for Llama-2).",
+        help="Learning rate of AdamW; it falls to 0 as a cosine (default 1e-3, for a model of 135M; the paper: 5e-5 "
+        "for Llama-2).",
     )
     add(
         "--loss",
         choices=LOSSES,
         default="relative",
-        help="Of the difference from the full block's output: relative to each token's mean square (default), or mse, "
-        "the paper's.",
+        help="The loss, of the difference from the full block's output: relative (default) to each token's mean "
+        "square, or mse, as in the paper.",
     )
     add("--seed", type=int, default=1, metavar="S", help="Seed of the order of windows (default 1).")
     add("--log", metavar="FILE", help="Write the loss there as CSV, a line per epoch.")

@@ -11,11 +11,11 @@ MODEL = "Folder of a Hugging Face Llama checkpoint."
 CALIBRATION_TEXT = "A calibration text. Judge the result by another one."
 
 
-def add_ranks(parser: argparse.ArgumentParser, tokens: int) -> None:
-    """Of a step that measures on ranks. tokens: of the text, if not told."""
+def add_ranks(parser: argparse.ArgumentParser, tokens: int, text: str = CALIBRATION_TEXT) -> None:
+    """Of a step that measures on ranks. tokens: the default. text: help on which text it should be."""
     options.add_model(parser, MODEL)
     options.add_tp(parser)
-    options.add_text(parser, tokens, CALIBRATION_TEXT)
+    options.add_text(parser, tokens, text)
     options.add_dtype(parser)
     options.add_run_arguments(parser)
     parser.set_defaults(token_dispatcher="allgather")  # of a mixture of experts, whose blocks drop nothing

@@ -17,6 +17,9 @@ RENAMED = {"--max-new-tokens": "--new-tokens"}
 EPILOG = """\
 Example:
   megatron-comp generate --model llama --tp 2 --prompt "The capital of France is" --codec mxfp4
+
+--codec compresses every message, however small, so that its effect can be seen. `apply_compression(model, "mxfp4")`
+and a policy file leave messages uncompressed that are predicted to gain nothing; here --min-bytes auto does the same.
 """
 
 

@@ -52,14 +52,14 @@ The errors on published measurements: `python -m research.published` in a checko
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--check", action=options.Moved, to="python -m research.published")
-    options.add_model(parser, "A name below, the folder of a checkpoint, or a config.json.")
+    options.add_model(parser, "A name below, the folder of a checkpoint, or a config.json.", "MODEL")
     # Not where other subcommands leave --tp and --link: this one starts no ranks.
     add(
         "--tp", dest="ranks", type=int, metavar="N", help="Number of tensor-parallel ranks (with --machines: all GPUs)."
     )
     add("--batch", type=int, default=1, metavar="B", help="Number of prompts (default 1).")
     options.add_prompt_tokens(parser, "Number of tokens in each prompt")
-    options.add_dtype(parser, "Of weights and sums (default bf16).", "bf16")
+    options.add_dtype(parser, "Data type of weights and sums (default bf16).", "bf16")
     add("--gpu", metavar="NAME", help="The GPU of each rank: a name below.")
     add("--compute-ms", type=float, metavar="MS", help="Measured time of all but the sums, in place of --gpu.")
     add(

@@ -63,7 +63,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="The policy file to write.")
     parser.add_argument(
         "--min-bytes",
-        type=_bytes_or_auto,
+        type=options.min_bytes,
         default="auto",
         metavar="BYTES",
         help="The policy leaves smaller messages uncompressed (default auto). The search itself compresses all.",
@@ -74,9 +74,3 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     options.add_token_dispatcher(parser)
     options.add_dtype(parser)
     options.add_run_arguments(parser)
-
-
-def _bytes_or_auto(text: str) -> int | str:
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of bytes")
-    return text if text == "auto" else int(text)
