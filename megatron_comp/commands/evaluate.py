@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`megatron-comp evaluate`: what compression does to a model's predictions on a text."""
+"""`megatron-comp evaluate`: what compression does to a model's predictions, on a text or on tasks."""
 
 import argparse
 from dataclasses import replace
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..launcher import output
 from ..policy import DROP
 from ..quality.windows import read_windows
-from . import options
+from . import evaluate_tasks, options
 
 if TYPE_CHECKING:
     from ..quality.judge import Judge, Judgement
@@ -31,16 +31,19 @@ DESCRIPTION = """\
 Measure what compression does to a model's predictions on a text: perplexity, KL divergence from the uncompressed model,
 agreement on the most likely token, and bytes. The output has one row per codec and policy. The codecs of a policy file
 are judged whether or not its min_bytes would let these messages through, unless --min-bytes says otherwise.
+With --tasks in place of --text: what it does to tasks of lm-evaluation-harness, one row per codec, task and metric.
 """
 EPILOG = """\
 Example:
   megatron-comp evaluate --model llama --tp 2 --text prose.txt --codec mxfp4 --codec int4:32:fp16:hadamard
+  megatron-comp evaluate --model llama --tp 2 --tasks arc_easy,hellaswag --limit 500 --codec mxfp4 --items items
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
-    options.add_text(parser, 6144, "A text file of prose that the model has not been tuned on.")
+    options.add_text(parser, 6144, "A text file of prose that the model has not been tuned on.", required=False)
+    evaluate_tasks.add_arguments(parser)
     parser.add_argument(
         "--codec", action="append", default=[], metavar="C", help="A codec or preset. Repeat it for more rows."
     )
@@ -48,17 +51,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> list[options.Setting]:
     options.check_files(args)
-    options.check_text(args)
+    if bool(args.text) == bool(args.tasks):
+        raise ValueError("give --text FILE or --tasks NAMES, one of the two")
+    if args.text:
+        options.check_text(args)
     gate = args.min_bytes or 0  # of policies, too
     without = argparse.Namespace(**{**vars(args), "min_bytes": None})
     settings = [setting for setting in options.settings(without, args.codec) if setting.name != "none"]  # it has a row
-    return [replace(setting, policy=replace(setting.policy, min_bytes=gate)) for setting in settings]
+    settings = [replace(setting, policy=replace(setting.policy, min_bytes=gate)) for setting in settings]
+    evaluate_tasks.check(args, settings)
+    return settings
 
 
 def run(args: argparse.Namespace) -> None:
     from ..quality.judge import Judge
 
     settings = check(args)
+    if args.tasks:
+        evaluate_tasks.run(args, settings)
+        return
     with options.opened(args) as (model, tokenizer):
         windows = read_windows(args, tokenizer)
         overrides = options.overrides(args, model, settings)
@@ -75,10 +86,7 @@ def run(args: argparse.Namespace) -> None:
 def evaluate(judge: "Judge", settings: list[options.Setting]) -> tuple[list[dict], list[str]]:
     """A row for the uncompressed model, then one for each setting, with the overrides' weights in blocks that it drops
     the sum of; and a line about every setting that left sums uncompressed."""
-    from ..quality.judge import Trial
-
-    found = judge.overrides
-    trials = [Trial(each.name, each.policy, tuple(found.blocks_for(each.policy)) if found else ()) for each in settings]
+    trials = options.trials(settings, judge.overrides)
     base, *_ = judged = judge.judge(trials, "evaluate")
     rows = [_row(name, each, base) for name, each in zip(["none", *(t.name for t in trials)], judged, strict=True)]
     return rows, [line for trial, each in zip(trials, judged[1:], strict=True) if (line := _kept(trial.name, each))]

@@ -95,9 +95,9 @@ def add_token_dispatcher(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_text(parser: argparse.ArgumentParser, tokens: int, what: str) -> None:
+def add_text(parser: argparse.ArgumentParser, tokens: int, what: str, required: bool = True) -> None:
     """A text, for `quality.windows.read_windows`. tokens: the default. what: help on which text it should be."""
-    parser.add_argument("--text", required=True, metavar="FILE", help=what)
+    parser.add_argument("--text", required=required, metavar="FILE", help=what)
     parser.add_argument(
         "--tokens", type=int, default=tokens, metavar="K", help=f"Number of tokens to read from it (default {tokens})."
     )
@@ -254,6 +254,13 @@ def overrides(args: argparse.Namespace, model, settings: list[Setting]):
     from ..inference.weight_overrides import WeightOverrides
 
     return WeightOverrides.for_policies(model, args.model, args.weights, [setting.policy for setting in settings])
+
+
+def trials(settings: list[Setting], found) -> list:
+    """`quality.judge.Trial`s of settings, with the weights of `overrides` in the blocks that each drops the sum of."""
+    from ..quality.judge import Trial
+
+    return [Trial(each.name, each.policy, tuple(found.blocks_for(each.policy)) if found else ()) for each in settings]
 
 
 @contextmanager

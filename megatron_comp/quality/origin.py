@@ -13,7 +13,7 @@ from ..version import __version__
 def origin(args: argparse.Namespace) -> dict[str, object]:
     """What everything measured or made of this model and this text depends on."""
     return {
-        "model": f"{Path(args.model).name} {digest(Path(args.model, 'config.json'))}",
+        **_of_model(args),
         "text": f"{Path(args.text).name} {digest(args.text)}",
         "tokens": args.tokens,
         "context": args.context,
@@ -21,9 +21,18 @@ def origin(args: argparse.Namespace) -> dict[str, object]:
 
 
 def settings(args: argparse.Namespace, dtype: torch.dtype, **more: object) -> dict[str, object]:
-    """What measurements on ranks depend on: also their number, the dtype, and this package's version."""
-    measured = {"tp": args.tp, "dtype": str(dtype).removeprefix("torch."), "megatron_comp": __version__}
-    return {**origin(args), **measured, **more}
+    """What measurements on ranks, of this model and this text, depend on."""
+    return {**origin(args), **on_ranks(args, dtype), **more}
+
+
+def on_ranks(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, object]:
+    """What measurements on ranks depend on, whatever the text: the model, their number, the dtype, this version."""
+    dtype = str(dtype).removeprefix("torch.")
+    return {**_of_model(args), "tp": args.tp, "dtype": dtype, "megatron_comp": __version__}
+
+
+def _of_model(args: argparse.Namespace) -> dict[str, object]:
+    return {"model": f"{Path(args.model).name} {digest(Path(args.model, 'config.json'))}"}
 
 
 def digest(path: str | Path) -> str:
