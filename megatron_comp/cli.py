@@ -106,9 +106,10 @@ def _replace_what_cannot_be_written() -> None:
 def _own_warnings():
     """Shows those of this package, each once, on the rank that speaks for all.
 
-    Megatron and transformers warn of optional packages that inference here does not use.
+    Megatron and transformers warn of optional packages that inference here does not use, lm_eval of tasks that leave
+    a default as it is.
     """
-    for library in ("megatron", "transformers", "torchao"):
+    for library in ("megatron", "transformers", "torchao", "lm_eval"):
         logging.getLogger(library).setLevel(logging.ERROR)
     logger = logging.getLogger("megatron_comp")
     handler = _Once() if os.environ.get("RANK", "0") == "0" else logging.NullHandler()
