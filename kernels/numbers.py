@@ -2,9 +2,10 @@
 """Numbers by their bits: rounding, elements and small floats, alike on every GPU and in Triton's interpreter.
 
 Only integer operations and single fp32 additions, multiplications and IEEE divisions, none of which a GPU approximates;
-exponents come from bits. The one approximation, `near_reciprocal`, is corrected where it is used. No conversion instructions for elements: those for fp8 exist from sm_89 on, those for
-fp4 from sm_100 on, and Triton's interpreter rounds fp8 wrongly. An instruction that only NVIDIA's GPUs have stands
-beside the plain way, which others and the interpreter take.
+exponents come from bits. The one approximation, `near_reciprocal`, is corrected where it is used. No conversion
+instructions for elements: those for fp8 exist from sm_89 on, those for fp4 from sm_100 on, and Triton's interpreter
+rounds fp8 wrongly. An instruction that only NVIDIA's GPUs have stands beside the plain way, which others and the
+interpreter take.
 """
 
 import math
