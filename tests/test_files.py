@@ -253,6 +253,7 @@ WRITERS = {"write_text", "write_bytes", "savefig", "save_file", "dump"}
 ELSEWHERE = {
     ("commands/convert.py", "write_text"),  # into a folder that is renamed as a whole
     ("launcher/ranks.py", "write_text"),  # a rank's last words, in a folder of this run
+    ("cli.py", "open"),  # /dev/null
 }
 
 
