@@ -307,9 +307,9 @@ def _stripped(value: object) -> object:
 
 
 def _bytes(value: object) -> object:
-    """The number that `64k`, `64KiB`, `1M` or `1MiB` stands for; anything else as it is."""
-    match = re.fullmatch(r"\s*([0-9]{1,9}) ?([kKM])(iB)?\s*", value) if isinstance(value, str) else None
-    return int(match[1]) * {"k": 1 << 10, "m": 1 << 20}[match[2].lower()] if match else _stripped(value)
+    """The number that `65536`, `64k`, `64KiB`, `1M` or `1MiB` stands for; anything else as it is."""
+    match = re.fullmatch(r"\s*([0-9]{1,15}) ?(?:([kKM])(?:iB)?)?\s*", value) if isinstance(value, str) else None
+    return int(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[(match[2] or "").lower()] if match else _stripped(value)
 
 
 def _check_choice(where: str, given: object, allowed: Sequence[str]) -> None:

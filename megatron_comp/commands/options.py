@@ -71,9 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--min-bytes",
-        type=int,
         metavar="BYTES",
-        help="Leave smaller messages uncompressed where --codec is used (default 0). A policy file has its own.",
+        help="Leave smaller messages uncompressed where --codec is used: a number such as 65536 or 64k, or auto "
+        "(default 0). A policy file has its own.",
     )
     add_token_dispatcher(parser)
     parser.add_argument(

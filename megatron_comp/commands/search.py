@@ -5,6 +5,7 @@ import argparse
 from contextlib import contextmanager
 
 from ..launcher import output, ranks
+from ..policy import CompressionPolicy
 from ..search.bound import MAX_INCREASE_PCT, Bound
 from ..search.candidates import CANDIDATES, parse_candidates
 from ..search.results import report
@@ -66,7 +67,6 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="The policy file to write.")
     parser.add_argument(
         "--min-bytes",
-        type=_bytes_or_auto,
         default="auto",
         metavar="BYTES",
         help="The policy leaves smaller messages uncompressed (default auto). The search itself compresses all.",
@@ -89,6 +89,7 @@ def check(args: argparse.Namespace) -> None:
 
 def check_search(args: argparse.Namespace) -> None:
     options.check_files(args)
+    CompressionPolicy(min_bytes=args.min_bytes)
     if args.tp < 2:
         raise ValueError(f"--tp {args.tp}: one rank sums nothing; 2 or more have something to compress")
     options.check_text(args)
@@ -155,9 +156,3 @@ def bound_of(args: argparse.Namespace) -> Bound:
         return Bound("kl", args.max_kl)
     increase = args.max_perplexity_increase
     return Bound("perplexity", MAX_INCREASE_PCT if increase is None else increase)
-
-
-def _bytes_or_auto(text: str) -> int | str:
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of bytes")
-    return text if text == "auto" else int(text)
