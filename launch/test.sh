@@ -28,6 +28,7 @@ SEAMS=(
     tests/layers/test_sync_drop_places.py
     tests/inference/test_engine.py
     tests/inference/test_model.py
+    tests/inference/test_stages.py
 )
 
 echo "[1/3] Python environment"

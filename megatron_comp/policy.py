@@ -4,24 +4,23 @@
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from .files import read_yaml, shown
+from . import policy_words as words
+from .files import shown
+from .policy_words import DROP
 from .wire.calibration import ASSUMED, Calibration
 from .wire.codec import Codec, CodecPair, parse_codec
 from .wire.cost import ALGORITHMS, pays
 from .wire.topology import Islands
 from .wire.traffic import step_codecs
+from .yaml_files import read_yaml
 
 SITES = ("attention", "mlp", "experts", "shared_experts")
 PHASES = ("prefill", "decode")
-
-# Word for the attention site of a layer: its sum is left out and joins that of the layer's MLP.
-DROP = "drop"
 
 # What `min_bytes: auto` stands for where nothing was measured. At 25 Gbit/s a message of this size takes 84 us; a
 # 4-bit codec saves 60 us of them, about what the launches of encode and decode cost a GPU.
@@ -70,29 +69,37 @@ class CompressionPolicy:
     """In decode each rank sends so many of its largest logits for each token, not all of them; None: all. For greedy
     decoding, and for sampling among at most so many tokens: see `layers/logits.py`."""
 
+    predictor: str | None = None
+    """A file of `megatron-comp predictor fit`: of compressed sums only that is sent which the ranks cannot predict from
+    their block's input, see `layers/predictor.py`. In a policy file the path is relative to the policy's folder."""
+
     def __post_init__(self) -> None:
         for each in ("codec", "algorithm", "phases", "sites", "layers"):
-            object.__setattr__(self, each, _stripped(getattr(self, each)))
-        object.__setattr__(self, "min_bytes", _bytes(self.min_bytes))
-        self._check_codec("codec", self.codec)
-        _check_choice("algorithm", self.algorithm, ALGORITHMS)
+            object.__setattr__(self, each, words.stripped(getattr(self, each)))
+        object.__setattr__(self, "min_bytes", words.number_of_bytes(self.min_bytes))
+        words.check_codec("codec", self.codec, self.algorithm)
+        words.check_choice("algorithm", self.algorithm, ALGORITHMS)
         if self.min_bytes != "auto" and (type(self.min_bytes) is not int or self.min_bytes < 0):
             raise ValueError(
                 f"policy: min_bytes: {shown(self.min_bytes)} is neither 'auto' nor a number of bytes >= 0 (65536, 64k)"
             )
-        self._check_islands()
-        self._check_codecs("phases", self.phases, PHASES)
-        self._check_codecs("sites", self.sites, SITES)
+        words.check_islands(self.islands)
+        words.check_codecs("phases", self.phases, PHASES, self.algorithm)
+        words.check_codecs("sites", self.sites, SITES, self.algorithm)
         if self.logits is not None and (type(self.logits) is not int or self.logits < 1):
             raise ValueError(
                 f"policy: logits: {shown(self.logits)} is not a number >= 1 of candidates that each rank sends"
             )
+        if self.predictor is not None and not isinstance(self.predictor, str | Path):
+            raise ValueError(f"policy: predictor: {shown(self.predictor)} is not a file's name")
         self._codecs_of_layers  # noqa: B018 - parsed now, so that mistakes are raised now
 
     @classmethod
     def from_file(cls, path: str | Path) -> "CompressionPolicy":
         """From a YAML file. Raises ValueError for anything that is not a policy, OSError if it cannot be read."""
         content = read_yaml(path, "policy file")
+        if isinstance(content, dict) and isinstance(given := content.get("predictor"), str):
+            content["predictor"] = str(Path(path).parent / given)
         try:
             return cls.from_dict(content)
         except ValueError as error:
@@ -120,7 +127,7 @@ class CompressionPolicy:
         if not isinstance(content, Mapping):
             raise ValueError(f"policy: expected keys ({', '.join(keys)}), got {shown(content)}")
         for key in content:
-            _check_choice("key", key, keys)
+            words.check_choice("key", key, keys)
         return cls(**content)
 
     def decide(
@@ -170,19 +177,19 @@ class CompressionPolicy:
             return Decision(None, reason="min_bytes")
         return Decision(codec, self.algorithm)
 
-    def word(self, layer: int, site: str, phase: str) -> str:
-        """What the policy says of a place: a codec's name, `none`, or `drop`."""
+    def word(self, layer: int | None, site: str, phase: str) -> str:
+        """What the policy says of a place: a codec's name, `none`, or `drop`. layer: None where it is unknown."""
         if site == "attention" and self.drops(layer):
             return DROP
         return self.codec_name(layer, site, phase)
 
-    def codec_name(self, layer: int, site: str, phase: str) -> str:
+    def codec_name(self, layer: int | None, site: str, phase: str) -> str:
         """The codec's name for this place, before any look at the message's size; `none` for a dropped sum."""
         of_layer = self._codecs_of_layers.get(layer, {})
         name = of_layer.get(site, of_layer.get("", self.sites.get(site, self.codec)))
         return "none" if name in ("none", DROP) else self.phases.get(phase, name)
 
-    def drops(self, layer: int) -> bool:
+    def drops(self, layer: int | None) -> bool:
         """Whether a layer does without attention's sum, in every phase."""
         return self._codecs_of_layers.get(layer, {}).get("attention") == DROP
 
@@ -219,7 +226,7 @@ class CompressionPolicy:
     def check_layers(self, count: int) -> None:
         """Raises ValueError that names a key under `layers` that a model of `count` layers does not have."""
         for key in self.layers:
-            if _layer_range(key)[-1] >= count:
+            if words.layer_range(key)[-1] >= count:
                 raise ValueError(f"policy: layers: {shown(key)} is out of range; the model has layers 0 to {count - 1}")
 
     def digest(self) -> str:
@@ -234,59 +241,9 @@ class CompressionPolicy:
         return json.dumps(_with_text_keys(said), sort_keys=True)
 
     @cached_property
-    def _codecs_of_layers(self) -> dict[int, dict[str, str]]:
+    def _codecs_of_layers(self) -> Mapping[int | None, Mapping[str, str]]:
         """By layer number: codec names by site, the layer's own under the empty name."""
-        if not isinstance(self.layers, Mapping):
-            raise ValueError(f"policy: layers: expected layer numbers or ranges with codecs, got {shown(self.layers)}")
-        by_layer: dict[int, dict[str, str]] = {}
-        for key, value in self.layers.items():
-            if isinstance(value, Mapping):
-                self._check_codecs(f"layers: {key}", value, SITES, drop="attention")
-            else:
-                self._check_codec(f"layers: {key}", value)
-                value = {"": value}
-            for layer in _layer_range(key):
-                if layer in by_layer:
-                    raise ValueError(f"policy: layers: {shown(key)} names layer {layer}, which another key names too")
-                by_layer[layer] = dict(value)
-        return by_layer
-
-    def _check_islands(self) -> None:
-        if self.islands is None or type(self.islands) is int and self.islands > 0:
-            return
-        try:
-            if isinstance(self.islands, int) or not all(type(rank) is int for each in self.islands for rank in each):
-                raise TypeError
-            Islands(self.islands)
-        except TypeError:
-            raise ValueError(
-                f"policy: islands: {shown(self.islands)} is neither a number of ranks > 0 nor a list of lists of ranks"
-            ) from None
-        except ValueError as error:
-            raise ValueError(f"policy: islands: {error}") from None
-
-    def _check_codecs(
-        self, where: str, codecs: Mapping[str, str], allowed: Sequence[str], drop: str | None = None
-    ) -> None:
-        """drop: the one key that may say so."""
-        if not isinstance(codecs, Mapping):
-            raise ValueError(f"policy: {where}: expected codecs by {', '.join(allowed)}, got {shown(codecs)}")
-        for key, name in codecs.items():
-            _check_choice(where, key, allowed)
-            if name != DROP or key != drop:
-                self._check_codec(f"{where}: {key}", name)
-
-    def _check_codec(self, where: str, name: str) -> None:
-        if name == "none":
-            return
-        if name == DROP:
-            raise ValueError(f"policy: {where}: only attention under layers drops: layers: {{5: {{attention: drop}}}}")
-        try:
-            codec = parse_codec(name)
-        except ValueError as error:
-            raise ValueError(f"policy: {where}: {error}, or 'none'") from None
-        if isinstance(codec, CodecPair) and self.algorithm == "gather_sum":
-            raise ValueError(f"policy: {where}: gather_sum has one phase and takes one codec, not {shown(name)}")
+        return words.codecs_of_layers(self.layers, SITES, self.algorithm)
 
 
 @lru_cache
@@ -297,37 +254,3 @@ def _parsed(name: str) -> Codec | CodecPair:
 def _with_text_keys(value: object) -> object:
     """Mappings with text for keys, which JSON can sort: YAML gives `3` as a number and `0-2` as text."""
     return {str(k): _with_text_keys(v) for k, v in value.items()} if isinstance(value, Mapping) else value
-
-
-def _stripped(value: object) -> object:
-    """Words without spaces around them, inside of mappings too; keys as they are."""
-    if isinstance(value, Mapping):
-        return {key: _stripped(each) for key, each in value.items()}
-    return value.strip() if isinstance(value, str) else value
-
-
-def _bytes(value: object) -> object:
-    """The number that `65536`, `64k`, `64KiB`, `1M` or `1MiB` stands for; anything else as it is."""
-    match = re.fullmatch(r"\s*([0-9]{1,15}) ?(?:([kKM])(?:iB)?)?\s*", value) if isinstance(value, str) else None
-    return int(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[(match[2] or "").lower()] if match else _stripped(value)
-
-
-def _check_choice(where: str, given: object, allowed: Sequence[str]) -> None:
-    if given not in allowed:
-        raise ValueError(f"policy: {where}: {shown(given)} is unknown; allowed are {', '.join(allowed)}")
-
-
-def _is_decimal(text: str) -> bool:
-    return text.isascii() and text.isdecimal()
-
-
-def _layer_range(key: int | str) -> range:
-    first, dash, last = str(key).partition("-")
-    if isinstance(key, bool) or not _is_decimal(first) or (dash and not _is_decimal(last)):
-        raise ValueError(f"policy: layers: {shown(key)} is neither a layer number, as in 3, nor a range, as in 0-2")
-    if max(len(first), len(last)) > 5:
-        raise ValueError(f"policy: layers: {shown(key)} is beyond any model's number of layers")
-    layers = range(int(first), int(last if dash else first) + 1)
-    if not layers:
-        raise ValueError(f"policy: layers: {shown(key)} is an empty range")
-    return layers

@@ -13,6 +13,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from .commands.options import min_bytes
 from .policy import CompressionPolicy
 
 
@@ -85,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--policy", metavar="FILE", help="a policy file")
     what.add_argument("--codec", metavar="C", help="a codec for every sum, with a policy's defaults")
-    parser.add_argument("--min-bytes", metavar="BYTES", help="of --codec: smaller messages, as 64k, stay uncompressed")
+    parser.add_argument(
+        "--min-bytes", type=min_bytes, metavar="BYTES", help="of --codec: smaller messages stay uncompressed"
+    )
     parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module in place of a script")
     parser.add_argument("script", nargs="?", metavar="script.py ...", help="the script and its own arguments")
     return parser

@@ -26,6 +26,8 @@ import torch.distributed as dist
 
 from megatron_comp.cli import carry_out
 from megatron_comp.commands import search
+from megatron_comp.commands.arguments.search import add_search
+from megatron_comp.commands.search_report import report
 from megatron_comp.launcher import output
 from megatron_comp.layers.apply import remove_compression
 from megatron_comp.layers.places import Place, find_places
@@ -34,8 +36,8 @@ from megatron_comp.policy import CompressionPolicy
 from megatron_comp.quality.judge import Trial
 from megatron_comp.search.bound import Bound
 from megatron_comp.search.candidates import uniform
+from megatron_comp.search.found import Found
 from megatron_comp.search.measurements import Measurements, labels
-from megatron_comp.search.results import Found, report
 
 VALUES = ("fp3_e1m1", "fp4_e2m1", "int4", "fp5_e2m2", "fp5_e3m1")
 BLOCKS = (8, 16, 32)
@@ -133,9 +135,9 @@ def main(argv: list[str] | None = None) -> int:
         description="Try one codec for all sums, value x block x scale, as arXiv 2411.09510 did, beside its baselines. "
         "The bound is a perplexity increase of 3 % unless another one is given.",
     )
-    search.add_search(parser)
+    add_search(parser)
     argv = sys.argv[1:] if argv is None else argv
-    return carry_out(sys.modules[__name__], parser.parse_args(argv), "research.paper_search", argv)
+    return carry_out(lambda: sys.modules[__name__], parser.parse_args(argv), "research.paper_search", argv)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from locks import lock_held
 
-from megatron_comp import files
+from megatron_comp import files, yaml_files
 from megatron_comp.policy import CompressionPolicy
 from megatron_comp.wire.calibration import Calibration
 
@@ -73,7 +74,7 @@ def test_merge_keys(tmp_path):
         "  2: {<<: [*loud, *quiet], attention: mxfp6}\n"
     )
     (tmp_path / "policy.yaml").write_text(text)
-    assert files.read_yaml(tmp_path / "policy.yaml", "policy file") == yaml.safe_load(text)
+    assert yaml_files.read_yaml(tmp_path / "policy.yaml", "policy file") == yaml.safe_load(text)
     policy = CompressionPolicy.from_file(tmp_path / "policy.yaml")
     assert [policy.codec_name(n, "attention", "decode") for n in range(3)] == ["none", "none", "mxfp6"]
     assert [policy.codec_name(n, "mlp", "decode") for n in range(3)] == ["mxfp8", "mxfp4", "mxfp4"]
@@ -153,23 +154,11 @@ def test_caches_of_a_user_without_a_home(monkeypatch, tmp_path):
     assert files.cache_folder() == tmp_path / f"megatron_comp-{os.getuid()}"
 
 
-HOLDER = """
-import sys, time
-from megatron_comp import files
-with files.locked(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
-
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the lock of `file`."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "file"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.communicate()
+    with lock_held(tmp_path / "file") as process:
+        yield process
 
 
 def test_a_lock_has_one_holder(tmp_path, holder):
@@ -251,6 +240,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_file():
 # Calls that write a file. Those of `files` write it whole; so does what stands in a `with files.replacing(...)`.
 WRITERS = {"write_text", "write_bytes", "savefig", "save_file", "dump"}
 ELSEWHERE = {
+    ("cli.py", "open"),  # the null device, in the place of a closed standard output
     ("commands/convert.py", "write_text"),  # into a folder that is renamed as a whole
     ("launcher/ranks.py", "write_text"),  # a rank's last words, in a folder of this run
     ("cli.py", "open"),  # /dev/null

@@ -26,11 +26,11 @@ ROOMS = {
     "public face": ["megatron_comp"],  # the package's own __init__.py and the names it exports
     "inference": ["megatron_comp.inference"],
     "layers": ["megatron_comp.layers"],
-    "policy": ["megatron_comp.policy"],
+    "policy": ["megatron_comp.policy", "megatron_comp.policy_words"],
     "wire": ["megatron_comp.wire"],
     "kernels": ["megatron_comp.kernels"],
     "version": ["megatron_comp.version"],
-    "files": ["megatron_comp.files"],
+    "files": ["megatron_comp.files", "megatron_comp.yaml_files"],
     "notices": ["megatron_comp.notices"],
 }
 ORDER = list(ROOMS)

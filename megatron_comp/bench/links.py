@@ -1,113 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benches of several ranks: the links that they run on, one after another, and their rows on the way to one table."""
+"""The link that ranks run on, and the time of the slowest of them."""
 
-import argparse
-import json
 import os
-import sys
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from .. import files
-from ..launcher import network, output, ranks
-
-# The file in which ranks leave their rows for the process that started them.
-_ROWS = "MEGATRON_COMP_ROWS"
-
-EPILOG = """\
-Links: without --link the ranks meet as they are, in `link` called local (one machine) or network (several). With it
-they are started on this machine in network namespaces, joined by links of that rate in each direction: Linux only,
-needs root and the commands ip and tc, adds no loss. --machines puts several ranks on one link, which meet by loopback;
---rtt adds latency, by a relay that takes a tenth to a quarter of a core. Such a link lets some 256 KB through at once
-after it has been idle, so messages have to be much larger than that; above 1 Gbit/s a few processor cores are the
-limit, not the link. The same links for any other command: launch/slow_network.sh.
-
-Threads: every rank gets its share of this machine's processors, or OMP_NUM_THREADS. On two cores, OMP_NUM_THREADS=1 and
-two ranks are a thread a core; with more ranks than cores, waiting for a core is in the times.
-"""
-
-Report = Callable[[argparse.Namespace, list[dict], list[dict], dict], None]
-
-
-def add_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--link",
-        action="append",
-        metavar="RATE",
-        help=f"The rate of each machine's link, such as 100mbit, 2.5gbit or {network.UNSHAPED}, or 1gbit,100mbit for "
-        "one rate each; needs root. Repeat it for more.",
-    )
-    parser.add_argument(
-        "--machines",
-        type=int,
-        metavar="M",
-        help="With --link: the number of machines that share out the ranks (default: one machine per rank).",
-    )
-    parser.add_argument(
-        "--rtt", default="0", metavar="TIME", help="With --link: the time of a round trip, such as 1ms (default 0)."
-    )
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for a rate that is none, and for links that cannot be made because the ranks stand already."""
-    for name, given, read in (
-        *(("--link", rate, network.slowest_rate) for rate in args.link or []),
-        ("--rtt", args.rtt, network.seconds_of),
-    ):
-        try:
-            read(given)
-        except ValueError as error:
-            raise ValueError(f"{name} {error}") from None
-    if not args.link and (args.machines is not None or args.rtt != "0"):
-        raise ValueError("--machines and --rtt are of the network that --link makes: give its rate")
-    if args.link and "WORLD_SIZE" in os.environ and _ROWS not in os.environ:
-        raise ValueError(
-            "--link starts ranks of its own, on this machine: leave out torchrun, or leave out --link and start this "
-            "with launch/slow_network.sh"
-        )
-
-
-def start(args: argparse.Namespace, argv: list[str], count: int, report: Report) -> int:
-    """Runs this command on `count` ranks over each link in turn; 0, or the status of the ranks that failed.
-
-    report(args, rows, new, circumstances): called after every link with all rows so far and those of this link, so
-    that a run that is cut short leaves what it has measured.
-    """
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="megatron-comp-") as folder:
-        file = Path(folder, "rows.json")
-        command = [sys.executable, "-m", "megatron_comp.cli", *argv]
-        for link in args.link or [None]:
-            if status := ranks.start(count, command, _network(args, count, link), **{_ROWS: str(file)}):
-                return status
-            made = json.loads(file.read_text())
-            rows += made["rows"]
-            report(args, rows, made["rows"], made["circumstances"])
-    return 0
-
-
-def _network(args: argparse.Namespace, count: int, link: str | None) -> network.Network | None:
-    """Raises ValueError where the machines cannot have as many ranks each."""
-    if link is None:
-        return None
-    machines = count if args.machines is None else args.machines
-    if machines < 1 or count % machines:
-        raise ValueError(f"--machines {machines}: {count} ranks cannot be shared out evenly")
-    return network.Network([count // machines] * machines, link, args.rtt)
-
-
-def hand_over(args: argparse.Namespace, rows: list[dict], circumstances: dict, report: Report) -> None:
-    """On a rank that has measured: to `start`, or, where another launcher started the ranks, reported by the first."""
-    if not output.is_first_rank():
-        return
-    if file := os.environ.get(_ROWS):
-        files.write_json(file, {"rows": rows, "circumstances": circumstances})
-    else:
-        report(args, rows, rows, circumstances)
+from ..launcher import network
 
 
 def here() -> str:

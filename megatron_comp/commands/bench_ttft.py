@@ -2,18 +2,22 @@
 """`megatron-comp bench ttft`: times of prefill and decoding of a model."""
 
 import argparse
+import os
+import re
 
 import torch
 import torch.distributed as dist
 
-from ..bench import links, plot, timing
+from ..bench import plot, timing
 from ..bench.circumstances import circumstances
+from ..bench.links import here, slowest
 from ..launcher import output
 from ..launcher.progress import progress
 from ..policy import DROP
-from . import options
+from . import checks, links, options, preflight, setup
 
 COLUMNS = {
+    "layout": ("layout", ""),
     "policy": ("policy", ""),
     "algorithm": ("algorithm", ""),
     "link": ("link", ""),
@@ -24,6 +28,7 @@ COLUMNS = {
     "speedup_vs_none": ("x none", ".2f"),
     "speedup_low": ("95 % from", ".2f"),
     "speedup_high": ("to", ".2f"),
+    "speedup_vs_first": ("x first", ".2f"),
     "bytes_per_rank": ("bytes/rank", ",d"),
 }
 DECODE_COLUMNS = {
@@ -33,80 +38,51 @@ DECODE_COLUMNS = {
     "decode_speedup_high": ("to", ".3f"),
 }
 
-DESCRIPTION = "Time a model's prefill, and with --new-tokens its decoding, in one run: stock and compressed."
-RENAMED = {"--tokens": "--prompt-tokens"}
-EPILOG = f"""\
-Example:
-  megatron-comp bench ttft --model llama --tp 2 --codec mxfp4 --link 100mbit
 
-One row a setting, in the table and in the files; the first is the model with stock communication:
-  policy         codec of every reduction, or the policy file; none: stock
-  algorithm      of the reductions that were compressed, all_reduce where none was
-  tp, link, prompt_tokens, dtype
-                 what was run; but for the link in the table's title
-  dropped        sums that the policy leaves out
-  ttft_ms, p20_ms, p80_ms
-                 milliseconds of a prefill with KV cache, until the last rank has the first token: median over the runs
-  speedup_vs_none
-                 the median of the stock row over this one's, on the same link
-  speedup_low, speedup_high
-                 its 95 % confidence interval: turns drawn again, with replacement; too narrow for fewer than ten --runs
-  bytes_per_rank received by rank 0 in the sums of one prefill, stock ones counted as rings
-  decode_ms, decode_speedup, ..._low, ..._high
-                 with --new-tokens: milliseconds a token after the first, in the same way
-The CSV file adds device, torch, triton, megatron_comp and date.
-
-How: the prompt is random tokens of the vocabulary, as a dense model's time does not depend on them. All settings run in
-turn, so that a slow moment hits all alike, another one first every time, each once before anything counts.
-
-{links.EPILOG}
-A policy file's `min_bytes: auto` goes by `megatron-comp calibrate`; a codec compresses every message (--min-bytes 0).
-
---weights are in all rows, the first included: the time does not depend on them.
-
-What the figures do not show: several requests at once, and what the policy does to the model's predictions,
-for which see `megatron-comp evaluate`.
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_arguments(parser)
-    add = parser.add_argument
-    options.add_prompt_tokens(parser)
-    add("--codec", action="append", default=[], metavar="C", help="A codec or preset. Repeat it for more rows.")
-    links.add_argument(parser)
-    add(
-        "--new-tokens",
-        type=int,
-        default=1,
-        metavar="K",
-        help="Number of tokens to generate (default 1); with more than one, decoding is timed too.",
-    )
-    options.add_runs(parser, 5, "How often every setting runs, in turn")
-    options.add_csv(parser)
-    options.add_figure(parser, "the times")
-
-
-def check(args: argparse.Namespace) -> list[options.Setting]:
-    options.check_files(args)
+def check(args: argparse.Namespace) -> list[setup.Setting]:
+    checks.check_files(args)
     links.check(args)
-    options.at_least_one(args, "prompt_tokens", "runs", "new_tokens")
-    return options.with_baseline(options.settings(args, args.codec))
+    checks.at_least_one(args, "prompt_tokens", "runs", "new_tokens")
+    if not links.started_here():
+        _layouts(args)
+    return setup.with_baseline(setup.settings(args, args.codec))
+
+
+def _layouts(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The options for every layout. Raises ValueError for one that is not valid, or not of this model."""
+    made = [args]
+    for text in args.layout:
+        if not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}", text):
+            raise ValueError(f"--layout {text}: expected TPxPP, both at least 1, as in 2x2")
+        tp, pp = map(int, text.split("x"))
+        if tp * pp > args.tp * args.pp:
+            raise ValueError(f"--layout {text}: more ranks than the {args.tp * args.pp} of --tp and --pp")
+        made.append(argparse.Namespace(**{**vars(args), "tp": tp, "pp": pp}))
+        preflight.check_inputs(made[-1])
+    if args.layout and "WORLD_SIZE" in os.environ:
+        raise ValueError("--layout starts ranks of its own, on this machine: leave it out, or leave out torchrun")
+    return made
 
 
 def start(args: argparse.Namespace, argv: list[str]) -> int:
-    return links.start(args, argv, args.tp, report)
+    starts = []
+    for each in _layouts(args):
+        more = ["--tp", str(each.tp), "--pp", str(each.pp)]
+        if each.tp != args.tp:
+            more += ["--weights", ""]  # they are for one number of ranks
+        starts.append(links.Start(preflight.ranks_of(each), more))
+    return links.start(args, argv, starts, report)
 
 
 def run(args: argparse.Namespace) -> None:
-    settings = check(args)
-    with options.opened(args, args.weights) as (model, _tokenizer):
+    settings = check(args)[: None if args.tp > 1 else 1]  # one rank has nothing to compress
+    with setup.opened(args, args.weights or None) as (model, _tokenizer):
         rows = measure(model, settings, args.prompt_tokens, args.runs, args.new_tokens)
-        about = circumstances(model.embedding.word_embeddings.weight.device)
+        about = circumstances(next(model.parameters()).device)
     links.hand_over(args, rows, about, report)
 
 
-def measure(model, settings: list[options.Setting], tokens: int, runs: int, new_tokens: int = 1) -> list[dict]:
+def measure(model, settings: list[setup.Setting], tokens: int, runs: int, new_tokens: int = 1) -> list[dict]:
     """A row a setting, the first of which is the baseline. All ranks call this together."""
     from ..inference.generate import checked_prompt
 
@@ -126,22 +102,30 @@ def measure(model, settings: list[options.Setting], tokens: int, runs: int, new_
                 took[number % count] = _run(model, ids, settings[number % count].policy, new_tokens)[0]
                 bar.update()
             seconds.append(took)
-    seconds = links.slowest(seconds, ids.device)
+    seconds = slowest(seconds, ids.device)
     prefills, decodes = ([[turn[number][phase] for turn in seconds] for number in range(count)] for phase in (0, 1))
+    tp, pp = model.config.tensor_model_parallel_size, model.config.pipeline_model_parallel_size
     about = {
-        "tp": model.config.tensor_model_parallel_size,
-        "link": links.here(),
+        "tp": tp,
+        "pp": pp,
+        "link": here(),
         "prompt_tokens": tokens,
         "dtype": str(model.config.params_dtype).removeprefix("torch."),
     }
     rows = []
-    for setting, received, prefill, decode in zip(settings, traffic, prefills, decodes):
+    for setting, (received, received_bytes), prefill, decode in zip(settings, traffic, prefills, decodes):
         algorithm = "+".join(sorted(received.algorithms)) or "all_reduce"
-        row = {"policy": setting.name, "algorithm": algorithm, **about, "dropped": received.kept_because[DROP]}
+        row = {
+            "layout": options.layout(tp, pp),
+            "policy": setting.name,
+            "algorithm": algorithm,
+            **about,
+            "dropped": received.kept_because[DROP],
+        }
         times = timing.percentiles(prefill)
         row |= {"ttft_ms": times.pop("median_ms"), **times}
         row |= zip(("speedup_vs_none", "speedup_low", "speedup_high"), timing.speedup(prefills[0], prefill))
-        row["bytes_per_rank"] = received.received_bytes
+        row["bytes_per_rank"] = received_bytes
         if new_tokens > 1:
             row["decode_ms"] = timing.percentiles(decode)["median_ms"] / (new_tokens - 1)
             row |= zip(tuple(DECODE_COLUMNS)[1:], timing.speedup(decodes[0], decode))
@@ -150,20 +134,25 @@ def measure(model, settings: list[options.Setting], tokens: int, runs: int, new_
 
 
 def _run(model, ids: torch.Tensor, policy, new_tokens: int):
-    """((seconds of prefill, of decoding) on this rank, what the layers sent) after all ranks are ready."""
+    """((seconds of prefill, of decoding) on this rank, what `stats_of_all` tells) after all ranks are ready."""
     from ..inference.generate import generate
+    from ..inference.stages import stats_of_all
     from ..layers.apply import apply_compression, stats
 
     apply_compression(model, policy)  # counters start at zero
     dist.barrier()
     made = generate(model, ids, new_tokens)
-    return (made.ttft_seconds, made.decode_seconds), stats(model)
+    tokens = ids.numel() + len(made.tokens) - 1
+    return (made.ttft_seconds, made.decode_seconds), stats_of_all(model, stats(model), tokens)
 
 
 def report(args: argparse.Namespace, rows: list[dict], new: list[dict], circumstances: dict) -> None:
     columns = COLUMNS | (DECODE_COLUMNS if args.new_tokens > 1 else {})
-    what = f"TP={args.tp}, {args.prompt_tokens} tokens, {new[0]['dtype']}, {circumstances['device']}"
-    output.show(f"bench ttft: {args.model}, {what}", columns, new)
+    its_link = [row for row in rows if row["link"] == new[0]["link"]]
+    for row in new:
+        row["speedup_vs_first"] = its_link[0]["ttft_ms"] / row["ttft_ms"]
+    what = f"{args.prompt_tokens} tokens, {new[0]['dtype']}, {circumstances['device']}"
+    output.show(f"bench ttft: {args.model}, {what}", columns, its_link)
     everything = [row | circumstances for row in rows]
     output.write_json(args.json, vars(args) | {"device": circumstances["device"]}, everything)
     output.write_csv(args.csv, everything)
@@ -171,8 +160,8 @@ def report(args: argparse.Namespace, rows: list[dict], new: list[dict], circumst
         row = rows[0]
         plot.draw_times(
             *(everything, args.figure, f"Time to first token, {row['prompt_tokens']} tokens, {row['dtype']}"),
-            panel=lambda row: f"TP={row['tp']}, {row['link']}",
-            bar=lambda row: row["policy"],
+            panel=lambda row: row["link"],
+            bar=lambda row: f"{row['layout']}: {row['policy']}",
             time="ttft_ms",
             speedup="speedup_vs_none",
         )

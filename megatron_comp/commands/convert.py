@@ -15,7 +15,7 @@ import torch
 from .. import files
 from ..launcher import output, ranks
 from ..notices import notice
-from . import options
+from . import checks, options
 
 COLUMNS = {
     "tp": ("tensor-parallel ranks that wrote", "d"),
@@ -43,35 +43,8 @@ COMPANIONS = (
 MEGATRON_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-DESCRIPTION = "Write a Hugging Face checkpoint as a distributed checkpoint of Megatron-Core."
-EPILOG = """\
-Example:
-  megatron-comp convert --model llama --out llama-megatron
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_model(parser, "Folder of a Hugging Face Llama or Mixtral checkpoint.")
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="A new folder, on storage that all ranks share. It gets the weights as Megatron loads them, config.json "
-        "and the tokenizer's files, so that --model of the other subcommands takes it too.",
-    )
-    parser.add_argument(
-        "--tp",
-        type=int,
-        default=1,
-        metavar="N",
-        help="Number of ranks that share the work and its memory (default 1). Any number reads the result.",
-    )
-    options.add_dtype(parser, "Of the written weights; auto (the default) is what the checkpoint's config.json says.")
-    options.add_run_arguments(parser)
-
-
 def check(args: argparse.Namespace) -> None:
-    options.check_files(args)
+    checks.check_files(args)
     out = Path(args.out)
     check_empty(out)
     if not out.resolve().parent.is_dir():

@@ -3,23 +3,10 @@
 
 import argparse
 
-from ..launcher import output, ranks
+from ..launcher import output
 from ..quality.metrics import increase_pct, perplexity
-from ..quality.origin import settings
-from ..quality.windows import read_windows
 from ..spd.blocks import layers_that_drop, read_rows, share_of
-from . import drop_options, options
-
-DESCRIPTION = """\
-Measure quality and bytes against the share of dropped sums, on a text that nothing was tuned on. Blocks are dropped in
-the model's order and, with --sensitivity, from the least sensitive on; with --weights also with those weights in the
-dropped blocks; each with every --codec for the sums that are left. All are compared to the full, uncompressed model.
-"""
-RENAMED = {"--distilled": "--weights"}
-EPILOG = """\
-Example:
-  megatron-comp drop curve --model llama --tp 2 --text prose.txt --sensitivity sensitivity.json --csv curve.csv
-"""
+from . import drop_options, setup
 
 COLUMNS = {
     "order": ("order", ""),
@@ -33,32 +20,6 @@ COLUMNS = {
     "top1_agreement": ("top-1", ".4f"),
     "received_bytes": ("bytes/rank", ",d"),
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    drop_options.add_ranks(parser, tokens=6144)
-    add = parser.add_argument
-    add("--sensitivity", metavar="FILE", help="JSON of `megatron-comp drop sensitivity`.")
-    add("--weights", metavar="FILE", help="Weights of `megatron-comp drop distill` or `drop group`.")
-    add(
-        "--percent",
-        type=float,
-        nargs="+",
-        default=[0, 25, 50, 75, 100],
-        metavar="P",
-        help="Shares of the blocks, in percent (default 0 25 50 75 100).",
-    )
-    add(
-        "--codec",
-        action="append",
-        default=[],
-        metavar="C",
-        help="A codec or preset for the sums that are left. Repeat it for more rows (default none).",
-    )
-    add("--in-order", action="store_true", help="With --sensitivity, also drop blocks in the model's order.")
-    options.add_state(parser)
-    options.add_csv(parser)
-    options.add_figure(parser, "the increase of perplexity by share")
 
 
 def check(args: argparse.Namespace) -> list[str]:
@@ -80,15 +41,8 @@ def policy(blocks: list[int], codec: str):
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..inference.weight_overrides import WeightOverrides
-    from ..quality.journal import Journal
-    from ..quality.judge import Judge
-
     codecs = check(args)
-    with options.opened(args) as (model, tokenizer), ranks.alone(args.state):
-        journal = Journal(args.state, settings(args, next(model.parameters()).dtype))
-        overrides = WeightOverrides(model, args.model, args.weights) if args.weights else None
-        judge = Judge(model, read_windows(args, tokenizer), journal, overrides)
+    with setup.judging(args, args.weights) as judge:
         rows = measure(args, judge, codecs)
     if output.is_first_rank():
         output.show(f"drop curve: TP={args.tp}, {args.tokens} tokens, windows of {args.context}", COLUMNS, rows)

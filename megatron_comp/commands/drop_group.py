@@ -3,23 +3,9 @@
 
 import argparse
 
-from .. import files
 from ..launcher import output
 from ..spd.blocks import parse_blocks
-from ..spd.criteria import CRITERIA
 from . import drop_options
-
-DESCRIPTION = """\
-Assign heads to ranks anew, in blocks that cannot do without attention's sum as they are. Without the sum each rank's
-part of the MLP sees its own heads only, so it matters which heads stand together, and beside which part. Only the order
-of heads changes: with the sum, the block computes what it did.
-"""
-EPILOG = """\
-Example:
-  megatron-comp drop group --model llama --tp 2 --text calibration.txt --blocks 0 --out grouped.safetensors
-
-`megatron-comp drop distill --start FILE` goes on from these weights.
-"""
 
 COLUMNS = {
     "block": ("block", "d"),
@@ -31,37 +17,17 @@ COLUMNS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    drop_options.add_blocks(parser, tokens=4096)
-    parser.add_argument(
-        "--criterion",
-        choices=("best", *CRITERIA),
-        default="best",
-        help="Heads of a rank far apart (diverse) or alike (similar), matched to the MLP by the largest norm (norm) or "
-        "the least change (error). The default, best, takes what leaves the least error on this text, or no change.",
-    )
-
-
 def check(args: argparse.Namespace) -> list[int]:
     drop_options.check(args, "out")
     return parse_blocks(args.blocks)
 
 
 def run(args: argparse.Namespace) -> None:
-    blocks = check(args)
-    with files.locked(args.out):
-        _run(args, blocks)
-
-
-def _run(args: argparse.Namespace, blocks: list[int]) -> None:
-    from ..inference import hf
-    from ..spd.block import stream
     from ..spd.heads import candidates, permuted_attention
-    from ..spd.weights import begin
 
-    config, file, missing = begin(args, blocks, {"criterion": args.criterion})
-    with hf.Checkpoint(args.model) as own:
-        for block, x, target, rope in stream(own, config, drop_options.windows(args), missing):
+    blocks = check(args)
+    with drop_options.missing_blocks(args, blocks, {"criterion": args.criterion}) as (_config, file, missing):
+        for block, x, target, rope in missing:
             tried = candidates(block, x, target, rope, args.ranks)
             best = min(tried, key=lambda name: tried[name]["relative"])
             chosen = best if args.criterion == "best" else args.criterion

@@ -1,53 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the steps of `megatron-comp drop` share: options, their checks, and the text as tokens."""
+"""What the steps of `megatron-comp drop` share: checks of their options, and how those that write weights begin."""
 
 import argparse
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .. import files
 from ..inference.text import read_tokenizer
-from ..quality.windows import read_windows
-from . import options, preflight
+from ..quality.origin import origin
+from . import checks, preflight
+from .setup import text_of
 
-MODEL = "Folder of a Hugging Face Llama checkpoint."
-CALIBRATION_TEXT = "A calibration text. Judge the result by another one."
-
-
-def add_ranks(parser: argparse.ArgumentParser, tokens: int) -> None:
-    """Of a step that measures on ranks. tokens: of the text, if not told."""
-    options.add_model(parser, MODEL)
-    options.add_tp(parser)
-    options.add_text(parser, tokens, CALIBRATION_TEXT)
-    options.add_dtype(parser)
-    options.add_run_arguments(parser)
-    parser.set_defaults(token_dispatcher="allgather")  # of a mixture of experts, whose blocks drop nothing
+if TYPE_CHECKING:
+    from ..spd.weights import WeightsFile
 
 
-def add_blocks(parser: argparse.ArgumentParser, tokens: int) -> None:
-    """Of a step that writes weights of blocks, in one process."""
-    options.add_model(parser, MODEL)
-    options.add_tp(parser, "ranks", "Number of tensor-parallel ranks that the weights are for.")
-    options.add_text(parser, tokens, CALIBRATION_TEXT)
-    parser.add_argument("--blocks", required=True, metavar="LIST", help="The layers to work on, as in 0,3-5.")
-    parser.add_argument("--out", required=True, metavar="FILE", help="The safetensors file to write their weights to.")
-    options.add_json(parser)
-
-
-def check(args: argparse.Namespace, *files: str) -> None:
-    """Fails before any work on what can be seen from here. files: more options that name what is written."""
-    options.check_model(args)
+def check(args: argparse.Namespace, *written: str) -> None:
+    """Fails before any work on what can be seen from here. written: more options that name what is written."""
+    checks.check_model(args)
     if hasattr(args, "ranks"):  # a step of one process, which no other checks
         preflight.check_inputs(args)
-    options.check_text(args)
+    checks.check_text(args)
     for option in ("sensitivity", "start", "weights"):
         if (path := getattr(args, option, None)) and not Path(path).is_file():
             raise ValueError(f"--{option} {path}: no such file")
     if getattr(args, "tp", 2) < 2:
         raise ValueError(f"--tp {args.tp}: one rank sums nothing; 2 or more have a sum to drop")
     if hasattr(args, "timeout"):
-        options.check_timeout(args)
-    options.check_written(args, *files)
+        checks.check_timeout(args)
+    checks.check_written(args, *written)
 
 
-def windows(args: argparse.Namespace):
-    """int64 `[windows, context]` from the start of the text."""
-    return read_windows(args, read_tokenizer(args.model))
+@contextmanager
+def missing_blocks(
+    args: argparse.Namespace, blocks: Collection[int], how: Mapping[str, object]
+) -> "Iterator[tuple[object, WeightsFile, Iterator[tuple]]]":
+    """(the model's config, the file of --out, what `spd.block.stream` gives of each block that is not in that file).
+
+    The file is this process's alone until the end. how: by which weights are made, besides model and text. Raises what
+    `spd.weights.begin` raises.
+    """
+    from ..inference.hf import Checkpoint
+    from ..spd.block import stream
+    from ..spd.weights import begin
+
+    text = text_of(args)
+    with files.locked(args.out):
+        config, file, missing = begin(args.model, args.ranks, args.out, blocks, {**origin(args.model, text), **how})
+        with Checkpoint(args.model) as checkpoint:
+            yield config, file, stream(checkpoint, config, text.windows(read_tokenizer(args.model)), missing)

@@ -3,27 +3,11 @@
 
 import argparse
 
-from ..launcher import output, ranks
+from ..launcher import output
 from ..quality.metrics import perplexity
-from ..quality.origin import settings
-from ..quality.windows import read_windows
 from ..spd.blocks import classify, layers_that_drop
-from . import drop_options, options
-
-DESCRIPTION = """\
-Measure what each block's dropped sum costs on a text, and rank the blocks. There are two measures: the paper's (arXiv
-2502.20727, section 3), perplexity with blocks i to last dropped, less that with i + 1 to last dropped; and KL to the
-full model with block i alone dropped, which the noise of a short text and the damage of other blocks do not reach. Two
-thresholds split the blocks into insensitive ones (to be dropped as they are), sensitive ones (to be distilled) and
-extreme ones (to be grouped, then distilled).
-"""
-EPILOG = """\
-Example:
-  megatron-comp drop sensitivity --model llama --tp 2 --text calibration.txt --json sensitivity.json
-
-With --state, runs with other thresholds use the same measurements.
-"""
-MEASURES = {"kl": "kl", "perplexity": "perplexity_delta"}
+from . import drop_options, setup
+from .arguments.drop_sensitivity import MEASURES
 
 COLUMNS = {
     "block": ("block", "d"),
@@ -35,23 +19,6 @@ COLUMNS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    drop_options.add_ranks(parser, tokens=2048)
-    parser.add_argument(
-        "--rank-by", choices=MEASURES, default="kl", help="The measure by which blocks are ranked (default kl)."
-    )
-    parser.add_argument(
-        "--thresholds",
-        type=float,
-        nargs=2,
-        metavar=("T1", "T2"),
-        help="Of that measure: insensitive up to T1, extreme above T2 (default: 1 %% and 5 %% of the full model's "
-        "perplexity, or 0.01 and 0.05 nats).",
-    )
-    options.add_state(parser)
-    options.add_figure(parser, "both measures by block")
-
-
 def check(args: argparse.Namespace) -> None:
     drop_options.check(args)
     if args.thresholds and not args.thresholds[0] <= args.thresholds[1]:
@@ -59,13 +26,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..quality.journal import Journal
-    from ..quality.judge import Judge
-
     check(args)
-    with options.opened(args) as (model, tokenizer), ranks.alone(args.state):
-        journal = Journal(args.state, settings(args, next(model.parameters()).dtype))
-        judge = Judge(model, read_windows(args, tokenizer), journal)
+    with setup.judging(args) as judge:
         points, full = measure(judge)
     if not output.is_first_rank():
         return

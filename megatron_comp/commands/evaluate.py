@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`megatron-comp evaluate`: what compression does to a model's predictions on a text."""
+"""`megatron-comp evaluate`: what compression does to a model's predictions, on a text or on tasks."""
 
 import argparse
 from dataclasses import replace
@@ -10,8 +10,7 @@ from ..launcher import output
 from ..policy import DROP
 from ..quality.bootstrap import check_scipy
 from ..quality.metrics import with_intervals
-from ..quality.windows import read_windows
-from . import options
+from . import checks, evaluate_tasks, options, setup
 
 if TYPE_CHECKING:
     from ..quality.judge import Judge, Judgement
@@ -38,55 +37,36 @@ INTERVALS = {
     "rms_probability_change": ("RMS of change of probability", ".4f"),
 }
 
-DESCRIPTION = """\
-Measure what compression does to a model's predictions on a text: perplexity, KL divergence from the uncompressed model,
-agreement on the most likely token, and bytes. The output has one row per codec and policy. The codecs of a policy file
-are judged whether or not its min_bytes would let these messages through, unless --min-bytes says otherwise.
 
-A second table has 95 % intervals; in the files they are `<column>_low` and `<column>_high`. They come from a bootstrap
-over windows, since tokens of one window depend on each other. Fewer than about ten windows make them too narrow.
-"""
-EPILOG = """\
-Columns of the second table, beside those of the first:
-  KL             over tokens: mean, median, and what 95 and 99 % of the tokens stay below
-  RMS of change of probability
-                 root of the mean square change of the true next token's probability
-
-Example:
-  megatron-comp evaluate --model llama --tp 2 --text prose.txt --codec mxfp4 --codec int4:32:fp16:hadamard
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_arguments(parser)
-    options.add_text(parser, 6144, "A text file of prose that the model has not been tuned on.")
-    parser.add_argument(
-        "--codec", action="append", default=[], metavar="C", help="A codec or preset. Repeat it for more rows."
-    )
-    options.add_csv(parser)
-
-
-def check(args: argparse.Namespace) -> list[options.Setting]:
-    options.check_files(args)
-    options.check_text(args)
-    check_scipy()
+def check(args: argparse.Namespace) -> list[setup.Setting]:
+    checks.check_files(args)
+    if bool(args.text) == bool(args.tasks):
+        raise ValueError("give --text FILE or --tasks NAMES, one of the two")
+    if args.text:
+        checks.check_text(args)
+        check_scipy()
     gate = args.min_bytes or 0  # of policies, too
     without = argparse.Namespace(**{**vars(args), "min_bytes": None})
-    settings = [setting for setting in options.settings(without, args.codec) if setting.name != "none"]  # it has a row
-    return [replace(setting, policy=replace(setting.policy, min_bytes=gate)) for setting in settings]
+    settings = [setting for setting in setup.settings(without, args.codec) if setting.name != "none"]  # it has a row
+    settings = [replace(setting, policy=replace(setting.policy, min_bytes=gate)) for setting in settings]
+    evaluate_tasks.check(args, settings)
+    return settings
 
 
 def run(args: argparse.Namespace) -> None:
     from ..quality.judge import Judge
 
     settings = check(args)
-    with options.opened(args) as (model, tokenizer):
-        windows = read_windows(args, tokenizer)
-        overrides = options.overrides(args, model, settings)
+    if args.tasks:
+        evaluate_tasks.run(args, settings)
+        return
+    with setup.opened(args) as (model, tokenizer):
+        windows = setup.text_of(args).windows(tokenizer)
+        overrides = setup.overrides(args, model, settings)
         judge = Judge(model, windows, overrides=overrides, keep=False)
         rows, kept = evaluate(judge, settings)
     if output.is_first_rank():
-        scored = f"{len(windows)} windows of {args.context} tokens, TP={args.tp}"
+        scored = f"{len(windows)} windows of {args.context} tokens, {options.layout(args.tp, args.pp)}"
         output.show(f"evaluate: {Path(args.text).name}, {scored}", COLUMNS, rows)
         if settings:
             output.show("evaluate: with 95 % intervals", *_intervals(rows))
@@ -96,13 +76,10 @@ def run(args: argparse.Namespace) -> None:
             print(line)
 
 
-def evaluate(judge: "Judge", settings: list[options.Setting]) -> tuple[list[dict], list[str]]:
+def evaluate(judge: "Judge", settings: list[setup.Setting]) -> tuple[list[dict], list[str]]:
     """A row for the uncompressed model, then one for each setting, with the overrides' weights in blocks that it drops
     the sum of; and a line about every setting that left sums uncompressed."""
-    from ..quality.judge import Trial
-
-    found = judge.overrides
-    trials = [Trial(each.name, each.policy, tuple(found.blocks_for(each.policy)) if found else ()) for each in settings]
+    trials = setup.trials(settings, judge.overrides)
     base, *_ = judged = judge.judge(trials, "evaluate")
     rows = [_row(name, each, base) for name, each in zip(["none", *(t.name for t in trials)], judged, strict=True)]
     return rows, [line for trial, each in zip(trials, judged[1:], strict=True) if (line := _kept(trial.name, each))]
@@ -133,6 +110,6 @@ def _row(name: str, judged: "Judgement", base: "Judgement") -> dict:
         "algorithm": "+".join(sorted(judged.traffic.algorithms)) or "all_reduce",
         "bits_per_value": judged.traffic.bits_per_value,
         **with_intervals(judged.quality, base.quality),
-        "bytes_per_rank": judged.traffic.received_bytes,
+        "bytes_per_rank": judged.received_bytes,
         "seconds": judged.seconds,
     }

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from ..inference.text import check_prompt, encode, stop_tokens
 from ..launcher import output
 from ..launcher.progress import progress
-from . import options
+from . import checks, setup
 
 COLUMNS = {
     "codec": ("codec", ""),
     "tp": ("tensor-parallel ranks", "d"),
+    "pp": ("pipeline stages", "d"),
     "prompt_tokens": ("prompt tokens", "d"),
     "new_tokens": ("new tokens", "d"),
     "ttft_ms": ("time to first token, ms", ".1f"),
@@ -23,60 +24,24 @@ COLUMNS = {
 }
 
 
-ENGINES = ("static", "dynamic")
-DESCRIPTION = "Continue a prompt greedily; show time to first token, decode rate and bytes received."
-RENAMED = {"--max-new-tokens": "--new-tokens"}
-EPILOG = """\
-Example:
-  megatron-comp generate --model llama --tp 2 --prompt "The capital of France is" --codec mxfp4
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_arguments(parser)
-    parser.add_argument(
-        "--prompt",
-        required=True,
-        action="append",
-        metavar="TEXT",
-        help="The text to continue. With --engine dynamic it may be repeated: all prompts are continued together.",
-    )
-    parser.add_argument(
-        "--engine",
-        choices=ENGINES,
-        default="static",
-        help="static (the default): one prompt, with a cache of its own. dynamic: Megatron's engine for several "
-        "prompts at once; it needs GPUs and flash-attn 2.7.3 or newer.",
-    )
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="The prompt is what a user says: put it into the tokenizer's chat template.",
-    )
-    parser.add_argument(
-        "--codec", metavar="C", help="A codec or preset for every sum. With none (the default) sums are uncompressed."
-    )
-    parser.add_argument(
-        "--new-tokens", type=int, default=32, metavar="K", help="Generate at most this many tokens (default 32)."
-    )
-
-
-def check(args: argparse.Namespace) -> list[options.Setting]:
+def check(args: argparse.Namespace) -> list[setup.Setting]:
     if (args.codec is not None) + len(args.policy) > 1:
         raise ValueError("give one --codec or --policy, not both")
-    options.at_least_one(args, "new_tokens")
+    checks.at_least_one(args, "new_tokens")
     if args.engine == "static" and len(args.prompt) > 1:
         raise ValueError("--engine static takes one --prompt; --engine dynamic takes several")
+    if args.engine == "dynamic" and args.pp > 1:
+        raise ValueError("--pp goes with --engine static")
     for prompt in args.prompt:
         check_prompt(prompt)
-    options.check_files(args)
-    return options.settings(args, [] if args.codec is None else [args.codec]) or [options.NONE]
+    checks.check_files(args)
+    return setup.settings(args, [] if args.codec is None else [args.codec]) or [setup.NONE]
 
 
 def run(args: argparse.Namespace) -> None:
     (setting,) = check(args)
-    with options.opened(args) as (model, tokenizer):
-        if overrides := options.overrides(args, model, [setting]):
+    with setup.opened(args) as (model, tokenizer):
+        if overrides := setup.overrides(args, model, [setting]):
             overrides.use(overrides.blocks_for(setting.policy))
         prompts = [encode(tokenizer, prompt, args.chat) for prompt in args.prompt]
         stops = stop_tokens(args.model, model.hf_config, tokenizer)
@@ -90,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 def generate_row(
     model,
     tokenizer,
-    setting: options.Setting,
+    setting: setup.Setting,
     prompts: list[list[int]],
     max_new_tokens: int,
     stops: set[int],
@@ -99,6 +64,7 @@ def generate_row(
     """Generates two tokens to warm up prefill and decode, and then to measure. prompts: their tokens; stops: those
     that end a text."""
     from ..inference.generate import checked_prompt
+    from ..inference.stages import stats_of_all
     from ..layers.apply import apply_compression, stats
 
     for ids in prompts:
@@ -107,27 +73,29 @@ def generate_row(
     _generate(engine, model, prompts, min(2, max_new_tokens), stops, lambda: None)
     apply_compression(model, setting.policy)  # counters start again
 
-    prefill_bytes = None
+    prefill = None
     with progress(total=max_new_tokens, desc=f"generate {setting.name}") as bar:
 
         def on_step() -> None:
-            nonlocal prefill_bytes
-            if prefill_bytes is None:  # once: walking the model for every token would slow what is being timed
-                prefill_bytes = stats(model).received_bytes
+            nonlocal prefill
+            if prefill is None:  # once: walking the model for every token would slow what is being timed
+                prefill = stats(model)
             bar.update()
 
         made, ttft_seconds, decode_seconds = _generate(engine, model, prompts, max_new_tokens, stops, on_step)
-    after = stats(model)
-    decoded = sum(map(len, made)) - len(made)
+    prompt_tokens, decoded = sum(map(len, prompts)), sum(map(len, made)) - len(made)
+    _, prefill_bytes = stats_of_all(model, prefill, prompt_tokens)
+    after, all_bytes = stats_of_all(model, stats(model), prompt_tokens + decoded)
     return {
         "codec": setting.name,
         "tp": model.config.tensor_model_parallel_size,
-        "prompt_tokens": sum(map(len, prompts)),
+        "pp": model.config.pipeline_model_parallel_size,
+        "prompt_tokens": prompt_tokens,
         "new_tokens": sum(map(len, made)),
         "ttft_ms": ttft_seconds * 1e3,
         "decode_tokens_per_s": decoded / decode_seconds if decoded else 0.0,
         "prefill_bytes_per_rank": prefill_bytes,
-        "decode_bytes_per_rank": after.received_bytes - prefill_bytes,
+        "decode_bytes_per_rank": all_bytes - prefill_bytes,
         "compressed_calls": after.compressed.calls,
         "kept_calls": after.kept.calls,
         "kept_because": dict(after.kept_because),

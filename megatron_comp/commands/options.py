@@ -1,20 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What subcommands share: options and their checks, policies, and the model on its ranks."""
+"""Options that several subcommands share: only the standard library is imported, so that `--help` answers at once."""
 
 import argparse
-import re
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
-import torch
+from ..launcher.network import UNSHAPED
+from ..wire.algorithms import ALGORITHMS
 
-from ..launcher import output
-from ..policy import CompressionPolicy
-from ..wire.cost import ALGORITHMS
-
+CONTEXT = 512  # tokens per window of a text
 TOKEN_DISPATCHERS = ("allgather", "alltoall")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # with torch's names
+# What --link means, for the end of a help text.
+LINKS = """\
+Links: without --link the ranks meet as they are, in `link` called local (one machine) or network (several). With it
+they are started on this machine in network namespaces, joined by links of that rate in each direction: Linux only,
+needs root and the commands ip and tc, adds no loss. --machines puts several ranks on one link, which meet by loopback;
+--rtt adds latency, by a relay that takes a tenth to a quarter of a core. Such a link lets some 256 KB through at once
+after it has been idle, so messages have to be much larger than that; above 1 Gbit/s a few processor cores are the
+limit, not the link. The same links for any other command: launch/slow_network.sh.
+
+Threads: every rank gets its share of this machine's processors, or OMP_NUM_THREADS. On two cores, OMP_NUM_THREADS=1 and
+two ranks are one thread per core; with more ranks than cores, waiting for a core is in the times.
+"""
+
+
+def min_bytes(text: str) -> int | str:
+    """For `--min-bytes`: a number; other text, such as auto and 64k, is for the policy to understand or refuse."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 class Moved(argparse.Action):
@@ -28,22 +42,12 @@ class Moved(argparse.Action):
         parser.error(f"{self.option_strings[0]} is now a command of its own, in a checkout of the source: {self.to}")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A policy under the name that tables give it."""
-
-    name: str
-    policy: CompressionPolicy
-
-
-NONE = Setting("none", CompressionPolicy())
-
-
 def add_model(
     parser: argparse.ArgumentParser,
     what: str = "Folder of a Hugging Face Llama or Mixtral checkpoint, or one that `megatron-comp convert` wrote.",
+    metavar: str = "DIR",
 ) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help=what)
+    parser.add_argument("--model", required=True, metavar=metavar, help=what)
 
 
 def add_tp(parser: argparse.ArgumentParser, dest: str = "tp", what: str = "Number of tensor-parallel ranks.") -> None:
@@ -51,10 +55,27 @@ def add_tp(parser: argparse.ArgumentParser, dest: str = "tp", what: str = "Numbe
     parser.add_argument("--tp", dest=dest, type=int, required=True, metavar="N", help=what)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of a subcommand that runs a model under codecs and policies."""
+def add_pp(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pp",
+        type=int,
+        default=1,
+        metavar="P",
+        help="Number of pipeline stages (default 1), each of --tp ranks that hold a share of the layers. Consecutive "
+        "ranks are of one stage: with --tp ranks per machine, sums stay inside machines.",
+    )
+
+
+def layout(tp: int, pp: int) -> str:
+    """What tables call so many stages of so many ranks each."""
+    return f"TP={tp}" + (f", PP={pp}" if pp > 1 else "")
+
+
+def add_arguments(parser: argparse.ArgumentParser, **dtype: str) -> None:
+    """Of a subcommand that runs a model under codecs and policies. dtype: what `add_dtype` is told."""
     add_model(parser)
     add_tp(parser)
+    add_pp(parser)
     parser.add_argument(
         "--policy",
         action="append",
@@ -71,9 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--min-bytes",
+        type=min_bytes,
         metavar="BYTES",
-        help="Leave smaller messages uncompressed where --codec is used: a number such as 65536 or 64k, or auto "
-        "(default 0). A policy file has its own.",
+        help="With --codec: leave smaller messages uncompressed. The default, 0, compresses every message; auto leaves "
+        "those uncompressed that are predicted to gain nothing, as a policy file does that says nothing of it.",
     )
     add_token_dispatcher(parser)
     parser.add_argument(
@@ -82,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Distilled weights, as `megatron-comp drop distill` writes them for one number of ranks. They replace the "
         "model's own in the blocks whose attention sum a policy drops.",
     )
-    add_dtype(parser)
+    add_dtype(parser, **dtype)
     add_run_arguments(parser)
 
 
@@ -95,27 +117,23 @@ def add_token_dispatcher(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_text(parser: argparse.ArgumentParser, tokens: int, what: str) -> None:
-    """A text, for `quality.windows.read_windows`. tokens: the default. what: help on which text it should be."""
-    parser.add_argument("--text", required=True, metavar="FILE", help=what)
+def add_text(parser: argparse.ArgumentParser, tokens: int, what: str, required: bool = True) -> None:
+    """A text, as `quality.windows.Text` has it. tokens: the default. what: help on which text it should be."""
+    parser.add_argument("--text", required=required, metavar="FILE", help=what)
     parser.add_argument(
         "--tokens", type=int, default=tokens, metavar="K", help=f"Number of tokens to read from it (default {tokens})."
     )
     parser.add_argument(
-        "--context", type=int, default=512, metavar="L", help="Number of tokens per window (default 512)."
+        "--context",
+        type=int,
+        metavar="L",
+        help=f"Number of tokens per window (default {CONTEXT}, or --tokens if that is less).",
     )
-
-
-def check_text(args: argparse.Namespace) -> None:
-    if not 2 <= args.context <= args.tokens:
-        raise ValueError(f"--context {args.context}: allowed are 2 to --tokens {args.tokens}")
-    if not Path(args.text).is_file():
-        raise ValueError(f"--text {args.text}: no such file")
 
 
 def add_dtype(
     parser: argparse.ArgumentParser,
-    what: str = "Of weights, activations and sums; auto (the default) is bf16 on a GPU and fp32 on a CPU.",
+    what: str = "Data type of weights, activations and sums; auto (the default) is bf16 on a GPU and fp32 on a CPU.",
     default: str = "auto",
 ) -> None:
     """Leaves a name of `DTYPES`, or `auto` where that is the default."""
@@ -126,11 +144,6 @@ def add_dtype(
 def _short_name(dtype: str) -> str:
     """torch's own names are understood too."""
     return {long: short for short, long in DTYPES.items()}.get(dtype, dtype)
-
-
-def dtype_name(args: argparse.Namespace) -> str:
-    """torch's name of `--dtype`, which is settled by the device where it is `auto`."""
-    return DTYPES[("bf16" if torch.cuda.is_available() else "fp32") if args.dtype == "auto" else args.dtype]
 
 
 def add_runs(parser: argparse.ArgumentParser, default: int, what: str = "How often everything is measured") -> None:
@@ -156,11 +169,6 @@ def add_timeout(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_timeout(args: argparse.Namespace) -> None:
-    if not 0 < args.timeout < 1e7:
-        raise ValueError(f"--timeout {args.timeout}: allowed are seconds above 0 and below 10 million")
-
-
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", help="Write configuration, versions and rows there as one JSON object."
@@ -183,93 +191,21 @@ def add_state(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_written(args: argparse.Namespace, *names: str) -> None:
-    """Before any work. names: of the options, besides `--json`, `--csv`, `--figure` and `--state`, of files to write.
-
-    Raises ValueError that names the option.
-    """
-    for name in ("json", "csv", "figure", *names):
-        output.check_file(f"--{name.replace('_', '-')}", getattr(args, name, None))
-    output.check_resumed("--state", getattr(args, "state", None))
-    if (figure := getattr(args, "figure", None)) and Path(figure).suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--figure {figure}: allowed are names that end in .png, .svg or .pdf")
-
-
-def at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """Raises ValueError for the first of these options whose number is less."""
-    for name in names:
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least one is needed")
-
-
-def shape(text: str, example: str) -> tuple[int, int]:
-    """Of `ROWSxHIDDEN`."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise ValueError(f"--shape {text}: expected ROWSxHIDDEN, both at least 1, as in {example}")
-    rows, hidden = text.split("x")
-    return int(rows), int(hidden)
-
-
-def settings(args: argparse.Namespace, codecs: list[str]) -> list[Setting]:
-    """One for each codec, then one for each policy file. Raises ValueError or OSError for what is neither."""
-    made = []
-    for option in ("algorithm", "min_bytes"):
-        if getattr(args, option) is not None and not codecs:
-            raise ValueError(f"--{option.replace('_', '-')} is for codecs given by --codec; a policy file has its own")
-    algorithm, min_bytes = args.algorithm or "auto", args.min_bytes or 0
-    for name in codecs:
-        try:
-            policy = CompressionPolicy(codec=name, algorithm=algorithm, min_bytes=min_bytes)
-        except ValueError as error:
-            raise ValueError(str(error).removeprefix("policy: codec: ")) from None
-        made.append(Setting(name, policy))
-    return made + [Setting(file, CompressionPolicy.from_file(file)) for file in args.policy]
-
-
-def with_baseline(settings: list[Setting]) -> list[Setting]:
-    """The settings behind the uncompressed one."""
-    return [NONE, *(setting for setting in settings if setting.name != "none")]
-
-
-def check_files(args: argparse.Namespace) -> None:
-    """Fails before any rank starts on what can be seen from here."""
-    if args.tp < 1:
-        raise ValueError(f"--tp {args.tp}: at least one rank is needed")
-    check_model(args)
-    check_timeout(args)
-    check_written(args)
-    if getattr(args, "weights", None) and not Path(args.weights).is_file():
-        raise ValueError(f"--weights {args.weights}: no such file")
-
-
-def check_model(args: argparse.Namespace) -> None:
-    if not Path(args.model).is_dir():
-        raise ValueError(f"--model {args.model}: no such folder")
-
-
-def overrides(args: argparse.Namespace, model, settings: list[Setting]):
-    """`WeightOverrides` of --weights; None without. Raises ValueError if no setting has use for them."""
-    if not args.weights:
-        return None
-    from ..inference.weight_overrides import WeightOverrides
-
-    return WeightOverrides.for_policies(model, args.model, args.weights, [setting.policy for setting in settings])
-
-
-@contextmanager
-def opened(args: argparse.Namespace, weights: str | None = None):
-    """(model, tokenizer) on this rank, inside its tensor-parallel group. weights: a file that takes some of its own's
-    place."""
-    # Here and in the subcommands: Megatron takes seconds to import, and the process that starts the ranks has no use.
-    from ..inference.model import build_model, destroy_parallel, init_parallel
-    from ..inference.text import read_tokenizer
-
-    init_parallel(args.tp, args.timeout)
-    model = build_model(
-        args.model,
-        dtype=getattr(torch, dtype_name(args)),
-        token_dispatcher=args.token_dispatcher,
-        extra_weights=weights,
+def add_links(parser: argparse.ArgumentParser) -> None:
+    """Of a bench that can start its ranks on slower links; `LINKS` explains them."""
+    parser.add_argument(
+        "--link",
+        action="append",
+        metavar="RATE",
+        help=f"The rate of each machine's link, such as 100mbit, 2.5gbit or {UNSHAPED}, or 1gbit,100mbit for one rate "
+        "each; needs root. Repeat it for more.",
     )
-    yield model, read_tokenizer(args.model)
-    destroy_parallel()
+    parser.add_argument(
+        "--machines",
+        type=int,
+        metavar="M",
+        help="With --link: the number of machines that share out the ranks (default: one machine per rank).",
+    )
+    parser.add_argument(
+        "--rtt", default="0", metavar="TIME", help="With --link: the time of a round trip, such as 1ms (default 0)."
+    )

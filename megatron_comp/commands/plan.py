@@ -17,6 +17,7 @@ from ..predict.advice import (
     decode_advice,
     how_to_check,
     layouts_advice,
+    logits_advice,
     memory_advice,
     recommended,
 )
@@ -24,16 +25,15 @@ from ..predict.calibrations import calibration_of
 from ..predict.hardware import GPUS, WIRES, Shares, gpu_of
 from ..predict.layouts import Layout, layouts_of
 from ..predict.machines import Machines
-from ..predict.models import MODELS, Model, load
+from ..predict.models import Model, load
 from ..predict.rows import Predictor, Setting, settings_of, with_speedups
 from ..predict.times import Job
 from ..spd.blocks import dropped_blocks, layers_that_drop
 from ..wire.codec import Codec, parse_codec
 from ..wire.topology import Islands
 from ..wire.traffic import step_codecs
-from . import options
-
-CODECS = ("mxfp4", "int4:32:fp16:hadamard", "int5:32:fp16:hadamard", "int8:32:fp16")
+from . import checks, setup
+from .arguments.plan import CODECS
 
 COLUMNS = {
     "codec": ("codec", ""),
@@ -60,114 +60,43 @@ ACROSS = {
     "decode_speedup": ("x first", ".2f"),
 }
 
-DESCRIPTION = """\
-Predict time to first token and time per decoded token on GPUs and links, stock and compressed, and say whether to
-compress. On several machines, compare tensor parallelism over all of them with one machine and with a pipeline. Needs
-no GPU.
-"""
-RENAMED = {"--tokens": "--prompt-tokens"}
-EPILOG = f"""\
-Example:
-  megatron-comp plan --model llama-2-70b --tp 8 --gpu L4 --link pcie4x16
-  megatron-comp plan --model llama-3-70b --gpu A100-PCIe --machines 2 --gpus-per-machine 8 --link 100gbit \\
-      --inside pcie4x16-p2p
-
-models: {", ".join(MODELS)}
-GPUs:   {", ".join(GPUS)}
-links:  {", ".join(WIRES)} or a rate, as in 100mbit
-
-The model of cost: compute is the larger of flops over 60 % of the GPU's peak and bytes of weights over 80 % of its
-memory's rate; a sum takes its bytes over what is reached of the link (NVLink 80 %, a network 90 %, PCIe through the
-host's memory 20 %, PCIe from card to card 60 %: give a rate where your cards reach more), and a codec moves its bytes
-at half of the memory's rate. The last two are assumptions: nobody has measured them here. --calibration takes link and
-codecs from a file of `megatron-comp calibrate` instead. Decoding is that of one token after the prompt, without CUDA
-graphs. Quality is not predicted: `megatron-comp evaluate` measures that.
-
-Several machines: --link is the link of one network card, and --cards says how many a machine has, whose load its GPUs
-share. The table has stock sums and the best codec of each layout; --json has all rows. MB across: what a machine
-receives in a prefill. One request at a time: a pipeline that several requests fill is faster than said here. The
-formulas are in `megatron_comp/predict/machines.py` and `layouts.py`.
-
---measured prints the error of every row of `megatron-comp bench ttft --json`; then --compute-ms is the time of an
-unshaped run without its sums. The errors on published measurements: `python -m research.published` in a checkout.
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--check", action=options.Moved, to="python -m research.published")
-    options.add_model(parser, "A name below, the folder of a checkpoint, or a config.json.")
-    # Not where other subcommands leave --tp and --link: this one starts no ranks.
-    add(
-        "--tp", dest="ranks", type=int, metavar="N", help="Number of tensor-parallel ranks (with --machines: all GPUs)."
-    )
-    add("--batch", type=int, default=1, metavar="B", help="Number of prompts (default 1).")
-    options.add_prompt_tokens(parser, "Number of tokens in each prompt")
-    options.add_dtype(parser, "Of weights and sums (default bf16).", "bf16")
-    add("--gpu", metavar="NAME", help="The GPU of each rank: a name below.")
-    add("--compute-ms", type=float, metavar="MS", help="Measured time of all but the sums, in place of --gpu.")
-    add(
-        "--link",
-        dest="wire",
-        metavar="L",
-        help="The link of each rank, with --machines of each network card: a name below or a rate, such as 10gbit.",
-    )
-    add("--machines", type=int, metavar="M", help="Number of machines, each with --gpus-per-machine GPUs.")
-    add("--gpus-per-machine", type=int, default=1, metavar="L", help="GPUs of each machine (default 1).")
-    add("--inside", metavar="L", help="With --machines: the link of each GPU inside its machine, named as --link.")
-    add("--cards", type=int, default=1, metavar="K", help="With --machines: network cards per machine (default 1).")
-    add("--rtt", default="0", metavar="TIME", help="With --machines: a round trip's time on the wire, such as 1ms.")
-    add("--calibration", metavar="FILE", help="Link and codecs as `megatron-comp calibrate` measured them.")
-    add(
-        "--codec",
-        action="append",
-        metavar="C",
-        help=f"A codec or preset. Repeat it for more rows (default: {' '.join(CODECS)}).",
-    )
-    add("--policy", metavar="FILE", help="A YAML policy: one more row, by its min_bytes and dropped sums.")
-    add(
-        "--drop",
-        type=float,
-        metavar="PERCENT",
-        help="Add two rows with this share of attention's sums dropped, alone and beside the best codec.",
-    )
-    add(
-        "--measured",
-        metavar="FILE",
-        help="JSON of `megatron-comp bench ttft`: show the errors of the predictions of its rows instead.",
-    )
-    options.add_json(parser)
-
 
 def check(args: argparse.Namespace) -> None:
-    options.check_written(args)
-    options.at_least_one(args, "batch", "prompt_tokens")
+    checks.check_written(args)
+    checks.at_least_one(args, "batch", "prompt_tokens")
     _check_machines(args)
     if args.ranks is None:
         raise ValueError("give --tp, the number of ranks, or --machines and --gpus-per-machine")
     if args.ranks < 1:
         raise ValueError(f"--tp {args.ranks}: at least one is needed")
-    if (args.gpu is None) == (args.compute_ms is None):
+    if (args.gpu is None) == (args.compute_ms is None) and not (args.measured and args.gpu is None):
         raise ValueError("give --gpu, one of " + ", ".join(GPUS) + ", or --compute-ms, and not both")
     if args.drop is not None and not 0 < args.drop <= 100:
         raise ValueError(f"--drop {args.drop:g}: allowed are percents above 0, up to 100")
     if args.compute_ms is not None and not args.compute_ms > 0:
         raise ValueError(f"--compute-ms {args.compute_ms}: a time above 0 is needed")
-    if args.gpu is None and args.calibration is None:
+    if args.compute_ms is not None and args.calibration is None:
         raise ValueError("--compute-ms needs --calibration, since codecs take time on that machine too")
     if args.wire is None and args.calibration is None:
         raise ValueError("give --link, a name (" + ", ".join(WIRES) + ") or a rate, or --calibration")
 
 
 def _check_machines(args: argparse.Namespace) -> None:
-    """Settles the number of ranks where it follows from the machines."""
-    options.at_least_one(args, "gpus_per_machine", "cards")
+    """Settles those of ranks, machines and GPUs per machine that follow from the others."""
+    checks.at_least_one(args, "cards", *(["gpus_per_machine"] if args.gpus_per_machine is not None else []))
+    if args.machines is None and args.gpus_per_machine is not None and args.ranks is not None:
+        if args.ranks % args.gpus_per_machine:
+            raise ValueError(f"--tp {args.ranks}: does not fill machines of {args.gpus_per_machine} GPUs")
+        if args.ranks > args.gpus_per_machine:
+            args.machines = args.ranks // args.gpus_per_machine
     if args.machines is None:
-        if args.inside or args.rtt != "0" or args.cards > 1 or args.gpus_per_machine > 1:
-            raise ValueError("--gpus-per-machine, --inside, --cards and --rtt describe machines: give --machines")
+        if args.inside or args.rtt != "0" or args.cards > 1 or args.gpus_per_machine and args.ranks is None:
+            raise ValueError("--inside, --cards and --rtt describe several machines: give --machines")
         return
     if args.machines < 2:
         raise ValueError(f"--machines {args.machines}: two are needed; for one machine leave it out and give --tp")
+    if args.gpus_per_machine is None:
+        args.gpus_per_machine = max(1, (args.ranks or 0) // args.machines)
     ranks = args.machines * args.gpus_per_machine
     if args.ranks not in (None, ranks):
         raise ValueError(f"--tp {args.ranks}: {args.machines} machines of {args.gpus_per_machine} have {ranks} ranks")
@@ -203,7 +132,8 @@ def _plan(args: argparse.Namespace) -> list[dict]:
     gpu = gpu_of(args.gpu) if args.gpu else None
     predict = Predictor(job, gpu, args.compute_ms and args.compute_ms / 1e3, machines)
     if args.measured:
-        rows = measured.rows(args.measured, job, predict.compute_of(job), layouts[0].calibration, layouts[0].islands)
+        compute = predict.compute_of(job) if gpu or predict.compute else None
+        rows = measured.rows(args.measured, job, compute, layouts[0].calibration, layouts[0].islands)
         output.show(f"plan --measured {args.measured}", measured.COLUMNS, rows)
         return rows
     tried = settings_of(names, layouts[0])
@@ -215,10 +145,14 @@ def _plan(args: argparse.Namespace) -> list[dict]:
     with_drops = [predict.row(layouts[0], setting) for setting in dropping]
     others = [predict.row(layout, setting) for layout in layouts[1:] for setting in settings_of(names, layout)]
     with_speedups([*rows, *with_drops, *others])
+    if machines is not None:
+        output.say(layouts_advice([*rows, *others]))
+    output.say((f"With {layouts[0].name}: " if others else "") + advice(rows, with_drops))
+    if gpu is not None and args.ranks > 1:
+        output.say(decode_advice(rows))
+        output.say(logits_advice(replace(job, phase="decode"), rows[0]["decode_ms"], policy, layouts[0].calibration))
     _show(args, rows, with_drops, others)
     if machines is not None:
-        output.say(decode_advice(rows))
-        output.say(layouts_advice([*rows, *others]))
         output.say(memory_advice(layouts, job, gpu))
         for line in how_to_check(best_of(rows, "ttft_ms"), args.ranks, job.itemsize):
             output.say(line)
@@ -237,7 +171,11 @@ def _show(args: argparse.Namespace, rows: list[dict], with_drops: list[dict], ot
         columns, shown = ACROSS | ({"dropped": COLUMNS["dropped"]} if with_drops else {}), best_rows([*rows, *others])
     title = f"plan: {args.model}, TP={args.ranks}, {args.batch}x{args.prompt_tokens} tokens, {where}"
     output.show(title, columns, shown + with_drops)
-    output.say(advice(rows, with_drops))
+    if args.machines is None and not args.calibration and args.ranks > 1:
+        output.say(
+            f"Assumed: each of the {args.ranks} ranks has its own link of {args.wire} to the others. If several are on "
+            "one machine and others on another, give --gpus-per-machine."
+        )
 
 
 def _machines(args: argparse.Namespace) -> Machines | None:
@@ -253,7 +191,7 @@ def _layouts(args: argparse.Namespace, machines: Machines | None, codecs: Sequen
     """Tensor parallel over all ranks first; other layouts where the links of each machine are known."""
     if machines is not None:
         return layouts_of(machines, gpu_of(args.gpu), Shares(), codecs, job)
-    known = calibration_of(args, codecs, args.ranks, job.itemsize)
+    known = calibration_of(args.calibration, args.gpu, args.wire, codecs, args.ranks, job.itemsize)
     islands = Islands.of_size(args.ranks, args.gpus_per_machine) if args.machines else None
     if islands and islands.have_two_levels and not known.inside:
         raise ValueError(
@@ -263,7 +201,7 @@ def _layouts(args: argparse.Namespace, machines: Machines | None, codecs: Sequen
 
 
 def _itemsize(args: argparse.Namespace) -> int:
-    return getattr(torch, options.dtype_name(args)).itemsize
+    return getattr(torch, setup.dtype_name(args)).itemsize
 
 
 def blocks_to_drop(model: Model, percent: float) -> list[int]:

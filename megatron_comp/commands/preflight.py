@@ -9,14 +9,21 @@ from pathlib import Path
 
 from ..inference import config, environment, model_files, shards
 from ..inference.text import check_length, named_stops
+from .options import CONTEXT
+
+
+def ranks_of(args: argparse.Namespace) -> int:
+    """How many ranks a command with --tp, and perhaps --pp, runs on."""
+    return args.tp * getattr(args, "pp", 1)
 
 
 def check_environment(args: argparse.Namespace) -> None:
     """Raises ValueError, before this process takes itself for a rank, for a WORLD_SIZE that no launcher has set."""
-    started, tp = environment.world_size(), getattr(args, "tp", None)
-    if started is not None and isinstance(tp, int) and started != tp:
+    started = environment.world_size()
+    if started is not None and isinstance(getattr(args, "tp", None), int) and started != (asked := ranks_of(args)):
+        said = f"--tp is {args.tp}" + (f" and --pp {args.pp}" if asked != args.tp else "")
         raise ValueError(
-            f"--tp is {tp}, but the environment says WORLD_SIZE={started}: start {tp} ranks with torchrun, or "
+            f"{said}, but the environment says WORLD_SIZE={started}: start {asked} ranks with torchrun, or "
             "`unset WORLD_SIZE` to start without a launcher"
         )
 
@@ -29,19 +36,27 @@ def check_inputs(args: argparse.Namespace) -> None:
         if (path := getattr(args, name, None)) and Path(path).is_file():
             model_files.check_safetensors(Path(path))
     if (path := getattr(args, "text", None)) and Path(path).is_file():
-        check_length(path, args.tokens // args.context * args.context if args.context > 0 else 0)
+        check_length(path, _needed(args))
+
+
+def _needed(args: argparse.Namespace) -> int:
+    """Tokens of whole windows, none for sizes that the command's own check refuses."""
+    context = min(CONTEXT, args.tokens) if args.context is None else args.context
+    return args.tokens // context * context if context > 0 else 0
 
 
 def _check_model(args: argparse.Namespace) -> None:
     """Raises ValueError or FileNotFoundError that names file, key, value and what is allowed, for a folder of --model
-    that cannot be read, or not on --tp ranks."""
+    that cannot be read, or not on --tp ranks and in --pp stages."""
     if not isinstance(getattr(args, "model", None), str) or not Path(args.model).is_dir():
         return
     folder = Path(args.model)
     raw = config.read_raw(folder)
     tp = getattr(args, "tp", getattr(args, "ranks", None))
-    if (sizes := config.sizes(raw)) is not None and isinstance(tp, int) and tp >= 1:
+    pp = getattr(args, "pp", 1)
+    if (sizes := config.sizes(raw)) is not None and isinstance(tp, int) and min(tp, pp) >= 1:
         shards.check_tensor_parallel(sizes, tp)
+        shards.check_pipeline_parallel(sizes, pp)
     if any(getattr(args, name, None) for name in ("blocks", "weights", "distilled")):
         model_files.check_read_by_layer(folder)
     model_files.check_weights(folder)

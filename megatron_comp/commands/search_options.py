@@ -6,60 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..predict.calibrations import calibration_of
-from ..predict.hardware import GPUS, WIRES
+from ..predict.hardware import WIRES
 from ..predict.models import load
 from ..predict.times import Job
 from ..search.candidates import CANDIDATES, PRESETS, parse_candidates
 from ..wire.calibration import Calibration
 from ..wire.codec import Codec
-from . import options
-
-PROMPT_TOKENS = 1024
-# By the names that argparse leaves them under.
-NAMES = {
-    "distilled": "--weights",
-    "weights_out": "--weights-out",
-    "wire": "--link",
-    "calibration": "--calibration",
-    "gpu": "--gpu",
-    "prompt_tokens": "--prompt-tokens",
-}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("dropped sums").add_argument
-    add(
-        "--with-drop",
-        action="store_true",
-        help="For each block, also consider leaving attention's sum out; find the least predicted time of all sums.",
-    )
-    # Not where other subcommands leave --weights and --link: the model is built with its own, and no links are made.
-    add(
-        "--weights",
-        dest="distilled",
-        metavar="FILE",
-        help="Weights of `megatron-comp drop distill`: blocks may be dropped with these too.",
-    )
-    add("--weights-out", metavar="FILE", help="The safetensors file to write the weights of the chosen blocks to.")
-    add(
-        "--link",
-        dest="wire",
-        metavar="L",
-        help=f"The link of each rank: a rate, such as 100mbit, or one of {', '.join(WIRES)}. Without --gpu and "
-        "--calibration codecs take no time.",
-    )
-    add(
-        "--calibration",
-        metavar="FILE",
-        help="Link and codecs as `megatron-comp calibrate` measured them; --link gives another rate.",
-    )
-    add("--gpu", metavar="NAME", help=f"Codecs take their time by the memory of this GPU: one of {', '.join(GPUS)}.")
-    add(
-        "--prompt-tokens",
-        type=int,
-        metavar="T",
-        help=f"Number of tokens of the prompt whose sums are timed (default {PROMPT_TOKENS}).",
-    )
+from . import checks
+from .arguments.search_options import NAMES, PROMPT_TOKENS
 
 
 def check(args: argparse.Namespace) -> None:
@@ -76,7 +30,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--weights and --weights-out go together: what is chosen of the one is written to the other")
     if args.distilled and not Path(args.distilled).is_file():
         raise ValueError(f"--weights {args.distilled}: no such file")
-    options.check_written(args, "weights_out")
+    checks.check_written(args, "weights_out")
     if args.distilled and Path(args.weights_out).resolve() == Path(args.distilled).resolve():
         raise ValueError(f"--weights-out {args.weights_out}: is --weights, which stays as it is")
     args.prompt_tokens = PROMPT_TOKENS if args.prompt_tokens is None else args.prompt_tokens
@@ -94,7 +48,7 @@ def check(args: argparse.Namespace) -> None:
 def calibration(args: argparse.Namespace, candidates: Sequence[Codec], itemsize: int) -> Calibration:
     """Raises what `predict.calibrations.calibration_of` raises."""
     presets = [Codec.parse(name) for name in PRESETS]
-    return calibration_of(args, (*candidates, *presets), args.tp, itemsize)
+    return calibration_of(args.calibration, args.gpu, args.wire, (*candidates, *presets), args.tp, itemsize)
 
 
 def job(args: argparse.Namespace, itemsize: int) -> Job:

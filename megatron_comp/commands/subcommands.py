@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of subcommands: a module each, which adds its arguments, checks them and runs."""
+"""Tables of subcommands: `arguments/NAME.py` says what a user can say to one, `NAME.py` checks it and runs."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +13,10 @@ class Subcommands:
     """modules: by name of the subcommand, its module in this package and one line of help. dest: where argparse leaves
     the name.
 
-    A module is imported when its subcommand is chosen: most need torch, which takes a second to import. Its DESCRIPTION
-    says what it does, and its EPILOG, if it has one, what a user reads last. RENAMED, if it has any, maps options of
-    earlier versions to those that took their place.
+    The module of the same name in `arguments` is imported when its subcommand is named. Its DESCRIPTION says what the
+    subcommand does, and its EPILOG, if it has one, what a user reads last. RENAMED, if it has any, maps options of
+    earlier versions to those that took their place. SUBCOMMANDS, if it has one, is a table of its own subcommands.
+    The module itself needs torch, which takes a second to import: that is left until it runs.
     """
 
     dest: str
@@ -27,18 +28,21 @@ class Subcommands:
             dest=self.dest, required=True, metavar=self.dest.upper(), parser_class=_LazyParser
         )
         for name, (module, help_) in self.modules.items():
-            subparsers.add_parser(name, help=help_, fill=lambda made, module=module: _fill(made, _load(module), epilog))
+            subparsers.add_parser(name, help=help_, fill=lambda made, module=module: _fill(made, module, epilog))
 
     def chosen(self, args: argparse.Namespace) -> ModuleType:
-        return _load(self.modules[getattr(args, self.dest)][0])
+        """The module of what was named, in a table of its own where it has one."""
+        module, _ = self.modules[getattr(args, self.dest)]
+        inner = getattr(_arguments(module), "SUBCOMMANDS", None)
+        return inner.chosen(args) if inner else _load(module)
 
 
 class _LazyParser(argparse.ArgumentParser):
     """Gets its description and its arguments from `fill` when it is first used."""
 
-    def __init__(self, *args: object, fill: Callable[[argparse.ArgumentParser], None], **more: object) -> None:
+    def __init__(self, *args: object, fill: "Callable[[_LazyParser], None]", **more: object) -> None:
         super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
-        self._fill: Callable[[argparse.ArgumentParser], None] | None = fill
+        self._fill: Callable[[_LazyParser], None] | None = fill
         self.renamed: Mapping[str, str] = {}
 
     def parse_known_args(
@@ -54,11 +58,16 @@ class _LazyParser(argparse.ArgumentParser):
         return self.renamed.get(option, option) + equals + value
 
 
-def _fill(parser: argparse.ArgumentParser, module: ModuleType, epilog: str | None) -> None:
-    parser.description = module.DESCRIPTION
-    parser.epilog = getattr(module, "EPILOG", epilog)
-    parser.renamed = getattr(module, "RENAMED", {})
-    module.add_arguments(parser)
+def _fill(parser: _LazyParser, module: str, epilog: str | None) -> None:
+    arguments = _arguments(module)
+    parser.description = arguments.DESCRIPTION
+    parser.epilog = getattr(arguments, "EPILOG", epilog)
+    parser.renamed = getattr(arguments, "RENAMED", {})
+    arguments.add_arguments(parser)
+
+
+def _arguments(module: str) -> ModuleType:
+    return import_module(f".arguments.{module}", __package__)
 
 
 def _load(module: str) -> ModuleType:

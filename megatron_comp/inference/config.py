@@ -215,6 +215,7 @@ def sizes(raw: Mapping) -> SimpleNamespace | None:
         "model_type": raw["model_type"],
         "hidden_size": raw.get("hidden_size"),
         "intermediate_size": raw.get("intermediate_size"),
+        "num_hidden_layers": raw.get("num_hidden_layers"),
         "num_attention_heads": heads,
         # transformers' own default for a Mixtral is 8, for a Llama the number of heads.
         "num_key_value_heads": raw.get("num_key_value_heads", None if raw["model_type"] == "llama" else 8) or heads,

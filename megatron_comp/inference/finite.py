@@ -2,7 +2,7 @@
 """Logits that are not finite are an error, which says where the model stopped being finite."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from ..layers.apply import stats
+from . import stages
 
 
 class NotFiniteError(ValueError):
@@ -17,9 +18,9 @@ class NotFiniteError(ValueError):
 
 
 class Origin(NamedTuple):
-    """Where the first value came from that is not finite. order: how many modules had run before on this rank."""
+    """Where the first value came from that is not finite. order: the stage, and how many of its modules had run."""
 
-    order: int
+    order: tuple[int, int]
     module: str
     dtype: str
     weight: str | None
@@ -30,24 +31,28 @@ class Origin(NamedTuple):
         return f"{said}: its {self.weight} is not finite" if self.weight else said
 
 
-def check(model: GPTModel, logits: Tensor, forward: Callable[[], object], gathered: bool) -> None:
+def check(model: GPTModel, logits: Tensor | None, forward: Callable[[], object]) -> None:
     """Raises NotFiniteError, on every rank, if logits are not finite on one. All ranks call this together.
 
-    logits: this rank's part, or where they are `gathered` all of them, the same on all ranks. forward: runs the model
-    on the same tokens again, to find where it began.
+    logits: this rank's; None in stages that have none. forward: runs the model on the same tokens again, to find where
+    it began.
     """
-    good = torch.isfinite(logits).all()
-    group = model.embedding.word_embeddings.tp_group
-    if not gathered and group.size() > 1:
-        good = good.to(torch.int32)
+    good = torch.ones((), dtype=torch.bool) if logits is None else torch.isfinite(logits).all()
+    if (group := model.pg_collection.mp).size() > 1:
+        good = good.to(next(model.parameters()).device, torch.int32)
         dist.all_reduce(good, dist.ReduceOp.MIN, group=group)
     if not good:
-        raise NotFiniteError(_message(model, _first(model, forward, group)))
+        fail(model, forward)
 
 
-def _first(model: GPTModel, forward: Callable[[], object], group: dist.ProcessGroup) -> Origin | None:
+def fail(model: GPTModel, forward: Callable[[], object]) -> NoReturn:
+    """Raises NotFiniteError that says where it began. All ranks call this together."""
+    raise NotFiniteError(_message(model, _first(model, forward)))
+
+
+def _first(model: GPTModel, forward: Callable[[], object]) -> Origin | None:
     """The earliest on any rank; None if this time all is finite."""
-    seen, found = 0, []
+    seen, found, stage = 0, [], model.pp_group.rank()
 
     def watch(name: str):
         def look(module: torch.nn.Module, _args, output) -> None:
@@ -56,21 +61,31 @@ def _first(model: GPTModel, forward: Callable[[], object], group: dist.ProcessGr
             bad = None if found else next((t for t in _tensors(output) if not torch.isfinite(t).all()), None)
             if bad is not None:
                 weights = (key for key, weight in module.named_parameters() if not torch.isfinite(weight).all())
-                found.append(Origin(seen, name, str(bad.dtype).removeprefix("torch."), next(weights, None)))
+                found.append(Origin((stage, seen), name, str(bad.dtype).removeprefix("torch."), next(weights, None)))
 
         return look
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    named = [(_in_whole(model, name), module) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(watch(name)) for name, module in named]
     try:
         with torch.no_grad():
             forward()
     finally:
         for handle in handles:
             handle.remove()
+    group = model.pg_collection.mp
     everybodys = [None] * group.size()
     dist.all_gather_object(everybodys, found, group=group)
     origins = [origin for each in everybodys for origin in each]
     return min(origins, key=lambda origin: (origin.order, origin.weight is None), default=None)
+
+
+def _in_whole(model: GPTModel, module: str) -> str:
+    """A module's name in the whole model, of whose layers a stage has some."""
+    words = module.split(".")
+    if words[:2] == ["decoder", "layers"] and len(words) > 2:
+        words[2] = str(int(words[2]) + stages.first_layer(model))
+    return ".".join(words)
 
 
 def _tensors(output) -> Iterator[Tensor]:

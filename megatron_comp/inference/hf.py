@@ -144,7 +144,7 @@ def load_weights(model, model_dir, config, share: Share, extra=None, layers: Con
     """Fills a rank's parameters of a built GPTModel from a checkpoint folder, cast to the parameters' dtype.
 
     extra: a safetensors file with weights that take the place of the folder's, such as `megatron-comp drop` writes.
-    layers: fill only these, numbered from 0.
+    layers: fill only these, numbered from 0 over all stages.
 
     Raises FileNotFoundError or ValueError, naming file and tensor, if the checkpoint is incomplete, damaged, of other
     shapes than the config says, or holds weights that the model has no place for.
@@ -158,10 +158,10 @@ def load_weights(model, model_dir, config, share: Share, extra=None, layers: Con
         pieces_of = plan(config, share, fused)
         assert parameters.keys() == pieces_of.keys(), sorted(parameters.keys() ^ pieces_of.keys())
         if config.tie_word_embeddings and HEAD in checkpoint.names and EMBEDDING not in checkpoint.names:
-            word = "embedding.word_embeddings.weight"  # saved under its other name
-            pieces_of[word] = [piece._replace(tensor=HEAD) for piece in pieces_of[word]]
+            for word in pieces_of.keys() & {"embedding.word_embeddings.weight", "output_layer.weight"}:
+                pieces_of[word] = [piece._replace(tensor=HEAD) for piece in pieces_of[word]]  # its other name
         for name, parameter in parameters.items():
-            if layers is not None and _layer_of(name) not in layers:
+            if layers is not None and _layer_of(name, share.layers(config.num_hidden_layers)) not in layers:
                 continue
             row = 0
             for piece in pieces_of[name]:
@@ -186,10 +186,10 @@ def check_extra(path, tensor_parallel: int) -> dict[str, str]:
     return metadata
 
 
-def _layer_of(parameter: str) -> int | None:
-    """`decoder.layers.7.mlp...` is of layer 7, the embedding of none."""
+def _layer_of(parameter: str, of_stage: range) -> int | None:
+    """`decoder.layers.7.mlp...` is of the stage's layer 7, the embedding of none."""
     parts = parameter.split(".")
-    return int(parts[2]) if parts[:2] == ["decoder", "layers"] else None
+    return of_stage[int(parts[2])] if parts[:2] == ["decoder", "layers"] else None
 
 
 def _check_names(checkpoint: Checkpoint, config, fused_experts: bool) -> None:

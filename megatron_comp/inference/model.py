@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -29,22 +30,26 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
 
 
-def init_parallel(tensor_parallel: int, timeout_seconds: float = 600, expert_parallel: int = 1) -> None:
+def init_parallel(
+    tensor_parallel: int, timeout_seconds: float = 600, expert_parallel: int = 1, pipeline_parallel: int = 1
+) -> None:
     """Joins this process to its tensor-parallel group: torch.distributed (`env://`), Megatron's groups, the device.
 
-    With `expert_parallel` groups, each holds a share of the experts of a mixture and a copy of all else.
+    With `expert_parallel` groups, each holds a share of the experts of a mixture and a copy of all else. With
+    `pipeline_parallel` stages, each holds a share of the layers; consecutive ranks are of one stage.
 
     Uses a process group that stands already; does nothing if Megatron's groups of that size stand too.
     A single rank needs no launcher. A dead peer or link ends a collective in an error after `timeout_seconds`.
 
-    Raises ValueError if the world is not of `tensor_parallel` ranks or has more ranks on a machine than it has GPUs.
+    Raises ValueError if the world is not of the product of these ranks or has more ranks on a machine than it has GPUs.
     """
     cpu.prepare()
     world_size = dist.get_world_size() if dist.is_initialized() else environment.world_size() or 1
-    ranks = tensor_parallel * expert_parallel
+    ranks = tensor_parallel * expert_parallel * pipeline_parallel
     if world_size != ranks:
         asked = f"tensor_parallel is {tensor_parallel}"
         asked += f" and expert_parallel {expert_parallel}" if expert_parallel > 1 else ""
+        asked += f" and pipeline_parallel {pipeline_parallel}" if pipeline_parallel > 1 else ""
         raise ValueError(
             f"{asked}, but {world_size} rank(s) were started: start them with torchrun --nproc-per-node {ranks}"
         )
@@ -61,12 +66,16 @@ def init_parallel(tensor_parallel: int, timeout_seconds: float = 600, expert_par
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if parallel_state.model_parallel_is_initialized():
-        standing = parallel_state.get_tensor_model_parallel_world_size()
-        if standing != tensor_parallel:
-            raise ValueError(f"tensor_parallel is {tensor_parallel}, but Megatron's groups stand with {standing}")
+        for name, size, standing in (
+            ("tensor", tensor_parallel, parallel_state.get_tensor_model_parallel_world_size()),
+            ("pipeline", pipeline_parallel, parallel_state.get_pipeline_model_parallel_world_size()),
+        ):
+            if standing != size:
+                raise ValueError(f"{name}_parallel is {size}, but Megatron's groups stand with {standing}")
     else:
         parallel_state.initialize_model_parallel(
             tensor_parallel,
+            pipeline_parallel,
             expert_model_parallel_size=expert_parallel,
             expert_tensor_parallel_size=tensor_parallel,
             distributed_timeout_minutes=timeout_seconds / 60,
@@ -93,12 +102,14 @@ def build_model(
 ) -> GPTModel:
     """The checkpoint in `model_dir` as this rank's part of a GPTModel: weights loaded, in eval mode, without gradients.
 
+    A pipeline stage's part has the stage's layers, the first one's the embedding, the last one's the output layer.
+
     Call `init_parallel` first. dtype: of weights and activations. max_sequence_length: the most tokens of prompt and
     answer together, by default what the checkpoint was made for. token_dispatcher: Megatron's word for how the tokens
     of a mixture reach their experts, allgather or alltoall. extra_weights: a safetensors file of weights that take the
     place of the checkpoint's, made for this number of ranks. `model.hf_config` is the checkpoint's own config.
 
-    Raises ValueError if the checkpoint is not one that can be built, or not at this tensor-parallel size;
+    Raises ValueError if the checkpoint is not one that can be built, or not on so many ranks and stages;
     FileNotFoundError or ValueError if its weights are incomplete or damaged.
     """
     cpu.prepare()
@@ -107,14 +118,21 @@ def build_model(
     config = hf.read_config(model_dir)
     tp = parallel_state.get_tensor_model_parallel_world_size()
     shards.check_tensor_parallel(config, tp)
+    shards.check_pipeline_parallel(config, parallel_state.get_pipeline_model_parallel_world_size())
     longest = config.max_position_embeddings
     if not 1 <= (max_sequence_length or longest) <= longest:
         raise ValueError(f"max_sequence_length is {max_sequence_length}, this model allows 1 to {longest}")
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.embd = None  # both stages with tied embeddings read them: Megatron need not send them, by way of CUDA
+    megatron_config = _transformer_config(config, tp, dtype, sequence_parallel, token_dispatcher)
     model = GPTModel(
-        config=_transformer_config(config, tp, dtype, sequence_parallel, token_dispatcher),
-        transformer_layer_spec=_block_spec(config),
+        config=megatron_config,
+        transformer_layer_spec=_block_spec(config, get_num_layers_to_build(megatron_config)),
         vocab_size=shards.padded_vocab_size(config, tp),
         max_sequence_length=max_sequence_length or longest,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        pg_collection=groups,
         share_embeddings_and_output_weights=config.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=config.rope_parameters["rope_theta"],
@@ -148,6 +166,8 @@ def _share() -> shards.Share:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_expert_model_parallel_rank(),
         parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
     )
 
 
@@ -169,6 +189,7 @@ def _transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tp,
+        **_stage_options(config),
         sequence_parallel=sequence_parallel and tp > 1,  # with one rank there is nothing to split
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -188,6 +209,16 @@ def _transformer_config(
     return made
 
 
+def _stage_options(config) -> dict[str, int]:
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    of_stages = shards.layers_of_stages(config.num_hidden_layers, stages)
+    options = {"pipeline_model_parallel_size": stages}
+    if len(set(of_stages)) > 1:
+        options["num_layers_in_first_pipeline_stage"] = of_stages[0]
+        options["num_layers_in_last_pipeline_stage"] = of_stages[-1]
+    return options
+
+
 def _mixture_options(config, token_dispatcher: str) -> dict[str, object]:
     return {
         "num_moe_experts": config.num_local_experts,
@@ -204,7 +235,7 @@ def _mixture_options(config, token_dispatcher: str) -> dict[str, object]:
     }
 
 
-def _block_spec(config) -> TransformerBlockSubmodules:
+def _block_spec(config, layers: int) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(getattr(config, "num_local_experts", None), normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -212,4 +243,4 @@ def _block_spec(config) -> TransformerBlockSubmodules:
     if shards.is_mixture(config):
         # Saved under its own name, as with Transformer Engine: only a dense MLP has this norm in its first linear.
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_hidden_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

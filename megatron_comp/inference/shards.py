@@ -21,12 +21,14 @@ class Piece(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Which part of every split tensor a rank owns, and which of the experts."""
+    """Which part of every split tensor a rank owns, which of the experts, and which stage's layers."""
 
     rank: int
     tp: int
     expert_rank: int = 0
     ep: int = 1
+    stage: int = 0
+    stages: int = 1
 
     def of(self, size: int) -> tuple[int, int]:
         """Its rows or columns of `size`, first and last (exclusive)."""
@@ -34,6 +36,12 @@ class Share(NamedTuple):
 
     def experts(self, count: int) -> range:
         return range(count * self.expert_rank // self.ep, count * (self.expert_rank + 1) // self.ep)
+
+    def layers(self, count: int) -> range:
+        """Of the whole model's, numbered from 0."""
+        of_stages = layers_of_stages(count, self.stages)
+        first = sum(of_stages[: self.stage])
+        return range(first, first + of_stages[self.stage])
 
 
 WHOLE = Share(0, 1)
@@ -67,6 +75,27 @@ def _split_problem(config, tp: int) -> str | None:
     return None
 
 
+def check_pipeline_parallel(config, stages: int) -> None:
+    """Raises ValueError if there are more stages than layers."""
+    if not 1 <= stages <= config.num_hidden_layers:
+        raise ValueError(f"pipeline_parallel is {stages}, but this model has {config.num_hidden_layers} layers")
+
+
+def layers_of_stages(layers: int, stages: int) -> list[int]:
+    """How many layers each stage has: as many in all stages but the first and the last, as Megatron wants it.
+
+    These two have fewer if layers do not divide evenly, the last one fewest: they also embed and predict. 30 layers in
+    4 stages are 7, 8, 8 and 7.
+    """
+    if layers % stages == 0:
+        return [layers // stages] * stages
+    between = -(-layers // stages)
+    if layers - (stages - 2) * between < 2:  # nothing would be left for one of the two
+        between -= 1
+    rest = layers - (stages - 2) * between
+    return [rest - rest // 2, *[between] * (stages - 2), rest // 2]
+
+
 def padded_vocab_size(config, tp: int) -> int:
     """The vocabulary rounded up to a multiple of `tp`."""
     return -(-config.vocab_size // tp) * tp
@@ -74,6 +103,8 @@ def padded_vocab_size(config, tp: int) -> int:
 
 def plan(config, share: Share, fused_experts: bool = False) -> dict[str, list[Piece]]:
     """The parameters of Megatron's GPTModel on one rank, each as pieces to stack along dim 0.
+
+    A stage numbers its layers from 0. Tied embeddings are read by the first stage and by the last.
 
     A parameter with fewer rows in its pieces than it has itself ends in zeros (the padded vocabulary).
     fused_experts: the checkpoint has all experts of a layer in one tensor.
@@ -89,9 +120,10 @@ def plan(config, share: Share, fused_experts: bool = False) -> dict[str, list[Pi
         rows = min(start, config.vocab_size), min(stop, config.vocab_size)
         return [Piece(name, (config.vocab_size, hidden), rows, (0, hidden))] if rows[0] < rows[1] else []
 
-    parameters = {"embedding.word_embeddings.weight": vocabulary("model.embed_tokens.weight")}
-    for layer in range(config.num_hidden_layers):
-        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+    is_first, is_last = share.stage == 0, share.stage == share.stages - 1
+    parameters = {"embedding.word_embeddings.weight": vocabulary("model.embed_tokens.weight")} if is_first else {}
+    for place, layer in enumerate(share.layers(config.num_hidden_layers)):
+        ours, theirs = f"decoder.layers.{place}.", f"model.layers.{layer}."
         parameters |= {
             ours + "input_layernorm.weight": vector(theirs + "input_layernorm.weight"),
             ours + "self_attention.linear_qkv.weight": _fused_qkv(config, theirs + "self_attn.", share),
@@ -102,9 +134,11 @@ def plan(config, share: Share, fused_experts: bool = False) -> dict[str, list[Pi
         }
         mlp = _mixture if is_mixture(config) else _mlp
         parameters |= mlp(config, ours + "mlp.", theirs, share, fused_experts)
-    parameters["decoder.final_layernorm.weight"] = vector("model.norm.weight")
-    if not config.tie_word_embeddings:
-        parameters["output_layer.weight"] = vocabulary("lm_head.weight")
+    if is_last:
+        parameters["decoder.final_layernorm.weight"] = vector("model.norm.weight")
+    if is_last and not (config.tie_word_embeddings and is_first):
+        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        parameters["output_layer.weight"] = vocabulary(head)
     return parameters
 
 

@@ -87,7 +87,7 @@ def bits_per_second(rate: str) -> float | None:
 
 
 def burst_bytes(rate: float) -> int:
-    """What a link of that many bits a second lets through at once, after it has been idle.
+    """What a link of that many bits per second lets through at once, after it has been idle.
 
     tbf refills its bucket by a timer: with 64 KB a link of 1 Gbit/s gave 200 Mbit/s, with 256 KB all of it; so from
     there on it holds what the link carries in 2 ms.

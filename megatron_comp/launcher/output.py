@@ -132,7 +132,7 @@ def write_json(path: str | None, config: dict, rows: list[dict]) -> None:
 
 
 def write_csv(path: str | None, rows: list[dict]) -> None:
-    """A line a row, under one of the rows' keys, if a path is given; None is an empty field."""
+    """One line per row, under one of the rows' keys, if a path is given; None is an empty field."""
     if path is None:
         return
     with files.replacing(path) as partial, open(partial, "w", newline="") as file:

@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 from contextlib import suppress
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,32 +19,55 @@ logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
 
-def compare_ranks(places: list, policy: CompressionPolicy, problem: str | None) -> dict:
-    """By group, the names of its ranks' machines.
+class _Said(NamedTuple):
+    """What a rank tells the others of its group. predicted: digest of its predictors and of what they compute there."""
 
-    Raises on every rank if one of them found a problem, or if they do not all have one policy and version.
+    version: str
+    digest: str
+    predicted: str
+    policy: str
+    problem: str | None
+    host: str
+    has_levels: bool
+
+
+def compare_ranks(places: list, policy: CompressionPolicy, problem: str | None, predicted: str = "") -> dict:
+    """By group, the names of its ranks' machines. predicted: see `_Said`.
+
+    Raises on every rank if one of them found a problem, or if they do not all have one policy, version and digest.
     """
-    said, heard = (__version__, policy.digest(), str(policy), problem, socket.gethostname(), policy.has_levels), {}
+    said = _Said(__version__, policy.digest(), predicted, str(policy), problem, socket.gethostname(), policy.has_levels)
+    heard: dict = {}
     # Every gather comes before any error, or other groups would wait for the ranks that left.
     for group in dict.fromkeys(place.group for place in places):
         everyone = [said] * group.size()
         if group.size() > 1:
             dist.all_gather_object(everyone, said, group=group)
         heard[group] = everyone
-    by_level = any(has_levels for everyone in heard.values() for *_, has_levels in everyone)
+    by_level = any(each.has_levels for everyone in heard.values() for each in everyone)
     if problem:
         _refuse(problem, by_level)
-    for everyone in heard.values():
-        for rank, (*what, its_problem, _, _) in enumerate(everyone):
-            if its_problem:
-                _refuse(f"rank {rank}: {its_problem}", by_level)
-            if what[:2] != list(everyone[0][:2]):
-                _refuse(
-                    "compression differs between tensor-parallel ranks: "
-                    + "; ".join(f"rank {r}: version {everyone[r][0]}, policy {everyone[r][2]}" for r in (0, rank)),
-                    by_level,
-                )
-    return {group: [host for *_, host, _ in everyone] for group, everyone in heard.items()}
+    for first, *others in heard.values():
+        for rank, each in enumerate(others, start=1):
+            if difference := _difference(first, rank, each, policy):
+                _refuse(difference, by_level)
+    return {group: [each.host for each in everyone] for group, everyone in heard.items()}
+
+
+def _difference(first: _Said, rank: int, said: _Said, policy: CompressionPolicy) -> str | None:
+    """Why a rank cannot go on with what rank 0 said."""
+    for number, each in ((0, first), (rank, said)):
+        if each.problem:
+            return f"rank {number}: {each.problem}"
+    if (said.version, said.digest) != (first.version, first.digest):
+        both = (f"rank {n}: version {each.version}, policy {each.policy}" for n, each in ((0, first), (rank, said)))
+        return "compression differs between tensor-parallel ranks: " + "; ".join(both)
+    if said.predicted != first.predicted:
+        return (
+            f"policy: predictor: {policy.predictor} predicts other bits on rank {rank} than on rank 0: their files "
+            "differ, or their devices or libraries round products otherwise"
+        )
+    return None
 
 
 def _refuse(problem: str, by_level: bool) -> NoReturn:

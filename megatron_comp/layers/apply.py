@@ -19,12 +19,13 @@ from ..wire.traffic import flat_across, step_codecs
 from . import logits
 from .agreement import agree_on_calibration, compare_ranks, connect_islands, say_once
 from .compressed_layer import can_overlap, compress_layer, restore_layer
-from .meter import ModelStats
+from .meter import ModelStats, SiteStats
 from .not_recognised import find_not_recognised, find_without_policy, shortened
-from .places import Place, find_places, reducers, restore
+from .places import Place, find_places, numbered_layers, reducers, restore
 from .plans import Plans
+from .predictor import Predictors
 from .reducer import Phase, Reducer
-from .sync_drop import check_block, dropped_blocks
+from .sync_drop import check_block, dropped_blocks, problem_of
 from .versions import check_megatron
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def apply_compression(
     Prefill and decode are told apart by the inference context that the language model inside of `model`, or else
     `model` itself, is called with.
 
-    `min_bytes: auto` and `algorithm: auto` go by what rank 0 of each group finds and all its ranks take: the file that
+    `min_bytes: auto` and `algorithm: auto` use rank 0's calibration, on every rank of its group: the file that
     MEGATRON_COMP_CALIBRATION names (`assumed`: none), else the one that `megatron-comp calibrate` left for such a
     group, else an assumed link. Which it was is logged.
 
@@ -59,15 +60,22 @@ def apply_compression(
     allow_training: let gradients pass compressed reductions in training mode.
 
     Raises ValueError, before anything is changed, where the policy asks for what this model does not have or cannot do,
-    if a calibration file is none or of another number of ranks, and on every rank if policies or package versions
-    differ between ranks; RuntimeError for a Megatron-Core that is too old. After any other error the model is stock.
+    if a calibration file is not valid or was measured with another number of ranks, and on every rank if policies or
+    package versions differ between ranks; RuntimeError for a Megatron-Core that is too old. After any other error the
+    model is stock.
     """
     check_megatron()
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"apply_compression takes one module, not {type(model).__name__}; call it for each model chunk")
     policy = CompressionPolicy.of(policy)
     places = list(find_places(model))
-    hosts = compare_ranks(places, policy, _problem(model, places, policy))
+    problem, predictors = _problem(model, places, policy), None
+    if policy.predictor and problem is None:
+        try:
+            predictors = _read_predictors(model, places, policy.predictor, allow_training)
+        except (OSError, ValueError) as error:
+            problem = f"policy: predictor: {error}"
+    hosts = compare_ranks(places, policy, problem, predictors.digest if predictors else "")
     machines = {group: len(set(names)) for group, names in hosts.items()}
     calibration = agree_on_calibration(machines, policy, _captures_graphs(places[0].module.config))
     topologies = connect_islands(hosts, policy)
@@ -77,15 +85,22 @@ def apply_compression(
 
     phase = Phase()
     plans = {group: Plans(policy, known, topologies.get(group)) for group, known in calibration.items()}
+    predicted_sites = predictors.sites if predictors else {}
+    predicted_layers = {layer for layer, _ in predicted_sites}
     try:
         for place in places:
-            how = {"timing": timing, "allow_training": allow_training, "plans": plans[place.group]}
-            place.attach(Reducer(policy, place.layer, place.site, place.group, phase, **how))
+            at = policy, place.layer, place.site, place.group, phase
+            predictor = predicted_sites.get((place.layer, place.site))
+            its_plans = plans[place.group]
+            place.attach(
+                Reducer(*at, timing=timing, allow_training=allow_training, plans=its_plans, predictor=predictor)
+            )
         if policy.logits is not None:
             _gather_candidates(model, policy.logits, phase, timing)
         dropped = dropped_blocks(model, policy)
+        predicted = {layer for layer, number in numbered_layers(model) if number in predicted_layers}
         for layer in model.modules():
-            if layer in dropped or can_overlap(layer):
+            if layer in dropped or layer in predicted or can_overlap(layer):
                 compress_layer(layer)
         _note_phases(model, phase)
     except BaseException:
@@ -117,10 +132,16 @@ def stats(model: torch.nn.Module) -> ModelStats:
     Where the policy says how logits are gathered they are a site too, `logits`. Sums that are not counted, since no
     policy reaches them or nobody gave one, are named.
     """
-    found = list(reducers(model))
-    links = dict.fromkeys(each.plans.calibration.source for each in found if each.plans.policy.predicts)
-    sites = [deepcopy(each.meter.stats) for each in (*found, *logits.gathers(model))]
-    return ModelStats(sites, "; ".join(links), find_not_recognised(model), find_without_policy(model))
+    plans = [reducer.plans for reducer in reducers(model)]
+    links = dict.fromkeys(each.calibration.source for each in plans if each.policy.predicts)
+    return ModelStats(
+        deepcopy(counters(model)), "; ".join(links), find_not_recognised(model), find_without_policy(model)
+    )
+
+
+def counters(model: torch.nn.Module) -> list[SiteStats]:
+    """What `stats` copies, as it goes on counting: sums in model order, then gathers of logits."""
+    return [each.meter.stats for each in reducers(model)] + [each.meter.stats for each in logits.gathers(model)]
 
 
 def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> str | None:
@@ -136,6 +157,20 @@ def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) ->
     except ValueError as error:
         return str(error)
     return None
+
+
+def _read_predictors(model: torch.nn.Module, places: list, path: str | Path, allow_training: bool) -> Predictors:
+    """Raises OSError or ValueError for a file that is not of this model, or a model whose sums are not predicted."""
+    if allow_training:
+        raise ValueError("predicted sums are for inference; leave out allow_training=True")
+    group, config = places[0].group, places[0].module.config
+    read = Predictors(path, group.rank(), group.size(), next(model.parameters()), config.hidden_size)
+    if unknown := [layer for layer in read.layers if layer >= config.num_layers]:
+        raise ValueError(f"{path} has layer {unknown[0]}; the model has layers 0 to {config.num_layers - 1}")
+    for layer, number in numbered_layers(model):
+        if number in read.layers and (problem := problem_of(layer)):
+            raise ValueError(f"layer {number}: its sums cannot be predicted: {problem}")
+    return read
 
 
 def _refuse_captured_graphs(model: torch.nn.Module) -> None:

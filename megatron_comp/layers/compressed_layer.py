@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformer layers that have their two sums in hand: they overlap them with the MLP, or leave attention's out.
+"""Transformer layers that have their two sums in hand: they overlap them with the MLP, leave attention's out, or send
+of both only what the other ranks cannot predict.
 
 Overlap (prefill). All that follows attention in a layer treats every token alone. So rows go in parts, through both
 sums:
@@ -13,11 +14,15 @@ The layer waits for a part of each sum, not for both of them. What travels is wh
 products of fewer rows may round otherwise where a BLAS chooses the order of its additions by shape.
 
 Dropped sums: `sync_drop.py` says what they are. Here attention's partial sum is kept, and joins the MLP's.
+
+Predicted sums: `predictor.py` says what they are. A rank takes its own prediction off what it sends, and adds that of
+all ranks to what it gets. Where attention's sum is dropped, it adds the other ranks' predictions to its partial sum.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from megatron.core.tensor_parallel import RowParallelLinear
@@ -28,6 +33,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from ..wire import exchange
+from .predictor import Known
 from .reducer import Reducer, SumInParts
 from .row_parallel import part_rows, send_parts
 
@@ -60,33 +66,47 @@ def _forward(layer: TransformerLayer, may_overlap: bool, /, *args, **kwargs):
     proj, fc2 = layer.self_attention.linear_proj, layer.mlp.linear_fc2
     attention_reducer, mlp_reducer = proj.reducer, fc2.reducer
     drops, overlaps = attention_reducer.drops, may_overlap and _overlaps_now(layer)
-    if not (drops or overlaps):
+    predicts = attention_reducer.predictor or mlp_reducer.predictor
+    if not (drops or overlaps or predicts):
         return type(layer).forward(layer, *args, **kwargs)
-    sum_product, attention_bda, mlp_bda = getattr(proj, "_forward_impl", None), layer.self_attn_bda, layer.mlp_bda
+    attention_bda, mlp_bda = layer.self_attn_bda, layer.mlp_bda
+    known: Known | None = None  # of attention's sum
     on_the_wire: SumInParts | None = None  # attention's sum
-    own: torch.Tensor | None = None  # of a dropped sum: this rank's part of it, Y_i
-    residual: torch.Tensor | None = None  # what a sum on the wire, or the joined one, is added to: X, or X + b
+    residual: torch.Tensor | None = None  # what that is added to: X
+    # Of a dropped sum: this rank's part Y_i, without what is known of it, and X + b.
+    dropped: tuple[torch.Tensor, torch.Tensor] | None = None
     mlp_bias: torch.Tensor | None = None
 
-    def project(input: torch.Tensor, weight: torch.Tensor, **how) -> torch.Tensor:  # in place of proj._forward_impl
+    def forward_attention(hidden_states: torch.Tensor, *rest, **more):  # in place of layer._forward_attention
+        nonlocal known
+        if predict := attention_reducer.predictor_of(hidden_states):
+            known = predict(hidden_states)
+        return type(layer)._forward_attention(layer, hidden_states, *rest, **more)
+
+    # In place of proj._forward_impl, which is `sum_product`.
+    def project(sum_product: Callable, input: torch.Tensor, weight: torch.Tensor, **how) -> torch.Tensor:
         nonlocal on_the_wire
-        if len(rows := part_rows(proj, input)) == 1:
+        if len(rows := part_rows(proj, attention_reducer, input)) == 1:
             return sum_product(input, weight, **how)
-        on_the_wire = send_parts(proj, attention_reducer, rows, input, weight, **how)
+        on_the_wire = send_parts(proj, attention_reducer, rows, input, weight, known, **how)
         return on_the_wire.out
 
     def add_attention(training: bool, fused: bool):  # in place of layer.self_attn_bda
         def add(output_with_bias: tuple, x: torch.Tensor, prob: float) -> torch.Tensor:
-            nonlocal own, residual
+            nonlocal dropped, residual
             output, bias = output_with_bias
             if on_the_wire is not None:
                 residual = x  # added to each part as it arrives
                 return output
             if drops:
                 _drop(attention_reducer, output, training)
-                own = output.clone()  # Megatron adds in place
-                residual = x if bias is None else x + bias
-            return attention_bda(training, fused)(output_with_bias, x, prob)
+                own = output.clone() if known is None else output - known.own  # Megatron adds in place
+                dropped = own, x if bias is None else x + bias
+                output = output if known is None else own + known.total
+            elif attention_reducer.predictor:
+                output = attention_reducer(output if known is None else output - known.own, training=training)
+                output = output if known is None else output + known.total
+            return attention_bda(training, fused)((output, bias), x, prob)
 
         return add
 
@@ -101,27 +121,42 @@ def _forward(layer: TransformerLayer, may_overlap: bool, /, *args, **kwargs):
     def forward_mlp(hidden: torch.Tensor, *rest, **more) -> torch.Tensor:  # in place of layer._forward_mlp
         rows = mlp_reducer.part_rows(hidden.shape, hidden) if overlaps else [hidden.shape[:-1].numel()]
         joined_sum = mlp_reducer.begin(torch.empty_like(hidden)) if len(rows) > 1 else None
-        complete, there, end = _complete_rows(hidden, on_the_wire, residual), 0, 0
-        own_parts = _parts(own, rows) if drops else ()
+        complete, there, end = _complete_rows(hidden, on_the_wire, residual, known), 0, 0
+        own, base = dropped or (None, hidden)
+        own_parts = () if own is None else _parts(own, rows)
+        predict = None if drops else mlp_reducer.predictor_of(hidden)
+        totals = list(_parts(known.total, rows)) if drops and known else []
         for number, part in enumerate(_parts(hidden, rows)):
             end += rows[number]
             while there < end:
                 there = next(complete)
             partial_sum = type(layer)._forward_mlp(layer, part, *rest, **more)
-            if drops:
+            if own_parts:
                 partial_sum = own_parts[number] + partial_sum
+            elif predict:
+                known_part = predict(part)
+                partial_sum = partial_sum - known_part.own
+                totals.append(known_part.total)
             if joined_sum is not None:
                 joined_sum.push(partial_sum)
         sums = [mlp_reducer(partial_sum, training=layer.training)] if joined_sum is None else joined_sum
         add = mlp_bda(layer.training, layer.config.bias_dropout_fusion)
-        outputs = [
-            add((each.view_as(part), mlp_bias), part, layer.hidden_dropout)
-            for each, part in zip(sums, _parts(residual if drops else hidden, rows), strict=True)
-        ]
+        outputs = []
+        for each, part, total in zip_longest(sums, _parts(base, rows), totals):
+            each = each.view_as(part) if total is None else each.view_as(part) + total.view_as(part)
+            outputs.append(add((each, mlp_bias), part, layer.hidden_dropout))
         return outputs[0] if len(rows) == 1 else torch.cat(outputs).view(hidden.shape)
 
-    in_proj = {"reducer": None} if drops else {"_forward_impl": project}
-    in_layer = {"self_attn_bda": add_attention, "mlp_bda": keep_partial_sum, "_forward_mlp": forward_mlp}
+    # Without its reducer the linear returns its partial sum, which is summed, or kept, above.
+    in_proj: dict[str, object] = {"reducer": None} if drops or attention_reducer.predictor else {}
+    if overlaps and not drops:
+        in_proj["_forward_impl"] = partial(project, proj._forward_impl)
+    in_layer = {
+        "_forward_attention": forward_attention,
+        "self_attn_bda": add_attention,
+        "mlp_bda": keep_partial_sum,
+        "_forward_mlp": forward_mlp,
+    }
     with _replaced(proj, **in_proj), _replaced(fc2, reducer=None), _replaced(layer, **in_layer):
         return type(layer).forward(layer, *args, **kwargs)
 
@@ -146,12 +181,14 @@ def _parts(x: torch.Tensor, rows: list[int]) -> Sequence[torch.Tensor]:
 
 
 def _complete_rows(
-    hidden: torch.Tensor, on_the_wire: SumInParts | None, residual: torch.Tensor | None
+    hidden: torch.Tensor, on_the_wire: SumInParts | None, residual: torch.Tensor | None, known: Known | None
 ) -> Iterator[int]:
     """How many rows of `hidden` are complete, each time that more are: sums that arrive there, plus the residual."""
     end = 0
     for part in on_the_wire or ():
         start, end = end, end + len(part)
+        if known is not None:
+            part += known.total.reshape(-1, part.shape[-1])[start:end]
         part += residual.reshape(-1, part.shape[-1])[start:end]
         yield end
     yield hidden.shape[:-1].numel()

@@ -12,6 +12,8 @@ import signal
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import torch
 from megatron.core import parallel_state
@@ -20,8 +22,7 @@ from megatron.core.models.common.vision_module.vision_module import VisionModule
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 
 from ..policy import CompressionPolicy
-from .apply import apply_compression, stats
-from .logits import gathers
+from .apply import apply_compression, counters, stats
 from .meter import ModelStats
 from .not_recognised import find_not_recognised, find_sums, shortened
 from .places import find_places, numbered_layers, reducers
@@ -51,7 +52,8 @@ class Hook:
         for base in (LanguageModule, VisionModule, MultimodalProjector):
             self._watch_all(base)
 
-    def _watch_all(self, base: type) -> None:
+    # Classes are patched here, which no type checker follows: hence Any.
+    def _watch_all(self, base: Any) -> None:
         def watched_from_birth(cls, **kwargs) -> None:
             super(base, cls).__init_subclass__(**kwargs)
             self._watch(cls)
@@ -60,7 +62,7 @@ class Hook:
         for cls in _with_subclasses(base):
             self._watch(cls)
 
-    def _watch(self, cls: type) -> None:
+    def _watch(self, cls: Any) -> None:
         if "__init__" not in cls.__dict__:
             return
         init = cls.__init__
@@ -88,18 +90,17 @@ class Hook:
         places = list(find_places(model))
         if not places:
             if any(numbered_layers(model)):
-                sums = shortened(find_not_recognised(model)) or "no row-parallel linear at all"
+                has = shortened(find_not_recognised(model)) or "no row-parallel linear at all"
                 self._unknown = (
                     f"{type(model).__name__} was built, but none of its sums is recognised: nothing was compressed. It "
-                    f"has {sums}"
+                    f"has {has}"
                 )
             else:
                 self._only_an_end |= model.config.pipeline_model_parallel_size > 1
             return
         apply_compression(model, self.policy)
         name, found = type(model).__name__, list(reducers(model))
-        counters = ModelStats([each.meter.stats for each in (*found, *gathers(model))])  # as they go on counting
-        self._models.append((name, weakref.ref(model), counters))
+        self._models.append((name, weakref.ref(model), ModelStats(counters(model))))
         compressed = sum(bool(reducer.codecs) for reducer in found)
         link = f"; {stats(model).link}" if stats(model).link else ""
         self._say(f"{name}: {compressed} of {len(places)} sums have a codec, policy {self.policy}{link}")
@@ -113,9 +114,9 @@ class Hook:
             return self._unknown
         if not self._models and not self._only_an_end:
             return "no Megatron language model was built in this process: nothing was compressed"
-        for name, reference, counters in self._models:
+        for name, reference, counted in self._models:
             model = reference()
-            self._say(f"{name}: {counters if model is None else stats(model)}")
+            self._say(f"{name}: {counted if model is None else stats(model)}")
         return None
 
     def report_before_the_process_ends(self) -> None:
@@ -126,7 +127,7 @@ class Hook:
         """
         leave = os._exit
 
-        def report_and_leave(status: int) -> None:
+        def report_and_leave(status: int) -> NoReturn:
             self.report()
             leave(status)
 
@@ -155,7 +156,8 @@ def _speaks_for_its_stage() -> bool:
     return parallel_state.get_tensor_model_parallel_rank() == replica == 0
 
 
-def _with_subclasses(cls: type):
+def _with_subclasses(cls: type) -> Iterator[type]:
     yield cls
-    for subclass in cls.__subclasses__():
+    subclasses: list[type] = cls.__subclasses__()
+    for subclass in subclasses:
         yield from _with_subclasses(subclass)

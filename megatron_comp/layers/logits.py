@@ -116,7 +116,7 @@ def gathers(model: torch.nn.Module) -> Iterator[LogitsGather]:
     return (vars(module)["logits_gather"] for module in model.modules() if "logits_gather" in vars(module))
 
 
-def output_layers(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, int | None]]:
+def output_layers(model: torch.nn.Module) -> Iterator[tuple[ColumnParallelLinear, int | None]]:
     """A model's layers of logits, each with the size of the vocabulary without padding where the model tells it."""
     for module in model.modules():
         if (layer := getattr(module, "output_layer", None)) is not None:

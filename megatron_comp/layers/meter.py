@@ -30,9 +30,14 @@ class Traffic:
         return 8 * self.message_bytes / self.values if self.values else 0.0
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        counts = (getattr(self, name) + getattr(other, name) for name in Traffic.__slots__[:-1])
         timed = [each.seconds for each in (self, other) if each.seconds is not None]
-        return Traffic(*counts, sum(timed) if timed else None)
+        return Traffic(
+            self.calls + other.calls,
+            self.values + other.values,
+            self.message_bytes + other.message_bytes,
+            self.received_bytes + other.received_bytes,
+            sum(timed) if timed else None,
+        )
 
 
 @dataclass(slots=True)
@@ -100,7 +105,9 @@ class ModelStats:
 
     def table(self) -> str:
         """A line for each layer and site, for people: what it did, in how many calls, and what it received."""
-        lines = [("layer", "site", "compressed", "uncompressed", "bits per value", "bytes received", "seconds")]
+        lines: list[tuple[str, ...]] = [
+            ("layer", "site", "compressed", "uncompressed", "bits per value", "bytes received", "seconds")
+        ]
         lines += [site.line() for site in self.sites]
         columns = []
         for heading, *cells in zip(*lines):

@@ -12,14 +12,18 @@ import torch
 from megatron.core.transformer.moe import shared_experts
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+    MoETokenDispatcher,
+)
 
 from ..wire.codec import CodecPair, parse_codec
 from .mappings import copy_to_tensor_model_parallel_region
 from .reducer import Reducer
 
 
-class _CompressedDispatcher:
+class _CompressedDispatcher(MoETokenDispatcher):
     """What both dispatchers share. The reducer's group: the ranks that hold partial sums of the same tokens.
 
     tokens_stay: without sequence and expert parallelism every rank holds all tokens. The stock dispatchers nevertheless
@@ -50,6 +54,11 @@ class CompressedAllGatherDispatcher(_CompressedDispatcher, MoEAllGatherTokenDisp
 
 
 class CompressedAlltoAllDispatcher(_CompressedDispatcher, MoEAlltoAllTokenDispatcher):
+    # Megatron's, changed here for the time of a call.
+    tp_size: int
+    ep_size: int
+    shared_experts: SharedExpertMLP | None
+
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.tokens_stay:
             return super().combine_preprocess(hidden_states)

@@ -58,7 +58,8 @@ def _sums(module: torch.nn.Module) -> bool:
         return False  # compressed by a call for a part of the model; or alone
     if isinstance(module, RowParallelLinear):
         return not module.explicit_expert_comm  # which says that somebody else reduces
-    return getattr(module, "parallel_mode", None) == "row" or _calls_a_reduction(type(module))
+    cls: type = type(module)
+    return getattr(module, "parallel_mode", None) == "row" or _calls_a_reduction(cls)
 
 
 def _ranks(module: torch.nn.Module) -> int:

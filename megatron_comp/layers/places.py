@@ -6,6 +6,7 @@ A place can say what it cannot do (`check`) and take a reducer (`attach`); `rest
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -19,6 +20,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from . import moe, row_parallel, transformer_engine
 from .reducer import Reducer
+
+if TYPE_CHECKING:
+    from megatron.core.extensions.transformer_engine import TERowParallelLinear
 
 Group = torch.distributed.ProcessGroup
 
@@ -53,6 +57,8 @@ class Place:
 class LinearPlace(Place):
     """A row-parallel linear that reduces its own output."""
 
+    module: RowParallelLinear
+
     @property
     def group(self) -> Group:
         return self.module.tp_group
@@ -66,6 +72,8 @@ class LinearPlace(Place):
 
 class TELinearPlace(Place):
     """The same, of Transformer Engine's."""
+
+    module: "TERowParallelLinear"
 
     @property
     def group(self) -> Group:
@@ -83,6 +91,8 @@ class TELinearPlace(Place):
 
 class ExpertsPlace(Place):
     """The token dispatcher of a mixture-of-experts layer."""
+
+    module: BaseMoELayer
 
     @property
     def group(self) -> Group:
@@ -107,6 +117,8 @@ class SharedExpertsPlace(Place):
 
     Those that the dispatcher runs beside its own communication do, and Megatron's fused ones, which are not known here.
     """
+
+    module: SharedExpertMLP
 
     @property
     def group(self) -> Group:

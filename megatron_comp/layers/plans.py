@@ -9,6 +9,7 @@ import torch
 from ..policy import DROP, CompressionPolicy
 from ..wire import exchange
 from ..wire.calibration import Calibration
+from ..wire.codec import one_codec
 from ..wire.cost import choose_algorithm, choose_chunks, choose_parts, choose_scatter
 from ..wire.plan import SumPlan, plan_all_reduce, plan_reduce_scatter
 from ..wire.topology import Topology
@@ -89,19 +90,21 @@ class Plans:
             ring = ring_bytes(nbytes, ranks, passes=1 if scatter else 2)
             return Choice(None, None, decision.reason, shape.numel(), nbytes, ring)
         of_bytes = exchange.chunk_bytes(device.type) or self.calibration.chunk_bytes
-        how = shape, decision.codec, ranks
         if scatter:
-            way = choose_scatter(*how, decision.algorithm, self.calibration, islands)
+            one = shape, one_codec(decision.codec, "reduce_scatter"), ranks
+            way = choose_scatter(*one, decision.algorithm, self.calibration, islands)
             topology = self.topology if way == "hierarchical_scatter" else None
-            plan = plan_reduce_scatter(*how, group.rank(), splits, of_bytes, topology, itemsize)
+            plan = plan_reduce_scatter(*one, group.rank(), splits, of_bytes, topology, itemsize)
             return Choice(plan, None, "", plan.values, plan.message_bytes, plan.received_bytes, plan.algorithm)
+        how = shape, decision.codec, ranks
         algorithm = choose_algorithm(*how, decision.algorithm, self.calibration, islands)
         chunks = choose_chunks(*how, algorithm, self.calibration, of_bytes, islands)
         parts = choose_parts(*how, algorithm, self.calibration, device, islands)
         shared = *how, group.rank(), algorithm
-        raw = {"topology": self.topology, "itemsize": itemsize}
-        plan = plan_all_reduce(*shared, chunks, **raw)
-        in_parts = plan_all_reduce(*shared, parts, **raw) if parts > 1 else None
+        plan = plan_all_reduce(*shared, chunks, topology=self.topology, itemsize=itemsize)
+        in_parts = None
+        if parts > 1:
+            in_parts = plan_all_reduce(*shared, parts, topology=self.topology, itemsize=itemsize)
         if in_parts is not None and len(in_parts.chunks) == 1:
             in_parts = None
         return Choice(plan, in_parts, "", plan.values, plan.message_bytes, plan.received_bytes, plan.algorithm)

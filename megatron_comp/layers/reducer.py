@@ -18,6 +18,7 @@ from .compiled import register
 from .mappings import sum_by_plan
 from .meter import UNTIMED, Meter
 from .plans import Choice, Plans
+from .predictor import SitePredictor
 
 Group = torch.distributed.ProcessGroup
 
@@ -36,6 +37,7 @@ class Reducer:
     timing: the meter also takes seconds, for which every sum waits for the device.
     allow_training: let gradients through compressed sums in training mode (backward as Megatron's).
     plans: shared by all sums of a model over one group; without it the reducer has its own, which assume a link.
+    predictor: of this place's sum; only its layer's forward, which has the block's input, can use it.
     """
 
     def __init__(
@@ -49,10 +51,11 @@ class Reducer:
         timing: bool = False,
         allow_training: bool = False,
         plans: Plans | None = None,
+        predictor: SitePredictor | None = None,
     ) -> None:
         self.layer, self.site, self.group = layer, site, group
         self.phase, self.plans, self.allow_training = phase or Phase(), plans or Plans(policy, ASSUMED), allow_training
-        self.meter = Meter(layer, site, timing)
+        self.meter, self.predictor = Meter(layer, site, timing), predictor
         self.words = {phase: policy.word(layer, site, phase) for phase in PHASES}
         self.codecs = {policy.codec_name(layer, site, phase) for phase in PHASES} - {"none"}
         """Names of the codecs that this place compresses in, in one phase or another."""
@@ -100,6 +103,13 @@ class Reducer:
         """What a sum of this shape does; `like` has its type and device."""
         return self.plans.get(self.words[self.phase.name], torch.Size(shape), like, self.group, scatter, splits)
 
+    def predictor_of(self, x: torch.Tensor) -> SitePredictor | None:
+        """What predicts a sum of the shape of `x`, the block's input `[..., hidden]`; None where nothing does.
+
+        A sum that is neither compressed nor dropped needs no prediction: what travels is exact.
+        """
+        return self.predictor if self.predictor and (self.drops or self.choose(x.shape, x).plan) else None
+
     def part_rows(self, shape: Sequence[int], like: torch.Tensor) -> list[int]:
         """Rows of the parts in which a sum of this shape is computed and sent; a single part where it goes whole.
 
@@ -135,6 +145,7 @@ class SumInParts:
     """
 
     def __init__(self, out: torch.Tensor, choice: Choice, group: Group, meter: Meter) -> None:
+        assert choice.in_parts is not None, "this sum goes in one piece"
         self.out = out
         self._pending = PendingAllReduce(out, choice.in_parts, group)
         self._meter, self._traffic = meter, meter.record(choice, out.is_cuda)

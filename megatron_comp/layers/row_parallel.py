@@ -8,6 +8,7 @@ from megatron.core.tensor_parallel import RowParallelLinear
 
 from ..policy import CompressionPolicy
 from ..wire.codec import CodecPair, parse_codec
+from .predictor import Known
 from .reducer import Reducer, SumInParts
 
 # Megatron names the place of a linear by the buffer that Transformer Engine would use for it.
@@ -31,7 +32,7 @@ class CompressedRowParallelLinear(RowParallelLinear):
         super().__init__(*args, **kwargs)
         if policy is None:
             return
-        site = site or SITE_OF_BUFFER.get(kwargs.get("tp_comm_buffer_name"))
+        site = site or SITE_OF_BUFFER.get(kwargs.get("tp_comm_buffer_name", ""))
         if site is None:
             raise ValueError("CompressedRowParallelLinear cannot tell its place here: give site='attention' or 'mlp'")
         if self.config.num_moe_experts:
@@ -74,7 +75,7 @@ def _summed_product(linear: RowParallelLinear, input: torch.Tensor, weight: torc
     Without a reducer, as for the time in which the layer sums in its place, the partial sum.
     """
     reducer = linear.reducer
-    if reducer is not None and input.shape[0] > 1 and len(rows := part_rows(linear, input)) > 1:
+    if reducer is not None and input.shape[0] > 1 and len(rows := part_rows(linear, reducer, input)) > 1:
         return send_parts(linear, reducer, rows, input, weight, **how).wait()
     if torch.compiler.is_compiling():
         how["tp_group"] = linear.tp_group  # Megatron would look for it, and warn, which a compiler cannot follow
@@ -83,7 +84,7 @@ def _summed_product(linear: RowParallelLinear, input: torch.Tensor, weight: torc
     return partial if reducer is None else reducer(partial, linear.sequence_parallel, linear.training)
 
 
-def part_rows(linear: RowParallelLinear, input: torch.Tensor) -> list[int]:
+def part_rows(linear: RowParallelLinear, reducer: Reducer, input: torch.Tensor) -> list[int]:
     """Rows of the parts in which the linear computes and sends; a single part where it computes all at once.
 
     So it does under sequence parallelism, where every part would have rows of all ranks' slices, and where its forward
@@ -91,20 +92,28 @@ def part_rows(linear: RowParallelLinear, input: torch.Tensor) -> list[int]:
     """
     if linear.sequence_parallel or type(linear).forward is not RowParallelLinear.forward:
         return [input.shape[:-1].numel()]
-    return linear.reducer.part_rows((*input.shape[:-1], linear.output_size), input)
+    return reducer.part_rows((*input.shape[:-1], linear.output_size), input)
 
 
 def send_parts(
-    linear: RowParallelLinear, reducer: Reducer, rows: list[int], input: torch.Tensor, weight: torch.Tensor, **how
+    linear: RowParallelLinear,
+    reducer: Reducer,
+    rows: list[int],
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    known: Known | None = None,
+    **how,
 ) -> SumInParts:
-    """Multiplies the rows in parts, each of them on its way while the next is computed."""
+    """Multiplies the rows in parts, each of them on its way while the next is computed. known: what need not travel."""
     total = reducer.begin(input.new_empty(*input.shape[:-1], linear.output_size))
-    for part in input.reshape(-1, 1, input.shape[-1]).split(rows):
-        total.push(type(linear)._forward_impl(linear, part, weight, **how))
+    known_parts = known.split(rows) if known else [None] * len(rows)
+    for part, known_part in zip(input.reshape(-1, 1, input.shape[-1]).split(rows), known_parts, strict=True):
+        partial = type(linear)._forward_impl(linear, part, weight, **how)
+        total.push(partial if known_part is None else partial - known_part.own)
     return total
 
 
-def runs_forward_of(stock: type, linear: torch.nn.Module) -> bool:
+def runs_forward_of(stock: type, linear: object) -> bool:
     """Whether the linear's forward is that of Megatron's class `stock`, or ModelOpt's, which quantizes around it."""
     classes = type(linear).__mro__
     if stock not in classes:

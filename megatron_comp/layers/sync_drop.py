@@ -65,12 +65,13 @@ def dropped_blocks(model: torch.nn.Module, policy: CompressionPolicy) -> dict[to
 
 def check_block(layer: torch.nn.Module, number: int) -> None:
     """Raises ValueError, with the reason, for a layer that cannot do without attention's sum."""
-    problem = _problem(layer)
+    problem = problem_of(layer)
     if problem:
         raise ValueError(f"policy: layers: {number}: attention cannot be dropped: {problem}")
 
 
-def _problem(layer: torch.nn.Module) -> str | None:
+def problem_of(layer: torch.nn.Module) -> str | None:
+    """Why a layer cannot take its two sums into its own hands; None if it can."""
     if type(layer) not in (TransformerLayer, SyncDropLayer):
         return f"{type(layer).__name__} is no TransformerLayer of Megatron's"
     if isinstance(layer.mlp, BaseMoELayer):

@@ -14,11 +14,15 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from importlib import import_module
 from types import MethodType
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
 from .reducer import Reducer
 from .row_parallel import runs_forward_of
+
+if TYPE_CHECKING:
+    from megatron.core.extensions.transformer_engine import TERowParallelLinear
 
 # Flags under which a linear does not reduce where it can be replaced, and what they must be.
 OWN_REDUCTIONS = {
@@ -43,19 +47,19 @@ def stock_classes() -> tuple[type, ...]:
     return tuple(cls for cls in found if isinstance(cls, type))
 
 
-def reduces(module: torch.nn.Module) -> bool:
+def reduces(module: torch.nn.Module | None) -> "TypeGuard[TERowParallelLinear]":
     """Whether this is a row-parallel linear of Transformer Engine's that reduces its own output, or would if stock."""
     return isinstance(module, stock_classes()) and (module.parallel_mode == "row" or "reducer" in module.__dict__)
 
 
-def norms_its_sum(linear: torch.nn.Module) -> bool:
+def norms_its_sum(linear: "TERowParallelLinear") -> bool:
     """Whether the linear's forward ends in a norm of the sum."""
     return any(
         cls.__name__ == NORM_BEHIND_THE_SUM and runs_forward_of(cls, linear) for cls in type(linear).__mro__
     ) and isinstance(getattr(linear, "post_layernorm", None), torch.nn.Module)
 
 
-def check_te_linear(linear: torch.nn.Module) -> None:
+def check_te_linear(linear: "TERowParallelLinear") -> None:
     """Raises ValueError, with the flag to change, for a linear whose partial sums cannot be had."""
     config = linear.config
     if not norms_its_sum(linear) and not any(runs_forward_of(stock, linear) for stock in stock_classes()):
@@ -72,7 +76,7 @@ def check_te_linear(linear: torch.nn.Module) -> None:
         raise ValueError(f"weights of type {type(linear.weight).__name__} cannot be compressed: use unquantized ones")
 
 
-def attach(linear: torch.nn.Module, reducer: Reducer) -> None:
+def attach(linear: "TERowParallelLinear", reducer: Reducer) -> None:
     """Reduce through `reducer` from now on. Without a reducer, as long as it is None, the linear gives partial sums."""
     linear.parallel_mode, linear.reducer = None, reducer
     if norms_its_sum(linear):
@@ -84,7 +88,7 @@ def attach(linear: torch.nn.Module, reducer: Reducer) -> None:
         linear._matmul_reduce_scatter = MethodType(_multiply_and_sum, linear)
 
 
-def detach(linear: torch.nn.Module) -> None:
+def detach(linear: "TERowParallelLinear") -> None:
     """The stock linear again."""
     linear.reducer_hook.remove()
     linear.parallel_mode = "row"
@@ -92,23 +96,27 @@ def detach(linear: torch.nn.Module) -> None:
     linear.__dict__.pop("_matmul_reduce_scatter", None)
 
 
-def _sum_output(linear: torch.nn.Module, _inputs: tuple, output: tuple) -> tuple:
+def _sum_output(linear: "TERowParallelLinear", _inputs: tuple, output: tuple) -> tuple:
     if linear.reducer is None or (_multiplies_itself(linear) and not linear.training):
         return output
     total, bias = output
     return linear.reducer(total, linear.sequence_parallel, linear.training), bias
 
 
-def _sum_input(linear: torch.nn.Module, _norm: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+def _sum_input(
+    linear: "TERowParallelLinear", _norm: torch.nn.Module, inputs: tuple[torch.Tensor]
+) -> tuple[torch.Tensor]:
     return (linear.reducer(inputs[0], linear.sequence_parallel, linear.training),)
 
 
-def _multiplies_itself(linear: torch.nn.Module) -> bool:
+def _multiplies_itself(linear: "TERowParallelLinear") -> bool:
     """Whether this is an InferenceRowParallelLinear; in training mode it runs Transformer Engine's forward."""
     return hasattr(type(linear), "_matmul_reduce_scatter")
 
 
-def _multiply_and_sum(linear: torch.nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+def _multiply_and_sum(
+    linear: "TERowParallelLinear", x: torch.Tensor, residual: torch.Tensor | None = None
+) -> torch.Tensor:
     """In place of the linear's own method, which does what stays uncompressed: over NVLink in its own way."""
     reducer = linear.reducer
     choice = reducer.choose((*x.shape[:-1], linear.weight.size(0)), x, scatter=True)
@@ -118,7 +126,7 @@ def _multiply_and_sum(linear: torch.nn.Module, x: torch.Tensor, residual: torch.
         return type(linear)._matmul_reduce_scatter(linear, x, residual)
 
 
-def _product(linear: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _product(linear: "TERowParallelLinear", x: torch.Tensor) -> torch.Tensor:
     """By Megatron's own function where it has one, which knows what weights may have been converted to."""
     from megatron.core.tensor_parallel import inference_layers
 

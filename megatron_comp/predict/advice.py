@@ -7,14 +7,22 @@ from functools import cache
 
 import torch
 
+from ..policy import CompressionPolicy
+from ..wire.calibration import Calibration
 from ..wire.codec import parse_codec
 from ..wire.traffic import step_codecs
 from .hardware import Gpu
 from .layouts import Layout
-from .times import Job
+from .times import Job, logits_bytes, logits_seconds
 
 # From here on compressing is worth what it costs in quality; below, the prediction may be all error.
 WORTH = 1.05
+
+# New tokens of the request that layouts are compared on.
+ANSWER = 100
+
+# Of each rank, in a policy that nobody has given.
+CANDIDATES = 8
 
 # KL to the uncompressed model in nats per token, of the conditions below: docs/results.md.
 QUALITY = {
@@ -95,6 +103,21 @@ def decode_advice(rows: Sequence[dict]) -> str:
     )
 
 
+def logits_advice(job: Job, decode_ms: float, policy: CompressionPolicy | None, known: Calibration) -> str:
+    """What the gather of logits takes of a decoded token, and what a policy's `logits` would make of it.
+
+    job: of decoding. decode_ms: of a token with stock sums. policy: whose `logits` is shown, if it has one.
+    """
+    few = (policy and policy.logits) or CANDIDATES
+    whole, less = CompressionPolicy(), CompressionPolicy(logits=few)
+    took, takes = (1e3 * logits_seconds(job, each, known) for each in (whole, less))
+    return (
+        f"Logits: each rank receives {logits_bytes(job, None) / 1e3:,.1f} kB of them per token, {took:.1f} of "
+        f"{decode_ms:.1f} ms; with `logits: {few}` in a policy (greedy decoding, and top-k up to {few}) "
+        f"{logits_bytes(job, few) / 1e3:,.1f} kB, {takes:.1f} ms."
+    )
+
+
 def best_of(rows: Sequence[dict], key: str) -> dict:
     """The recommended row, or the first, stock one, where no other gains 5 % over it."""
     best = recommended(rows, key)
@@ -102,29 +125,30 @@ def best_of(rows: Sequence[dict], key: str) -> dict:
 
 
 def layouts_advice(rows: Sequence[dict]) -> str:
-    """Which layout is fastest in either phase, and whether any of this needs compression."""
-    names = [*dict.fromkeys(row["layout"] for row in rows)]
-    fastest = {}
-    for key in ("ttft_ms", "decode_ms"):
-        of_layouts = [best_of([row for row in rows if row["layout"] == name], key) for name in names]
-        best = min(of_layouts, key=lambda row: row[key])
-        # The first layout is the one asked for: another must be worth the change.
-        fastest[key] = best if of_layouts[0][key] >= WORTH * best[key] else of_layouts[0]
-    prefill, decode = fastest["ttft_ms"], fastest["decode_ms"]
+    """The verdict on layouts: which is fastest for a whole request, which in either phase, and whether to compress."""
+    best = {}  # of each layout, the best row in either phase
+    for name in dict.fromkeys(row["layout"] for row in rows):
+        of_layout = [row for row in rows if row["layout"] == name]
+        best[name] = best_of(of_layout, "ttft_ms"), best_of(of_layout, "decode_ms")
+    request = {name: prefill["ttft_ms"] + ANSWER * decode["decode_ms"] for name, (prefill, decode) in best.items()}
+    # A layout must be worth the change from those before it: from the one asked for, and from a single machine.
+    name = next(name for name in request if request[name] <= WORTH * min(request.values()))
+    first, token = best[name]
+    prefill = min((pair[0] for pair in best.values()), key=lambda row: row["ttft_ms"])
+    decode = min((pair[1] for pair in best.values()), key=lambda row: row["decode_ms"])
     said = (
-        f"Fastest to the first token: {_named(prefill)}, {prefill['ttft_ms']:.0f} ms. "
-        f"Fastest per token: {_named(decode)}, {decode['decode_ms']:.1f} ms."
+        f"A prompt and {ANSWER} new tokens are fastest with {name}: {first['ttft_ms']:.0f} ms to the first token "
+        f"({_sums(first)}), {token['decode_ms']:.1f} ms per token ({_sums(token)}). Fastest to the first token: "
+        f"{prefill['layout']} ({_sums(prefill)}), {prefill['ttft_ms']:.0f} ms. Fastest per token: {decode['layout']} "
+        f"({_sums(decode)}), {decode['decode_ms']:.1f} ms."
     )
-    if prefill["codec"] == decode["codec"] == "none":
-        return f"Do not use this project here. {said} Neither compresses anything."
-    if prefill["layout"] != names[0] and decode["layout"] != names[0]:
-        return f"Do not spread tensor parallelism over machines here. {said}"
-    return said
+    if first["codec"] == token["codec"] == "none":
+        return f"Do not use this project here: the fastest layout compresses nothing. {said}"
+    return said if name == rows[0]["layout"] else f"Do not spread tensor parallelism over machines here. {said}"
 
 
-def _named(row: dict) -> str:
-    sums = "stock sums" if row["codec"] == "none" else f"{row['codec']} by {row['algorithm']}"
-    return f"{row['layout']} ({sums})"
+def _sums(row: dict) -> str:
+    return "stock sums" if row["codec"] == "none" else f"{row['codec']} by {row['algorithm']}"
 
 
 def best_rows(rows: Sequence[dict]) -> list[dict]:

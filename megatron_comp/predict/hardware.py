@@ -7,10 +7,13 @@ the systems that it is checked on, and says to which rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..launcher import network
-from ..wire.calibration import MARGIN, Calibration, CodecCost, Link
-from ..wire.codec import Codec
+
+if TYPE_CHECKING:
+    from ..wire.calibration import Calibration, Link
+    from ..wire.codec import Codec
 
 
 @dataclass(frozen=True)
@@ -102,17 +105,21 @@ class Shares:
     layer_us: float = 200.0
 
 
-def links_of(wire: Interconnect, ranks: int) -> dict[str, Link]:
+def links_of(wire: Interconnect, ranks: int) -> "dict[str, Link]":
     """A ring takes N - 1 hops a pass, a gather or an all-to-all as many."""
+    from ..wire.calibration import Link  # not for the tables alone, which a help text shows
+
     rate, hop = wire.gb_s * 1e9 * wire.reached, wire.hop_us * 1e-6 * (ranks - 1)
     links = {"all_reduce": Link(rate, 2 * hop)}
     return links | {name: Link(rate, hop) for name in ("reduce_scatter", "all_gather", "all_to_all")}
 
 
 def assumed_calibration(
-    gpu: Gpu, wire: Interconnect, shares: Shares, codecs: Sequence[Codec], ranks: int, itemsize: int = 2
-) -> Calibration:
+    gpu: Gpu, wire: Interconnect, shares: Shares, codecs: "Sequence[Codec]", ranks: int, itemsize: int = 2
+) -> "Calibration":
     """What sums are predicted from."""
+    from ..wire.calibration import MARGIN, Calibration, CodecCost
+
     memory = gpu.memory_gb_s * 1e9 * shares.codec
     costs = {}
     for codec in codecs:

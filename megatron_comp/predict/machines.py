@@ -73,10 +73,14 @@ class Machines:
         """Bytes per second that a machine receives."""
         return self.cards * self.link.gb_s * 1e9 * self.link.reached
 
+    def boundary(self, copies: int) -> Link:
+        """Of each of so many messages that go from a machine to another at once: no more than one card's rate."""
+        return Link(self.rate / max(copies, self.cards), self._start + self.rtt / 2)
+
     @property
-    def boundary(self) -> Link:
-        """Of one message from a machine to another, in parts over all cards."""
-        return Link(self.rate, self._start + self.rtt / 2)
+    def boundary_inside(self) -> Link:
+        """Of one message from a GPU to another of its machine."""
+        return Link(self.inside.gb_s * 1e9 * self.inside.reached, self.inside.hop_us * 1e-6)
 
     @property
     def _start(self) -> float:

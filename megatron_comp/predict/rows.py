@@ -41,7 +41,8 @@ def settings_of(names: Sequence[str], layout: Layout) -> list[Setting]:
 class Predictor:
     """Of a job; a layout gives its own number of ranks.
 
-    compute: seconds of a prefill's compute where that was measured, in place of a GPU; decoding is then unknown.
+    compute: seconds of a prefill's compute on the job's ranks where that was measured, in place of a GPU; decoding is
+    then unknown.
     """
 
     job: Job
@@ -49,14 +50,13 @@ class Predictor:
     compute: float | None = None
     machines: Machines | None = None
 
-    def compute_of(self, job: Job) -> float:
-        return self.compute or compute_seconds(job, self.gpu, Shares())
+    def compute_of(self, job: Job, chunks: int = 1) -> float:
+        return self.compute or compute_seconds(job, self.gpu, Shares(), chunks)
 
     def row(self, layout: Layout, setting: Setting) -> dict:
         """Times in milliseconds. Without speed-ups: `with_speedups` adds them."""
         job = replace(self.job, tp=layout.tp)
-        compute = self.compute_of(job)
-        seconds, made = layout.beside_compute(job, setting.policy, compute)
+        seconds, made = layout.seconds(job, setting.policy, self.compute_of(job, layout.chunks(job)))
         algorithm = setting.algorithm
         if algorithm == "policy":
             algorithm = "+".join(sorted(made.algorithms)) or "all_reduce"
@@ -66,9 +66,9 @@ class Predictor:
             "algorithm": algorithm,
             "rounds": _rounds(layout, setting),
             "bits_per_value": self._bits(setting),
-            "ttft_ms": (compute + seconds) * 1e3,
+            "ttft_ms": seconds * 1e3,
             "decode_ms": self._decode_ms(layout, setting),
-            "share_of_sums": made.seconds / (compute + seconds),
+            "share_of_sums": made.seconds / seconds,
             "mb_across": self._mb_across(layout, setting),
             "compressed": made.compressed,
             "kept": 2 * job.model.layers - made.compressed - made.dropped,
@@ -79,8 +79,7 @@ class Predictor:
         if self.gpu is None:
             return None
         job = replace(self.job, tp=layout.tp, phase="decode")
-        compute = self.compute_of(job)
-        return (compute + layout.beside_compute(job, setting.policy, compute)[0]) * 1e3
+        return layout.seconds(job, setting.policy, self.compute_of(job))[0] * 1e3
 
     def _mb_across(self, layout: Layout, setting: Setting) -> float | None:
         """Megabytes that a machine receives from the others in a prefill; None of a policy, and with sums dropped."""
@@ -88,7 +87,7 @@ class Predictor:
             return None
         job = self.job
         if layout.tp < self.machines.ranks:
-            return (job.nbytes if layout.stages > 1 else 0) / 1e6
+            return layout.copies * job.nbytes / 1e6
         codec = None if setting.codec == "none" else parse_codec(setting.codec)
         return (
             2 * job.model.layers * self.machines.bytes_across(job.shape, job.itemsize, codec, setting.algorithm) / 1e6

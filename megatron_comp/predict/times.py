@@ -52,9 +52,9 @@ class Job:
         return 2 * self.batch * self.tokens * self.model.kv_heads * self.model.head_dim * copies
 
 
-def compute_seconds(job: Job, gpu: Gpu, shares: Shares) -> float:
-    """Of everything but the sums, on one rank."""
-    model, rows, decodes = job.model, job.shape[0], job.phase == "decode"
+def compute_seconds(job: Job, gpu: Gpu, shares: Shares, chunks: int = 1) -> float:
+    """Of everything but the sums, on one rank. chunks: of the prompts, each of which reads all weights again."""
+    model, rows, decodes = job.model, job.shape[0] / chunks, job.phase == "decode"
     attention = (4 if decodes else 2) * rows * job.tokens * model.heads * model.head_dim
     touched, taken = max(model.experts, 1), max(model.active, 1)
     weights = model.attention_weights + min(touched, taken * rows) * model.mlp_weights
@@ -66,13 +66,28 @@ def compute_seconds(job: Job, gpu: Gpu, shares: Shares) -> float:
         shares,
     )
     head = model.hidden * model.vocab
-    return model.layers * max(layer, shares.layer_us * 1e-6) + _roofline(2 * job.batch * head, head, job, gpu, shares)
+    layers = chunks * model.layers * max(layer, shares.layer_us * 1e-6)
+    return layers + _roofline(2 * job.batch * head, head, job, gpu, shares)
 
 
 def _roofline(flops: float, values: float, job: Job, gpu: Gpu, shares: Shares) -> float:
     """values: that are read from memory."""
     work = flops / job.tp / (gpu.tflops * 1e12 * shares.compute)
     return max(work, values * job.itemsize / job.tp / (gpu.memory_gb_s * 1e9 * shares.memory))
+
+
+def logits_seconds(job: Job, policy: CompressionPolicy, calibration: Calibration) -> float:
+    """Of the gather of a decoded token's logits, as the policy's `logits` says."""
+    return calibration.links["all_gather"].seconds(logits_bytes(job, policy.logits)) if job.tp > 1 else 0.0
+
+
+def logits_bytes(job: Job, candidates: int | None) -> int:
+    """That each rank receives for a decoded token of each prompt: all logits of the others, or so many with their
+    indices where these are fewer bytes."""
+    of_rank = -(-job.model.vocab // job.tp) * job.itemsize
+    if candidates is not None:
+        of_rank = min(of_rank, candidates * (job.itemsize + 4))
+    return job.batch * (job.tp - 1) * of_rank
 
 
 @dataclass(frozen=True)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a policy does to the predictions of a model on a text."""
+"""What a policy does to the predictions of a model, on texts and on tasks."""

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..inference.generate import logits
+from ..inference import stages
+from ..inference.generate import logits, vocab_start
 from ..inference.weight_overrides import WeightOverrides
 from ..launcher.progress import progress
 from ..layers.apply import apply_compression, remove_compression, stats
@@ -41,10 +42,14 @@ class Trial:
 
 @dataclass(slots=True)
 class Judgement:
-    """One trial's way through the text: scored tokens, what its reductions sent, seconds of its forwards."""
+    """One trial's way through the text: scored tokens, what its reductions sent, seconds of its forwards.
+
+    Of a pipeline: the reductions of all stages, and the bytes that the rank received that received most.
+    """
 
     quality: Quality = field(default_factory=Quality)
     traffic: ModelStats = field(default_factory=lambda: ModelStats([]))
+    received_bytes: int = 0
     seconds: float = 0.0
 
     @property
@@ -62,9 +67,9 @@ class Judgement:
 
 
 class _Forward(NamedTuple):
-    """One forward of a window: what the model said, what its reductions sent, and seconds."""
+    """One forward of a window: what the last pipeline stage said, what this rank's reductions sent, and seconds."""
 
-    said: Prediction
+    said: Prediction | None
     traffic: ModelStats
     seconds: float
 
@@ -89,8 +94,7 @@ class Judge:
         self.model, self.windows, self.journal, self.overrides = model, windows, journal, overrides
         self.keep = keep
         self._kept: dict[int, _Forward] = {}
-        embedding = model.embedding.word_embeddings
-        self._vocab_start, self._group = embedding.vocab_start_index, embedding.tp_group
+        self._vocab_start, self._group = vocab_start(model), model.tp_group
 
     @property
     def tokens(self) -> int:
@@ -122,6 +126,9 @@ class Judge:
             remove_compression(self.model)
             if self.overrides:
                 self.overrides.use()
+        for each in (base, *judged):
+            each.quality = stages.from_last(self.model, each.quality)
+            each.traffic, each.received_bytes = stages.stats_of_all(self.model, each.traffic, self.windows.numel())
         return [base, *judged]
 
     def point(self, trial: Trial, **labels: object) -> dict:
@@ -136,7 +143,7 @@ class Judge:
                 "nll": judged.nll,
                 "base_nll": base.nll,
                 "top1_agreement": judged.top1_agreement,
-                "received_bytes": judged.traffic.received_bytes,
+                "received_bytes": judged.received_bytes,
             }
             # A label may replace what cannot be measured.
             self.journal.keep(POINTS, {key: {"name": trial.name, **measured, **labels}})
@@ -162,13 +169,15 @@ class Judge:
         trial.apply(self.model)
         wait_for_device()
         start = time.perf_counter()
-        out = logits(self.model, window[None])[0, :-1]
+        out = logits(self.model, window[None])
         wait_for_device()
         seconds = time.perf_counter() - start
-        return _Forward(Prediction.of(out, self._vocab_start, self._group), stats(self.model), seconds)
+        said = None if out is None else Prediction.of(out[0, :-1], self._vocab_start, self._group)
+        return _Forward(said, stats(self.model), seconds)
 
     def _add(self, judgement: Judgement, made: _Forward, reference: _Forward, window: torch.Tensor) -> None:
-        targets = window[1:].to(made.said.best.device)
-        judgement.quality.add(made.said, reference.said, targets, self._vocab_start, self._group)
+        if made.said is not None:
+            targets = window[1:].to(made.said.best.device)
+            judgement.quality.add(made.said, reference.said, targets, self._vocab_start, self._group)
         judgement.traffic.sites += made.traffic.sites
         judgement.seconds += made.seconds

@@ -75,10 +75,6 @@ class Quality:
         self.windows.append(torch.stack([-true, divergence, agrees, true.exp() - base_true.exp()]).cpu())
 
     @property
-    def tokens(self) -> int:
-        return sum(window.shape[1] for window in self.windows)
-
-    @property
     def nll(self) -> float:
         return self._of_tokens(0).mean().item()
 

@@ -41,13 +41,14 @@ TEXT_COLUMNS = {
 TASK_COLUMNS = ("uncompressed, %", "%", "change, points", "turned wrong", "turned right", "flips, %", "p", "lead, nats")
 
 
-def text(rows: Rows) -> Section:
-    """Figures of one text."""
+def text(rows: Rows, first: bool) -> Section:
+    """Figures of one text; of the first, also what they are."""
     columns = {key: column for key, column in TEXT_COLUMNS.items() if key in rows.rows[0]}
     table = [[row["codec"], *(spread(row, key, spec) for key, (_, spec) in columns.items())] for row in rows.rows]
     headings = ("setting", *(heading for heading, _ in columns.values()))
     about = ABOUT_TEXTS + (ABOUT_INTERVALS if "rms_probability_change" in columns else "")
-    return Section(f"Text: {rows.scored}", [Text(about), Table(headings, table, range(1, len(headings)))])
+    parts = [Text(about)] if first else []
+    return Section(f"Text: {rows.scored}", [*parts, Table(headings, table, range(1, len(headings)))])
 
 
 def tasks(compared: list[dict]) -> Section:

@@ -24,7 +24,7 @@ MOST_TIMES = 3  # columns of times in the first table
 def sections(inputs: Inputs, compared: list[dict], command: str, missing: Sequence[str]) -> list[Section]:
     """compared: rows of `compare`. command: that makes the page again. missing: what was not given, for the reader."""
     made = [_about(inputs), _glance(inputs, compared)]
-    made += [quality.text(rows) for rows in inputs.evaluate]
+    made += [quality.text(rows, first=rows is inputs.evaluate[0]) for rows in inputs.evaluate]
     if compared:
         made.append(quality.tasks(compared))
     texts = {rows.path: rows.rows for rows in inputs.evaluate}
@@ -72,16 +72,12 @@ def _versions(inputs: Inputs) -> list[dict]:
 def _glance(inputs: Inputs, compared: list[dict]) -> Section:
     """A row for each setting, of everything that was measured of it."""
     columns: dict[str, dict[str, str]] = {}
-    for rows in inputs.evaluate[:1]:
+    for rows in inputs.evaluate[:1]:  # others have sections of their own
         columns["algorithm"] = {row["codec"]: row["algorithm"] for row in rows.rows}
         columns["bits per value"] = {row["codec"]: said(row, "bits_per_value", ".2f") for row in rows.rows}
         columns["MB received per rank"] = {row["codec"]: megabytes(row) for row in rows.rows}
-    for rows in inputs.evaluate:
-        of_text = f", {rows.name}" if len(inputs.evaluate) > 1 else ""
-        columns[f"perplexity{of_text}"] = {
-            r["codec"]: said(r, "perplexity_increase_pct", "+.2f", " %") for r in rows.rows
-        }
-        columns[f"KL{of_text}"] = {row["codec"]: said(row, "kl", ".4f") for row in rows.rows}
+        columns["perplexity"] = {r["codec"]: said(r, "perplexity_increase_pct", "+.2f", " %") for r in rows.rows}
+        columns["KL"] = {row["codec"]: said(row, "kl", ".4f") for row in rows.rows}
     rows = together(compared, "acc")
     columns["answers that flip"] = {row["setting"]: f"{100 * row['flips']:.1f} %" for row in rows}
     columns["accuracy, points"] = {row["setting"]: f"{100 * row['accuracy_change']:+.1f}" for row in rows}

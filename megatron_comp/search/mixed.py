@@ -3,8 +3,8 @@
 
 from .bound import Bound
 from .candidates import PRESETS, bits_per_value, items, policy_of, uniform
+from .found import Found
 from .measurements import Measurements
-from .results import Found
 from .solve import Choice, Frontier
 from .tune import tune
 

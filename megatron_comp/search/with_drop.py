@@ -18,8 +18,8 @@ from ..policy import DROP, CompressionPolicy
 from ..spd.blocks import layers_that_drop
 from .bound import Bound
 from .candidates import PRESETS, policy_of_names, uniform
+from .found import Found
 from .measurements import Measurements
-from .results import Found
 from .solve import Choice, Frontier
 from .tune import total_cost, tune
 from .words import NS, Words

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of blocks' weights that take the place of a checkpoint's: read, and written block by block."""
 
-import argparse
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -13,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from .. import files
 from ..inference.hf import TENSOR_PARALLEL, check_extra, read_config
 from ..inference.weight_overrides import block_of
-from ..quality.origin import origin
 from .block import check_split
 from .blocks import check_blocks
 
@@ -52,16 +50,17 @@ class WeightsFile:
         _replace(self.path, self.tensors, metadata)
 
 
-def begin(args: argparse.Namespace, blocks: list[int], how: dict) -> tuple[object, WeightsFile, list[int]]:
+def begin(
+    model: str, ranks: int, out: str, blocks: Collection[int], how: dict
+) -> tuple[object, WeightsFile, list[int]]:
     """What a step that writes weights starts from: the model's config, the file, and the blocks that are not in it.
 
-    how: besides model and text. Raises ValueError for blocks that the model does not have, and what `check_split` and
-    `WeightsFile` raise.
+    Raises ValueError for blocks that the model does not have, and what `check_split` and `WeightsFile` raise.
     """
-    config = read_config(args.model)
-    check_split(config, args.ranks)
+    config = read_config(model)
+    check_split(config, ranks)
     check_blocks(blocks, config)
-    file = WeightsFile(args.out, args.ranks, {**origin(args), **how})
+    file = WeightsFile(out, ranks, how)
     return config, file, [block for block in blocks if block not in file]
 
 

@@ -27,11 +27,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
-from ..files import cache_folder, read_yaml, shown, write_text
+from ..files import cache_folder, shown, write_text
+from ..yaml_files import read_yaml
 from . import exchange
 from .codec import Codec
 
@@ -95,7 +97,7 @@ class Calibration:
     links: Mapping[str, Link] = field(default_factory=lambda: dict.fromkeys(LINKS, ASSUMED_LINK))
     codecs: Mapping[str, CodecCost] = field(default_factory=dict)
     margin: float = MARGIN
-    measured: Mapping[str, object] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
     """When, where and in what; empty: nothing was."""
     source: str = "assumed: 25 Gbit/s, 50 us a phase, codecs not counted"
     hidden: float = 1.0
@@ -114,7 +116,7 @@ class Calibration:
 
     @property
     def device(self) -> torch.device:
-        """That was measured; a GPU where nothing was."""
+        """Of the calibration; cuda if nothing was measured."""
         return torch.device(self.measured.get("device", "cuda"))
 
     @property
@@ -292,7 +294,7 @@ def _link(where: str, value: object) -> Link:
     names = ("bytes_per_s", "latency_s")
     numbers = {key: _number(f"{where}: {key}", number) for key, number in _mapping(where, words, names).items()}
     if not numbers["bytes_per_s"]:
-        raise ValueError(f"{where}: bytes_per_s: a link of 0 bytes a second")
+        raise ValueError(f"{where}: bytes_per_s: a link of 0 bytes per second")
     return Link(**numbers, points=points)
 
 
@@ -305,6 +307,7 @@ def _number(where: str, value: object) -> float:
     if isinstance(value, str):  # YAML takes 1e-5, without a point, for text
         with suppress(ValueError):
             value = float(value)
-    if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:  # NaN is neither
-        raise ValueError(f"{where}: {shown(value)} is not a number >= 0")
-    return float(value)
+    # bool is a kind of int, and NaN is neither at least 0 nor at most anything.
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max:
+        return float(value)
+    raise ValueError(f"{where}: {shown(value)} is not a number >= 0")

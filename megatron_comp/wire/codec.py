@@ -186,6 +186,13 @@ def parse_codec(text: str) -> Codec | CodecPair:
     return CodecPair(Codec.parse(first.strip()), Codec.parse(second.strip())) if arrow else Codec.parse(first.strip())
 
 
+def one_codec(codec: Codec | CodecPair, algorithm: str) -> Codec:
+    """The codec of an algorithm with one phase. Raises ValueError for two codecs."""
+    if isinstance(codec, CodecPair):
+        raise ValueError(f"{algorithm} has one phase and takes one codec, not {codec}")
+    return codec
+
+
 def _check_encodes(x: torch.Tensor) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"a codec encodes {', '.join(map(str, DTYPES))}, not {x.dtype}")

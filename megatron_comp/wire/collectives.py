@@ -16,12 +16,13 @@ decoded. Rows share no blocks and every element is summed in rank order, so bits
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
 
 from . import exchange
-from .codec import Codec, CodecPair, parse_codec
+from .codec import Codec, CodecPair, one_codec, parse_codec
 from .cost import choose_scatter
 from .hierarchical import NEAR, Steps, hierarchical_scatter, hierarchical_sum
 from .plan import SCATTERS, Chunk, SumPlan, plan_all_reduce, plan_reduce_scatter
@@ -168,9 +169,7 @@ def reduce_scatter(
     if codec == "none":
         rows, rank = scatter_rows(x.shape, _ranks(group), splits), dist.get_rank(group)
         return _uncompressed(x, slice(sum(rows[:rank]), sum(rows[: rank + 1])), group, async_op)
-    codec = parse_codec(codec) if isinstance(codec, str) else codec
-    if isinstance(codec, CodecPair):
-        raise ValueError(f"reduce_scatter has one phase and takes one codec, not {codec}")
+    codec = one_codec(parse_codec(codec) if isinstance(codec, str) else codec, "reduce_scatter")
     splits = None if splits is None else tuple(splits)
     of_bytes = exchange.chunk_bytes(x.device.type)
     ranks = _ranks(group)
@@ -195,6 +194,18 @@ def _uncompressed(
     pending = PendingSum(total[rows])
     pending.start(steps())
     return pending if async_op else pending.wait()
+
+
+@overload
+def run(
+    plan: SumPlan, x: torch.Tensor, group: dist.ProcessGroup | None, async_op: Literal[False] = False
+) -> torch.Tensor: ...
+
+
+@overload
+def run(
+    plan: SumPlan, x: torch.Tensor, group: dist.ProcessGroup | None, async_op: bool
+) -> torch.Tensor | PendingSum: ...
 
 
 def run(

@@ -31,14 +31,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from . import exchange
+from .algorithms import ALGORITHMS, FLAT
 from .calibration import ASSUMED, Calibration, CodecCost, Link
-from .codec import Codec, CodecPair
+from .codec import Codec, CodecPair, one_codec
 from .topology import Islands
 from .traffic import flat_across, received_bytes, ring_bytes, share_slots, slice_rows, step_codecs, two_step_bytes
-
-# Of which all ranks take the same part.
-FLAT = ("gather_sum", "two_step")
-ALGORITHMS = ("auto", *FLAT, "hierarchical")
 
 
 def choose_algorithm(
@@ -55,8 +52,8 @@ def choose_algorithm(
     chooses.
     """
     _check(algorithm)
-    if isinstance(codec, CodecPair) and algorithm == "gather_sum":
-        raise ValueError(f"gather_sum has one phase and takes one codec, not {codec}")
+    if algorithm == "gather_sum":
+        one_codec(codec, algorithm)
     two_levels = islands is not None and islands.have_two_levels
     if algorithm in FLAT or algorithm == "hierarchical" and two_levels:
         return algorithm
@@ -118,9 +115,10 @@ def pays(
         shape = (max(1, int(math.prod(shape[:-1]) / beyond)), shape[-1])
     stock = stock_seconds(math.prod(shape) * itemsize, ranks, calibration, scatter)
     if scatter:
-        way = choose_scatter(shape, codec, ranks, algorithm, calibration, islands)
+        one = one_codec(codec, "reduce_scatter")
+        way = choose_scatter(shape, one, ranks, algorithm, calibration, islands)
         of_levels = islands if way == "hierarchical_scatter" else None
-        return scatter_seconds(shape, codec, ranks, calibration, of_levels) * (1 + calibration.margin) < stock
+        return scatter_seconds(shape, one, ranks, calibration, of_levels) * (1 + calibration.margin) < stock
     algorithm = choose_algorithm(shape, codec, ranks, algorithm, calibration, islands)
     return sum_seconds(shape, codec, ranks, algorithm, calibration, islands) * (1 + calibration.margin) < stock
 
@@ -212,6 +210,7 @@ def wire_and_work(
 ) -> tuple[float, float]:
     """Seconds on the wire, and those of the codec, of a sum by a named algorithm in so many chunks."""
     if algorithm == "hierarchical":
+        assert islands is not None
         return _by_level(shape, codec, calibration, chunks, islands)
     values = math.prod(shape)
     first, second = (calibration.cost(each) for each in step_codecs(codec))
@@ -259,7 +258,8 @@ def scatter_seconds(
     islands: Islands | None = None,
 ) -> float:
     """Of a compressed reduce-scatter into equal shares: the flat one, or with `islands` the hierarchical one."""
-    values, cost = math.prod(shape), calibration.cost(codec)
+    values: float = math.prod(shape)
+    cost = calibration.cost(codec)
     nbytes = codec.message_bytes(shape)
     if islands is None:
         wire = calibration.links["all_to_all"].seconds((ranks - 1) / ranks * nbytes)

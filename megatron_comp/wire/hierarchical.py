@@ -12,6 +12,7 @@ whatever L is. All ranks decode the same messages in the same order, and end wit
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from .spans import span
 
 # A chunk under way: each `next` carries it to where its bytes are on the wire again, the last one to its sum. It yields
 # NEAR where that is its last exchange, and inside the island: soon over, and no use of the links between islands.
-Steps = Iterator[object]
+Steps = Iterator[Any]
 NEAR = object()
 
 

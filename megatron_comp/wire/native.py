@@ -220,11 +220,12 @@ def compiler() -> tuple[str, ...] | None:
 @lru_cache
 def _library() -> ctypes.CDLL:
     """Raises RuntimeError without a compiler, and what `c_library.load` raises."""
-    if compiler() is None:
+    command = compiler()
+    if command is None:
         raise RuntimeError(f"no C compiler for {SOURCE.name}: set CC or install one of {', '.join(COMPILERS)}")
-    loaded, pointer = c_library.load(SOURCE, compiler(), FLAGS), ctypes.c_void_p
-    messages = [pointer, ctypes.c_int64, ctypes.c_int]
-    slices = [pointer, ctypes.c_int]
+    loaded, pointer = c_library.load(SOURCE, command, FLAGS), ctypes.c_void_p
+    messages = pointer, ctypes.c_int64, ctypes.c_int
+    slices = pointer, ctypes.c_int
     loaded.sum_encode.argtypes = [*slices, pointer, ctypes.c_int, ctypes.c_int, pointer]
     loaded.decode_sum.argtypes = [pointer, *messages, pointer, ctypes.c_int]
     loaded.decode_slices.argtypes = [*slices, *messages, pointer, ctypes.c_int]

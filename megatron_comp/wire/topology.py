@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from typing import final
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,7 @@ class Islands:
         return tuple(island[place] for island in self.members)
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Topology:
     """The islands of a group, and this rank's place among them; made once for a group, by `connect`."""
@@ -134,10 +136,10 @@ def _sub_groups(group: Group | None, islands: Islands) -> tuple[tuple, ...]:
     """(ranks of the job, backend, seconds of timeout) of every sub-group of a group."""
     if not islands.have_two_levels:
         return ()
-    own = group or dist.group.WORLD
+    of_job = dist.get_process_group_ranks(group)
     named = [*islands.members, *map(islands.across, range(islands.shares))]
-    of_job = [tuple(dist.get_global_rank(own, rank) for rank in ranks) for ranks in named]
-    return tuple((ranks, dist.get_backend(own), _timeout(own)) for ranks in of_job)
+    backend, timeout = dist.get_backend(group), _timeout(group)
+    return tuple((tuple(of_job[rank] for rank in ranks), backend, timeout) for ranks in named)
 
 
 def _topology(group: Group | None, islands: Islands, subs: tuple[tuple, ...]) -> Topology:
@@ -156,9 +158,9 @@ def _made(world: Group, ranks: tuple[int, ...], backend: str, timeout: float | N
     return dist.new_group([*ranks], None if timeout is None else timedelta(seconds=timeout), backend)
 
 
-def _timeout(group: Group) -> float | None:
+def _timeout(group: Group | None) -> float | None:
     """Seconds after which the group gives up; None where its backend does not say."""
     device = torch.device("cpu" if dist.get_backend(group) == "gloo" else "cuda")
     with suppress(AttributeError, RuntimeError):
-        return group._get_backend(device).options._timeout.total_seconds()
+        return (group or dist.group.WORLD)._get_backend(device).options._timeout.total_seconds()
     return None

@@ -48,7 +48,8 @@ def ring_bytes(nbytes: int, ranks: int, passes: int = 2) -> int:
 def two_step_bytes(shape: Sequence[int], codec: Codec | CodecPair, ranks: int) -> tuple[int, int]:
     """What the rank with the longest slice receives in each of the two phases."""
     rows = (slice_rows(shape, ranks)[0], shape[-1])
-    return tuple((ranks - 1) * each.message_bytes(rows) for each in step_codecs(codec))
+    first, second = step_codecs(codec)
+    return (ranks - 1) * first.message_bytes(rows), (ranks - 1) * second.message_bytes(rows)
 
 
 def received_bytes(shape: Sequence[int], codec: Codec | CodecPair, ranks: int, algorithm: str, rank: int) -> int:

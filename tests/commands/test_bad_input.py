@@ -37,7 +37,7 @@ def tiny(tmp_path_factory):
         (["--model", "nowhere"], r"--model nowhere: no such folder"),
         (["--new-tokens", "0"], r"--new-tokens 0: at least one"),
         (["--max-new-tokens", "0"], r"--new-tokens 0: at least one"),
-        (["--min-bytes", "-1", "--codec", "mxfp4"], r"min_bytes: '-1' is neither 'auto' nor a number of bytes"),
+        (["--min-bytes", "-1", "--codec", "mxfp4"], r"min_bytes: -1 is neither 'auto' nor a number of bytes"),
         (["--min-bytes", "1e3", "--codec", "mxfp4"], r"min_bytes: '1e3' is neither"),
         (["--json", "nowhere/out.json"], r"--json nowhere/out.json: .*its folder does not exist"),
         (["--json", "."], r"--json \.: not a file"),

@@ -17,9 +17,10 @@ from network import need_network
 from ranks import run_ranks
 
 from megatron_comp import cli
-from megatron_comp.bench import links, sums
+from megatron_comp.bench import sums
 from megatron_comp.bench.circumstances import DTYPES
-from megatron_comp.commands import bench_collective
+from megatron_comp.bench.links import slowest as longest
+from megatron_comp.commands import bench_collective, links
 from megatron_comp.launcher import network
 from megatron_comp.wire.codec import Codec
 
@@ -147,7 +148,7 @@ def test_a_call_lasts_until_the_last_rank_is_done():
 
 
 def slowest(rank, _ranks):
-    return links.slowest([[[2.0, 1.0], [3.0, 4.0]], [[1.0, 5.0], [0.0, 0.0]]][rank], CPU)
+    return longest([[[2.0, 1.0], [3.0, 4.0]], [[1.0, 5.0], [0.0, 0.0]]][rank], CPU)
 
 
 def test_the_clock_starts_when_all_ranks_are_ready():
@@ -220,11 +221,33 @@ def test_one_link_after_another(monkeypatch, tmp_path):
     monkeypatch.setattr(links.ranks, "start", start)
     args = SimpleNamespace(link=["1gbit", "2gbit", "3gbit", "4gbit"], machines=None, rtt="0")
     reports = []
-    assert links.start(args, ["an argument"], 2, lambda *said: reports.append(said[1:])) == 4
+    assert links.start(args, ["an argument"], [links.Start(2)], lambda *said: reports.append(said[1:])) == 4
     assert started == [(2, f"{number}gbit", "an argument") for number in (1, 2, 3)]
     first, second = {"link": "1gbit", "ms": 1}, {"link": "2gbit", "ms": 2}
     assert [(list(rows), new) for rows, new, _ in reports] == [([first, second], [first]), ([first, second], [second])]
     assert [said[2] for said in reports] == [{"device": "this"}] * 2
+
+
+def test_several_starts_over_one_link(monkeypatch):
+    """Fewer ranks than fill the machines fill one after another."""
+    started = []
+
+    def start(count, command, its_network, **environment):
+        started.append((its_network.machines, command[-2:], its_network.environment[network.LINK]))
+        (file,) = environment.values()
+        Path(file).write_text(json.dumps({"rows": [], "circumstances": {}}))
+        return 0
+
+    monkeypatch.setattr(links.ranks, "start", start)
+    args = SimpleNamespace(link=["1gbit,2gbit"], machines=2, rtt="0")
+    starts = [links.Start(4), links.Start(3, ["--tp", "3"]), links.Start(2, ["--tp", "2"]), links.Start(1)]
+    assert links.start(args, ["its", "argument"], starts, lambda *_: None) == 0
+    assert started == [
+        ((2, 2), ["its", "argument"], "1gbit,2gbit"),
+        ((2, 1), ["--tp", "3"], "1gbit,2gbit"),
+        ((2,), ["--tp", "2"], "1gbit"),
+        ((1,), ["its", "argument"], "1gbit"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,10 @@ from ranks import run_ranks
 from safetensors.torch import save_file
 
 from megatron_comp import cli
-from megatron_comp.bench import links
-from megatron_comp.commands import bench_ttft, options
+from megatron_comp.commands import bench_ttft, links, setup
 from megatron_comp.policy import CompressionPolicy
 
-COLUMNS = ["policy", "algorithm", "tp", "link", "prompt_tokens", "dtype", "dropped", "ttft_ms"]
+COLUMNS = ["layout", "policy", "algorithm", "tp", "pp", "link", "prompt_tokens", "dtype", "dropped", "ttft_ms"]
 COLUMNS += ["p20_ms", "p80_ms", "speedup_vs_none", "speedup_low", "speedup_high", "bytes_per_rank"]
 DECODE = ["decode_ms", "decode_speedup", "decode_speedup_low", "decode_speedup_high"]
 LAYERS, HIDDEN = 3, 96
@@ -42,10 +41,10 @@ def measured(_rank, ranks, folder, tokens, runs, new_tokens):
 
     init_parallel(ranks)
     module.generate = watched
-    settings = [options.NONE]
+    settings = [setup.NONE]
     for algorithm in ("gather_sum", "two_step"):
-        settings.append(options.Setting(algorithm, CompressionPolicy(codec="mxfp4", algorithm=algorithm, min_bytes=0)))
-    settings.append(options.Setting("drop", replace(settings[1].policy, layers={0: {"attention": "drop"}, 1: "none"})))
+        settings.append(setup.Setting(algorithm, CompressionPolicy(codec="mxfp4", algorithm=algorithm, min_bytes=0)))
+    settings.append(setup.Setting("drop", replace(settings[1].policy, layers={0: {"attention": "drop"}, 1: "none"})))
     try:
         return bench_ttft.measure(build_model(folder), settings, tokens, runs, new_tokens), seen
     finally:
@@ -94,15 +93,18 @@ def test_command_with_policies(command, tmp_path):
     policies = [str(tmp_path / name) for name in ("four.yaml", "drop.yaml")]
     files = {"json": tmp_path / "rows.json", "csv": tmp_path / "rows.csv", "figure": tmp_path / "rows.png"}
     done = command(
-        *("bench", "ttft", "--model", folder, "--tp", 2, "--tokens", 8, "--runs", 1, "--dtype", "bfloat16"),
+        *("bench", "ttft", "--model", folder, "--tp", 2, "--tokens", 8, "--runs", 1, "--layout", "1x1"),
         *(f"--policy={policy}" for policy in policies),
         *(f"--{option}={file}" for option, file in files.items()),
         *("--weights", tmp_path / "w"),
     )
     assert done.returncode == 0, done.stderr
     content = json.loads(files["json"].read_text())
-    assert [row["policy"] for row in content["rows"]] == ["none", *policies]
-    assert [row["dropped"] for row in content["rows"]] == [0, 0, 1]
+    assert [row["policy"] for row in content["rows"]] == ["none", *policies, "none"]  # one rank compresses nothing
+    assert [row["layout"] for row in content["rows"]] == ["TP=2"] * 3 + ["TP=1"]
+    assert [row["dropped"] for row in content["rows"]] == [0, 0, 1, 0]
+    first, *_, alone = content["rows"]
+    assert alone["speedup_vs_first"] == first["ttft_ms"] / alone["ttft_ms"] and alone["bytes_per_rank"] == 0
     assert {row["dtype"] for row in content["rows"]} == {"bfloat16"}
     assert content["config"]["prompt_tokens"] == 8 and "threads" in content["config"]["device"]
     with files["csv"].open() as file:
@@ -121,6 +123,10 @@ def test_command_with_policies(command, tmp_path):
         (["--link", "1"], r"--link '1' is no rate of a link"),
         (["--codec", "mxfp5"], r"codec 'mxfp5' is neither a preset"),
         (["--policy", "nowhere.yaml"], r"nowhere.yaml"),
+        (["--layout", "2"], r"--layout 2: expected TPxPP, both at least 1, as in 2x2"),
+        (["--layout", "2x2"], r"--layout 2x2: more ranks than the 2 of --tp and --pp"),
+        (["--pp", "4"], r"pipeline_parallel is 4, but this model has 3 layers"),
+        (["--pp", "0"], r"--pp 0: at least one stage is needed"),
         (["--model", "nowhere"], r"--model nowhere: no such folder"),
     ],
 )

@@ -62,6 +62,22 @@ def characters(tmp_path_factory):
     return folder
 
 
+def test_stages_give_the_text_of_one_rank(command, tmp_path):
+    """Compression is counted over all stages; bytes are those of the last one's ranks, with the activations."""
+    folder, rows = character_llama(tmp_path / "model", num_hidden_layers=2), []
+    for tp, pp, *codec in ((1, 1), (2, 2, "--codec", "int8:8:fp32", "--algorithm", "gather_sum")):
+        size = ("--tp", tp, "--pp", pp, "--prompt", "hello", "--new-tokens", 3, "--json", tmp_path / "out.json")
+        done = command("generate", "--model", folder, *size, *codec)
+        assert done.returncode == 0, done.stderr
+        rows += json.loads((tmp_path / "out.json").read_text())["rows"]
+    one, both = rows
+    assert both["text"] == one["text"] and (both["tp"], both["pp"]) == (2, 2)
+    assert (both["compressed_calls"], both["kept_calls"]) == (2 * 2 * 3, 0)
+    message = 96 + 12 * 4  # a row of 96 values, a scale for 8 of them
+    assert both["prefill_bytes_per_rank"] == 5 * 96 * 4 + 2 * 5 * message
+    assert both["decode_bytes_per_rank"] == 2 * (96 * 4 + 2 * message)
+
+
 def short(model, prompt, *more):
     return ("generate", "--model", model, "--tp", 1, "--prompt", prompt, "--max-new-tokens", 2, *more)
 

@@ -4,34 +4,22 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from checkpoints import tiny_llama
+from locks import lock_held
 from searches import LENGTH
 
 from megatron_comp import cli
 from megatron_comp.commands import convert
 
-HOLDER = """
-import sys, time
-from megatron_comp import files
-with files.locked(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
 
 @pytest.fixture
 def held(tmp_path):
     """A path that another process is at work on."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "held"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    yield tmp_path / "held"
-    process.kill()
-    process.communicate()
+    with lock_held(tmp_path / "held"):
+        yield tmp_path / "held"
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`megatron-comp plan`: its arithmetic by hand, its advice and its messages."""
 
-import argparse
 import json
 from dataclasses import replace
 
@@ -228,8 +227,7 @@ def test_what_dropping_would_add(capsys, tmp_path):
 
 
 def test_a_link_alone_leaves_codecs_out():
-    args = argparse.Namespace(calibration=None, gpu=None, wire="100mbit")
-    known = calibration_of(args, [Codec.parse("mxfp4")], 3, 4)
+    known = calibration_of(None, None, "100mbit", [Codec.parse("mxfp4")], 3, 4)
     assert known.cost(Codec.parse("mxfp4")) == CodecCost() and known.links["all_gather"].bytes_per_s == 0.9 * 100e6 / 8
     assert known.links == assumed_calibration(EASY, wire_of("100mbit"), ALL, [], 3).links
 

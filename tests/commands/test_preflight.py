@@ -238,6 +238,14 @@ def test_left_over_variables(main, model, environment, message):
     )
 
 
+def test_stages(main, model):
+    line = main(*generate(model), "--pp", 3)
+    assert "pipeline_parallel is 3, but this model has 2 layers" in line
+    meeting = {"RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    line = main(*generate(model), "--pp", 2, WORLD_SIZE="2", **meeting)
+    assert "--tp is 2 and --pp 2, but the environment says WORLD_SIZE=2: start 4 ranks with torchrun" in line
+
+
 @pytest.mark.parametrize("option", ["--json", "--csv", "--figure", "--out"])
 @pytest.mark.parametrize("place", ["nowhere/file.svg", "/proc/file.svg", ".", "x" * 300])
 def test_outputs(main, model, sotu_text, tmp_path, option, place):
@@ -283,7 +291,7 @@ def test_figures_need_matplotlib(main, model, sotu_text, tmp_path, monkeypatch):
 
 
 def test_without_torch(source):
-    """All checks of environment, folder and text import neither torch nor transformers."""
+    """All checks of environment, folder and text import neither torch nor transformers, nor does the command before."""
     code = (
         "import sys; from argparse import Namespace; from megatron_comp.commands import preflight\n"
         "args = Namespace(model=sys.argv[1], tp=2, text=sys.argv[1] + '/tokenizer.json')\n"
@@ -294,3 +302,7 @@ def test_without_torch(source):
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code, source], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "[]", done.stderr
+    code = "import sys; sys.modules['torch'] = None; from megatron_comp import cli; sys.exit(cli.main(sys.argv[1:]))"
+    argv = [sys.executable, "-c", code, *map(str, generate(source, tp=10))]
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "tensor_parallel 10 does not divide 4 attention heads" in done.stderr, done.stderr

@@ -44,7 +44,7 @@ def test_policy_measures_as_promised(done, llama, text, command):
     assert chosen["name"] == f"mixed, {measured['bits_per_value']:.3f} bits"  # counted before it was measured
     assert float(chosen["kl"]) == pytest.approx(measured["kl"], rel=1e-6)
     assert 0.005 < measured["kl"] <= 0.01
-    assert f"{measured['bits_per_value']:.3f} bits a value, KL {measured['kl']:.5f}" in content
+    assert f"{measured['bits_per_value']:.3f} bits per value, KL {measured['kl']:.5f}" in content
 
 
 def test_predicts_what_is_measured(done):
@@ -106,6 +106,7 @@ def test_bound_out_of_reach(llama, text, tmp_path):
         (["--max-kl", "0.1", "--codec", "int4:32:fp16>mxfp8"], "candidates are single codecs"),
         (["--max-kl", "0.1", "--codec", "mxfp5"], "codec 'mxfp5' is neither a preset"),
         (["--max-kl", "0.1", "--context", "1"], "--context 1: allowed are 2 to --tokens"),
+        (["--max-kl", "0.1", "--min-bytes", "64q"], "policy: min_bytes: '64q' is neither 'auto' nor a number"),
         (["--max-kl", "0.1", "--out", "nowhere/policy.yaml"], "--out nowhere/policy.yaml: not a file"),
         (["--max-kl", "0.1", "--text", "nowhere.txt"], "--text nowhere.txt: no such file"),
         (["--max-kl", "0.1", "--link", "1gbit"], "--link is for --with-drop"),

@@ -276,7 +276,7 @@ def test_an_upcycled_model_is_the_dense_one(dense, mixtral_copy, mixtral_split, 
 
 def rounded(rank, world_size, folder, ids):
     from megatron_comp.commands.evaluate import evaluate
-    from megatron_comp.commands.options import Setting
+    from megatron_comp.commands.setup import Setting
     from megatron_comp.policy import CompressionPolicy
     from megatron_comp.quality.judge import Judge
 

@@ -14,7 +14,7 @@ from slurm import ROOT
 
 from megatron_comp import cli
 from megatron_comp.commands import bench_codec
-from megatron_comp.commands.options import shape
+from megatron_comp.commands.checks import shape
 from megatron_comp.wire.codec import Codec
 
 

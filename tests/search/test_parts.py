@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_comp.commands.search_report import policy_text
 from megatron_comp.policy import CompressionPolicy
 from megatron_comp.predict.models import Model
 from megatron_comp.predict.times import Job
@@ -15,7 +16,6 @@ from megatron_comp.search import solve, with_drop
 from megatron_comp.search.bound import Bound
 from megatron_comp.search.candidates import policy_of, policy_of_names, uniform
 from megatron_comp.search.plot import draw
-from megatron_comp.search.results import policy_text
 from megatron_comp.search.solve import Choice, Frontier
 from megatron_comp.search.tune import tune
 from megatron_comp.search.words import Words

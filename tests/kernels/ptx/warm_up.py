@@ -8,9 +8,11 @@ Prints `<kernels> kernels compiled before, <kernels> in sums` for each case, wit
 error. Kernels are compiled and loaded, not executed.
 """
 
+import itertools
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,19 +45,29 @@ def sum_of(algorithm, first, second, dtype, rows):
         gpu.decode_sum(messages, first, x[: rows[0]])
 
 
+def sum_by_level(first, second, dtype, rows):
+    """The launches of a hierarchical sum over two islands, `gather_sum` between them: `rows` of each rank's share."""
+    slots = torch.zeros(2 * len(rows), layout(first, rows[0], HIDDEN).nbytes, dtype=torch.uint8)
+    gpu.sum_encode(torch.zeros(len(rows), rows[0], HIDDEN, dtype=dtype), first, rows[:1], slots[0])
+    gpu.decode_slices(slots, first, rows, torch.zeros(sum(rows), HIDDEN, dtype=dtype), 2)
+
+
 def count_compiled(device: Device) -> None:
-    for algorithm in ALGORITHMS:
-        for pair in CODECS:
-            first, second = map(Format.parse, pair)
-            known = len(device.programs)
-            arguments = (first, second, torch.bfloat16, HIDDEN, RANKS, algorithm, CPU)
-            device.run(lambda arguments=arguments: backends.warm_up(*arguments), [], [], blocks=[])
-            warm = len(device.programs)
-            for rows in ((1, 1, 1), (7, 6, 6), (40, 40, 40)):
-                arguments = (algorithm, first, second, torch.bfloat16, rows)
-                device.run(lambda arguments=arguments: sum_of(*arguments), [], [], blocks=[])
-            later = len(device.programs) - warm
-            print(f"{algorithm} {'>'.join(pair)}: {warm - known} kernels compiled before, {later} in sums")
+    for algorithm, pair in itertools.product(ALGORITHMS, CODECS):
+        _count(device, f"{algorithm} {'>'.join(pair)}", pair, RANKS, algorithm, partial(sum_of, algorithm))
+    _count(device, "hierarchical mxfp4", CODECS[0], 2, "gather_sum", sum_by_level, mates=RANKS, shares=RANKS)
+
+
+def _count(device, name, pair, ranks, algorithm, launches, **level) -> None:
+    first, second = map(Format.parse, pair)
+    known = len(device.programs)
+    arguments = (first, second, torch.bfloat16, HIDDEN, ranks, algorithm, CPU)
+    device.run(lambda: backends.warm_up(*arguments, **level), [], [], blocks=[])
+    warm = len(device.programs)
+    for rows in ((1, 1, 1), (7, 6, 6), (40, 40, 40)):
+        device.run(lambda rows=rows: launches(first, second, torch.bfloat16, rows), [], [], blocks=[])
+    later = len(device.programs) - warm
+    print(f"{name}: {warm - known} kernels compiled before, {later} in sums")
 
 
 def without_compiler(folder: Path) -> None:

@@ -3,12 +3,15 @@
 
 import argparse
 
-from .subcommands import Subcommands
+from ..subcommands import Subcommands
 
 DESCRIPTION = "Measure how fast codecs, sums and models are here, each beside an uncompressed baseline of the same run."
+
+
 EPILOG = "Example: megatron-comp bench codec --codec mxfp4"
 
-BENCHES = Subcommands(
+
+SUBCOMMANDS = Subcommands(
     "bench",
     {
         "codec": ("bench_codec", "Times of encode, decode and sum on one device, beside a plain copy of the tensor."),
@@ -22,17 +25,4 @@ BENCHES = Subcommands(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    BENCHES.add_to(parser)
-
-
-def check(args: argparse.Namespace) -> None:
-    BENCHES.chosen(args).check(args)
-
-
-def start(args: argparse.Namespace, argv: list[str]) -> int:
-    """Of a bench with `--link`, where no ranks were started yet: runs `megatron-comp argv` on ranks of its own."""
-    return BENCHES.chosen(args).start(args, argv)
-
-
-def run(args: argparse.Namespace) -> None:
-    BENCHES.chosen(args).run(args)
+    SUBCOMMANDS.add_to(parser)

@@ -4,7 +4,6 @@
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +13,13 @@ from .. import files
 from ..launcher import output
 from ..policy import CompressionPolicy
 from ..quality.metrics import increase_pct, perplexity
+from ..search.found import Found
+from ..search.plot import draw
 from ..spd.blocks import dropped_blocks
-from .bound import Bound
-from .plot import draw
+from .setup import text_of
 
 if TYPE_CHECKING:
     from ..quality.judge import Judge
-    from .words import Words
 
 COLUMNS = {
     "name": ("policy", ""),
@@ -35,7 +34,7 @@ COLUMNS = {
 }
 
 
-# With drops, in the place of bits a value, which leave out what is not sent.
+# With drops, in the place of bits per value, which leave out what is not sent.
 DROP_COLUMNS = {
     "name": ("policy", ""),
     "kind": ("kind", ""),
@@ -46,21 +45,6 @@ DROP_COLUMNS = {
 } | {key: column for key, column in COLUMNS.items() if key not in ("name", "algorithm")}
 
 
-@dataclass(frozen=True)
-class Found:
-    """policy: to be written. point: what it measured. curves: by name, (cost, predicted KL) of the best trades.
-
-    Of a search with drops also: distilled: blocks that have those weights; words: what tells the time of a policy.
-    """
-
-    policy: CompressionPolicy
-    point: dict
-    bound: Bound
-    curves: Mapping[str, list[tuple[float, float]]] = field(default_factory=dict)
-    distilled: Sequence[int] = ()
-    words: "Words | None" = None
-
-
 def report(args: argparse.Namespace, found: Found, judge: "Judge", how: str) -> None:
     """Writes the files that were asked for, and prints every point that was measured.
 
@@ -69,8 +53,7 @@ def report(args: argparse.Namespace, found: Found, judge: "Judge", how: str) -> 
     rows, algorithm = [_row(point, found) for point in judge.points], found.policy.algorithm
     cost = "sums_ms" if found.words else "bits_per_value"
     order = sorted(rows, key=lambda row: (row[cost] is None, row[cost] or 0.0, row["kl"]))
-    where = f"{Path(args.text).name}, {args.tokens // args.context} windows of {args.context} tokens"
-    title = f"{Path(args.model).name}, TP={args.tp}, {algorithm}: {where}"
+    title = f"{Path(args.model).name}, TP={args.tp}, {algorithm}: {text_of(args)}"
     files.write_text(args.out, policy_text(found.policy, _header(args, found, judge.journal.settings, how)))
     output.show(f"search: {title}", DROP_COLUMNS if found.words else COLUMNS, order)
     output.write_csv(args.csv, order)
@@ -84,7 +67,7 @@ def report(args: argparse.Namespace, found: Found, judge: "Judge", how: str) -> 
 def _said(args: argparse.Namespace, found: Found) -> str:
     kl, bits = found.point["kl"], found.point["bits_per_value"]
     if not found.words:
-        return f"{found.bound}: {args.out} sends {bits:.3f} bits a value at KL {kl:.4f}"
+        return f"{found.bound}: {args.out} sends {bits:.3f} bits per value at KL {kl:.4f}"
     dropped, stock = dropped_blocks(found.policy), CompressionPolicy()
     # Of the measured policy: the written one's min_bytes may keep what gains nothing.
     ms, of_stock = (1e3 * found.words.seconds(policy) for policy in (_measured_policy(found.point), stock))
@@ -137,8 +120,8 @@ def _header(args: argparse.Namespace, found: Found, settings: dict, how: str) ->
         f"Found by {how}, {found.bound}",
         f"model {settings['model']}, TP={args.tp}, {settings['dtype']}; text {settings['text']}, "
         f"{args.tokens // args.context} windows of {args.context} tokens (digests: of config.json and of the text)",
-        f"measured there: {point['bits_per_value']:.3f} bits a value, KL {point['kl']:.5f} nats a token, perplexity "
-        f"{increase_pct(point['nll'], point['base_nll']):+.2f} %",
+        f"measured there: {point['bits_per_value']:.3f} bits per value, KL {point['kl']:.5f} nats per token, "
+        f"perplexity {increase_pct(point['nll'], point['base_nll']):+.2f} %",
         ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
     if found.distilled:

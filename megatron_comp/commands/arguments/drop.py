@@ -3,19 +3,22 @@
 
 import argparse
 
-from .subcommands import Subcommands
+from ..subcommands import Subcommands
 
 DESCRIPTION = """\
 Leave out the sum after attention in some blocks (sync-point drop, arXiv 2502.20727): `sensitivity` finds which blocks
 bear it, `distill` trains weights that make up for it, `group` helps where that is not enough, `curve` measures the
 result. `megatron-comp search --with-drop` then chooses blocks and codecs together.
 """
+
+
 EPILOG = """\
 Example:
   megatron-comp drop sensitivity --model llama --tp 2 --text calibration.txt --json sensitivity.json
 """
 
-STEPS = Subcommands(
+
+SUBCOMMANDS = Subcommands(
     "step",
     {
         "sensitivity": (
@@ -30,12 +33,4 @@ STEPS = Subcommands(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    STEPS.add_to(parser)
-
-
-def check(args: argparse.Namespace) -> None:
-    STEPS.chosen(args).check(args)
-
-
-def run(args: argparse.Namespace) -> None:
-    STEPS.chosen(args).run(args)
+    SUBCOMMANDS.add_to(parser)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp predictor fit`: predictors of a model's sums."""
+
+import argparse
+
+from .. import options
+from . import drop_options
+
+DESCRIPTION = """\
+Find, for each sum of a Llama, which part of it follows from the block's input: least squares of low rank on a
+calibration text. Each predictor is checked on the last windows of the text, which the regression does not see; one that
+leaves more than --most-left of a sum's energy is not written. This runs in one process: the model's layers pass through
+memory one by one, with the activations of the whole text. Every finished layer is written; after an interruption the
+same command goes on behind the last one.
+"""
+EPILOG = """\
+Example:
+  megatron-comp predictor fit --model llama --tp 4 --text calibration.txt --out llama-tp4.predictor.safetensors
+
+A policy uses the file with `predictor: llama-tp4.predictor.safetensors`. Judge it by `megatron-comp evaluate --policy`,
+on a text of another kind.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser, drop_options.MODEL)
+    options.add_tp(parser, "ranks", "Number of tensor-parallel ranks that the predictors are for.")
+    options.add_text(parser, 16384, drop_options.CALIBRATION_TEXT)
+    add = parser.add_argument
+    add(
+        "--rank",
+        type=int,
+        default=64,
+        metavar="K",
+        help="Values per token that predict a sum (default 64). Prefill pays 3 x K x hidden multiplications for each.",
+    )
+    add(
+        "--most-left",
+        type=float,
+        default=0.95,
+        metavar="SHARE",
+        help="Write a predictor only if at most this share of its sum's energy is left (default 0.95).",
+    )
+    add(
+        "--unseen", type=float, default=0.2, metavar="SHARE", help="Share of the windows that only check (default 0.2)."
+    )
+    add("--out", required=True, metavar="FILE", help="The safetensors file to write the predictors to.")
+    options.add_json(parser)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp predictor fit`: predictors of a model's sums."""
+
+import argparse
+
+from ..launcher import output
+from ..launcher.progress import progress
+from . import checks, drop_options
+
+COLUMNS = {
+    "block": ("layer", "d"),
+    "attention_left": ("attention: left", ".3f"),
+    "mlp_left": ("MLP: left", ".3f"),
+    "written": ("written", ""),
+}
+
+
+def check(args: argparse.Namespace) -> None:
+    drop_options.check(args, "out")
+    checks.at_least_one(args, "rank")
+    for option in ("most_left", "unseen"):
+        if not 0 < getattr(args, option) < 1:
+            raise ValueError(
+                f"--{option.replace('_', '-')} {getattr(args, option)}: allowed are numbers above 0 and below 1"
+            )
+    if args.tokens // args.context < 2:
+        raise ValueError(f"--tokens {args.tokens}: at least two windows of --context {args.context} are needed")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..inference.hf import read_config
+    from ..layers.predictor import PARTS, name
+    from ..spd.regression import fit_block
+
+    check(args)
+    config = read_config(args.model)
+    if args.rank > config.hidden_size:
+        raise ValueError(f"--rank {args.rank}: the model has {config.hidden_size} values per token")
+    layers = range(config.num_hidden_layers)
+    unseen = max(1, round(args.tokens // args.context * args.unseen))
+    how = {"rank": args.rank, "most_left": args.most_left, "unseen": args.unseen}
+    with drop_options.missing_blocks(args, layers, how) as (_config, file, missing):
+        for block, x, _, rope in progress(missing, "predictor fit", len(layers), initial=len(file.rows), unit="layer"):
+            found = fit_block(block, x, rope, args.ranks, args.rank, unseen)
+            kept = {site: each for site, each in found.items() if each.left <= args.most_left}
+            tensors = {
+                f"{name(block.number, site)}.{part}": getattr(each, part).bfloat16()
+                for site, each in kept.items()
+                for part in PARTS
+            }
+            left = {f"{site}_left": each.left for site, each in found.items()}
+            file.add(block.number, tensors, {"block": block.number, **left, "written": ", ".join(kept) or "none"})
+    rows = [file.rows[str(layer)] for layer in layers]
+    output.show(f"predictor fit: rank {args.rank}, TP={args.ranks}", COLUMNS, rows)
+    output.write_json(args.json, vars(args), rows)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of partial sums that every rank computes by itself from a block's input, so that they need not travel.
+
+All ranks hold the same input X of a block. With u = X / rms(X), token by token, rank r's partial sum is
+
+    Y_r = (u V) U_r + b_r + E_r             V [hidden, k], U_r [k, hidden], b_r [hidden]
+
+Every rank knows V and the sums of all U_r and all b_r, so only the residuals E_r are encoded and sent:
+
+    sum_r Y_r = (u V) (sum_r U_r) + sum_r b_r + sum_r E_r
+
+`megatron-comp predictor fit` finds V, U_r and b_r by least squares. They are weights in a file beside the checkpoint.
+
+Sums stay equal to the bit on all ranks if these products do: the same matrices, shapes and kernels on the same kind of
+device. `Predictors.digest` holds the bytes that a rank's own device makes of a fixed input, for ranks to compare.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+EPSILON = 1e-5
+TENSOR_PARALLEL = "tensor_parallel"  # key of the file's metadata: the number of ranks it is for
+PARTS = ("down", "up", "bias")
+PROBED_ROWS = (1, 7, 256)  # kernels of products differ by the number of rows
+
+
+class Known(NamedTuple):
+    """What is known of a sum before it is exchanged: this rank's part, and all ranks' together, `[..., hidden]`."""
+
+    own: torch.Tensor
+    total: torch.Tensor
+
+    def split(self, rows: list[int]) -> list["Known"]:
+        """So many rows `[rows, 1, hidden]` each."""
+        halves = (each.reshape(-1, 1, each.shape[-1]).split(rows) for each in self)
+        return [Known(*each) for each in zip(*halves, strict=True)]
+
+
+@dataclass(frozen=True)
+class SitePredictor:
+    """Of one sum. down `[hidden, k]`, up `[k, hidden]` and bias `[hidden]` of this rank, and of all ranks added up."""
+
+    down: torch.Tensor
+    own_up: torch.Tensor
+    own_bias: torch.Tensor
+    total_up: torch.Tensor
+    total_bias: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> Known:
+        """Of a block's input `[..., hidden]`: for attention what its layer is given, for the MLP what follows
+        attention, both before their norms."""
+        small = normalized(x).reshape(-1, x.shape[-1]) @ self.down
+        own = torch.addmm(self.own_bias, small, self.own_up)
+        total = torch.addmm(self.total_bias, small, self.total_up)
+        return Known(own.view_as(x), total.view_as(x))
+
+
+def normalized(x: torch.Tensor) -> torch.Tensor:
+    """Each token `[..., hidden]` over its root mean square, in the type of `x`."""
+    return (x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPSILON)).to(x.dtype)
+
+
+class Predictors:
+    """All predictors of a file, for one rank of a tensor-parallel group.
+
+    digest: equal on ranks whose files, and whose products of a fixed input, are equal to the bit.
+
+    Raises OSError or ValueError for a file that is damaged, or not of this number of ranks or values per token.
+    """
+
+    def __init__(self, path: str | Path, rank: int, ranks: int, like: torch.Tensor, hidden: int) -> None:
+        """like: a parameter, whose type and device the predictors get."""
+        self.path = Path(path)
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                made_for = (file.metadata() or {}).get(TENSOR_PARALLEL)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+        except SafetensorError as error:
+            raise ValueError(f"predictor {path} is not a valid safetensors file: {error}") from None
+        if made_for != str(ranks):
+            raise ValueError(f"predictor {path} is for {made_for or 'an unknown number of'} ranks, not for {ranks}")
+        self.sites = {
+            where: self._of_rank([tensors.get(f"{name(*where)}.{part}") for part in PARTS], where, rank, ranks, hidden)
+            for where in sorted({_where(each, path) for each in tensors})
+        }
+        self.sites = {where: _moved(each, like) for where, each in self.sites.items()}
+        self.digest = self._digest(tensors, hidden, like)
+
+    @property
+    def layers(self) -> set[int]:
+        return {layer for layer, _ in self.sites}
+
+    def _of_rank(self, parts: list, where: tuple[int, str], rank: int, ranks: int, hidden: int) -> SitePredictor:
+        k = parts[0].shape[-1] if parts[0] is not None else 0
+        for part, tensor, shape in zip(PARTS, parts, ((hidden, k), (ranks, k, hidden), (ranks, hidden)), strict=True):
+            if tensor is None or tuple(tensor.shape) != shape:
+                found = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
+                raise ValueError(f"predictor {self.path}: {name(*where)}.{part} {found}, expected {list(shape)}")
+        down, up, bias = (each.float() for each in parts)
+        return SitePredictor(down, up[rank], bias[rank], up.sum(0), bias.sum(0))
+
+    def _digest(self, tensors: dict[str, torch.Tensor], hidden: int, like: torch.Tensor) -> str:
+        made = hashlib.sha256()
+        for key in sorted(tensors):
+            made.update(key.encode() + _bytes(tensors[key]))
+        for rows in PROBED_ROWS:
+            x = torch.linspace(-1, 1, rows * hidden, dtype=torch.float32).view(rows, hidden).to(like)
+            for site in self.sites.values():
+                made.update(_bytes(site(x).total))
+        return made.hexdigest()[:16]
+
+
+def name(layer: int, site: str) -> str:
+    """Of a site's tensors in the file, before `.down`, `.up` and `.bias`."""
+    return f"layers.{layer}.{site}"
+
+
+def _where(tensor: str, path: str | Path) -> tuple[int, str]:
+    words = tensor.split(".")
+    if len(words) != 4 or words[0] != "layers" or not words[1].isdecimal() or words[3] not in PARTS:
+        raise ValueError(f"predictor {path}: {tensor} is not the name of a predictor's tensor")
+    return int(words[1]), words[2]
+
+
+def _moved(site: SitePredictor, like: torch.Tensor) -> SitePredictor:
+    return SitePredictor(*(each.to(like).contiguous() for each in vars(site).values()))
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

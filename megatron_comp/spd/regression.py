@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How ranks' partial sums follow from their block's input: least squares of low rank, for `layers/predictor.py`.
+
+A site's regression is checked on windows that it has not seen; the ridge is the one that leaves the least there.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..layers.predictor import normalized
+from .block import Block, split_columns, split_mlp
+
+SITES = ("attention", "mlp")
+# A few tokens have activations that are larger by orders of magnitude, and would decide everything: one whose partial
+# sums are this many times as large as the median's weighs less.
+CLIP = 3.0
+RIDGES = (1e-3, 1e-2, 1e-1)  # times the mean square of an input value
+
+
+@dataclass(frozen=True)
+class SiteFit:
+    """down `[hidden, k]`, up `[ranks, k, hidden]`, bias `[ranks, hidden]`, float32.
+
+    left: energy of what is left of the partial sums over their energy, of windows that the regression has not seen.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor
+    left: float
+
+
+class Moments:
+    """What a regression needs of one site: sums over tokens of products of inputs, a constant 1, and partial sums."""
+
+    def __init__(self) -> None:
+        self.gram: torch.Tensor | float = 0.0  # [hidden + 1, hidden + 1]
+        self.cross: torch.Tensor | float = 0.0  # [hidden + 1, ranks * hidden]
+        self.energy = 0.0
+
+    def add(self, x: torch.Tensor, partials: torch.Tensor) -> None:
+        """x `[1, tokens, hidden]`, before the site's norm; partials `[ranks, 1, tokens, hidden]`."""
+        y = partials[:, 0].transpose(0, 1).flatten(1).double()
+        size = y.norm(dim=-1)
+        weight = (CLIP * size.median() / size.clamp(min=1e-30)).clamp(max=1.0)[:, None] ** 2
+        u = torch.cat([normalized(x[0].float()), x.new_ones(x.shape[1], 1)], 1).double()
+        self.gram = self.gram + (u * weight).t() @ u
+        self.cross = self.cross + (u * weight).t() @ y
+        self.energy += float((y * y * weight).sum())
+
+    def left(self, slope: torch.Tensor, bias: torch.Tensor) -> float:
+        """Share of the energy that `u @ slope + bias` leaves."""
+        whole = torch.cat([slope, bias[None]])
+        explained = 2 * (whole * self.cross).sum() - (whole * (self.gram @ whole)).sum()
+        return float(1 - explained / self.energy) if self.energy else 1.0
+
+
+def partial_sums(block: Block, x: torch.Tensor, rope: tuple, ranks: int) -> Iterator[tuple[str, torch.Tensor, tuple]]:
+    """Of one window x `[1, tokens, hidden]`: each site, its block's input there, and the ranks' partial sums."""
+    own = block.modules_of
+    attention = split_columns(block.heads(x, rope), own.self_attn.o_proj.weight, ranks)
+    yield "attention", x, attention
+    h = x + attention.sum(0)
+    yield "mlp", h, split_mlp(own.mlp, own.post_attention_layernorm(h).expand(ranks, *h.shape), ranks)
+
+
+@torch.no_grad()
+def fit_block(block: Block, x: torch.Tensor, rope: tuple, ranks: int, k: int, unseen: int) -> dict[str, SiteFit]:
+    """Of both sites of a block, with its input x `[windows, context, hidden]`; the last `unseen` windows only check."""
+    moments = {site: (Moments(), Moments()) for site in SITES}
+    for number, window in enumerate(x):
+        for site, its_input, partials in partial_sums(block, window[None], rope, ranks):
+            moments[site][number >= len(x) - unseen].add(its_input, partials)
+    return {site: fit(*each, ranks, k) for site, each in moments.items()}
+
+
+def fit(seen: Moments, unseen: Moments, ranks: int, k: int) -> SiteFit:
+    """The regression of rank `k` that leaves the least of the seen tokens' partial sums, at the best ridge."""
+    hidden = seen.gram.shape[0] - 1
+    slope, bias, penalty = min(
+        (_solve(seen, ridge) for ridge in RIDGES), key=lambda solved: unseen.left(solved[0], solved[1])
+    )
+    # Least squares of rank k: the leading directions of the full regression's predictions, about their mean.
+    count, mean = seen.gram[-1, -1], seen.gram[-1, :-1] / seen.gram[-1, -1]
+    root = torch.linalg.cholesky(seen.gram[:-1, :-1] + penalty - count * mean[:, None] * mean)
+    predicted = root.t() @ slope
+    _, directions = torch.linalg.eigh(predicted @ predicted.t())
+    directions = directions[:, -k:]
+    down = torch.linalg.solve_triangular(root.t(), directions, upper=True)
+    up = directions.t() @ predicted
+    bias = bias + mean @ (slope - down @ up)
+    left = unseen.left(down @ up, bias)
+    by_rank = up.view(-1, ranks, hidden).transpose(0, 1).contiguous()
+    return SiteFit(down.float(), by_rank.float(), bias.view(ranks, hidden).float(), left)
+
+
+def _solve(moments: Moments, ridge: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Slope `[hidden, ranks * hidden]`, bias, and the penalty that a ridge adds to the inputs' products."""
+    gram = moments.gram
+    penalty = torch.diag(torch.full_like(gram.diagonal()[:-1], float(ridge * gram.diagonal()[:-1].mean())))
+    whole = torch.linalg.solve(gram + torch.nn.functional.pad(penalty, (0, 1, 0, 1)), moments.cross)
+    return whole[:-1], whole[-1], penalty

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of which only what the ranks cannot predict is sent: what they compute, when they do not, and bad files."""
+
+import pytest
+import torch
+from models import HIDDEN, IDS, LAYERS, all_logits, inside_view, message_of, policy
+from ranks import run_ranks
+from safetensors.torch import save_file
+
+import megatron_comp as mc
+from megatron_comp.inference.generate import generate, logits
+from megatron_comp.inference.model import build_model, init_parallel
+from megatron_comp.layers.predictor import EPSILON
+from megatron_comp.wire import exchange
+
+RANKS, K = 2, 3
+INT8 = "int8:32:fp16"
+DROP = {f"0-{LAYERS - 1}": {"attention": "drop"}}
+LONG = torch.randint(128, (3, 60), generator=torch.Generator().manual_seed(1))
+WHOLE, PART = 1 << 30, 2000
+
+
+def tensors(scale=0.1, up=1.0, sites=("attention", "mlp"), ranks=RANKS):
+    """Random predictors of every layer, which predict nothing well: what they say must cancel."""
+    draw = torch.Generator().manual_seed(0)
+    made = {}
+    for layer in range(LAYERS):
+        for site in sites:
+            key = f"layers.{layer}.{site}"
+            made[f"{key}.down"] = torch.randn(HIDDEN, K, generator=draw) * scale
+            made[f"{key}.up"] = torch.randn(ranks, K, HIDDEN, generator=draw) * scale * up
+            made[f"{key}.bias"] = torch.randn(ranks, HIDDEN, generator=draw) * scale
+    return made
+
+
+def write(path, made, ranks=RANKS):
+    save_file(made, path, metadata={"tensor_parallel": str(ranks)})
+    return str(path)
+
+
+def is_near(made, expected):
+    """Up to what int8 rounds; a prediction that did not cancel would be twenty times as much."""
+    return (made - expected).abs().mean() < 0.03 * expected.std()
+
+
+def mlp_inputs(model):
+    """What each layer's MLP sees before its norm."""
+    seen = []
+    hooks = [
+        layer.pre_mlp_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        for layer in model.decoder.layers
+    ]
+    all_logits(model)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def in_ranks(rank, world_size, folder, files):
+    init_parallel(world_size)
+    model = build_model(folder)
+    view = inside_view(model)
+    made = {"stock": all_logits(model)}
+
+    def under(**words):
+        mc.apply_compression(model, policy(**words))
+        return all_logits(model)
+
+    made["none"] = under(codec="none", predictor=files["both"])
+    made["gated"] = under(codec=INT8, min_bytes=1 << 30, predictor=files["both"])
+    for algorithm in ("gather_sum", "two_step"):
+        made[algorithm] = under(codec=INT8, algorithm=algorithm, predictor=files["both"])
+        made[algorithm, "tokens"] = generate(model, IDS[0], 4).tokens
+    made["attention"] = under(codec=INT8, predictor=files["attention"])
+    made["dropped"] = under(codec="none", layers=DROP)
+    made["dropped inputs"] = mlp_inputs(model)
+    made["dropped, biases"] = under(codec="none", layers=DROP, predictor=files["biases"])
+    made["dropped, biases inputs"] = mlp_inputs(model)
+    made["dropped, int8"] = under(codec=INT8, layers=DROP, predictor=files["biases"])
+    for size in (WHOLE, PART):
+        exchange.OVERLAP_BYTES["cpu"] = size
+        for name, words in {"long": {}, "long, dropped": {"layers": DROP}}.items():
+            mc.apply_compression(model, policy(codec=INT8, predictor=files["both"], **words))
+            made[name, size] = logits(model, LONG, gather=True)
+    for name in ("other ranks", "layer", "shape", "missing", "name", "text", "no file"):
+        made[name] = message_of(mc.apply_compression, model, policy(predictor=files[name]))
+    made["differs"] = message_of(mc.apply_compression, model, policy(predictor=files["both" if rank else "attention"]))
+    made["training"] = message_of(mc.apply_compression, model, policy(predictor=files["both"]), allow_training=True)
+    mc.remove_compression(model)
+    assert inside_view(model) == view
+    made["removed"] = all_logits(model)
+    return made
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder, both = tmp_path_factory.mktemp("predictors"), tensors()
+    (folder / "text").write_text("not a file of tensors")
+    shapes = both | {"layers.1.mlp.down": both["layers.1.mlp.down"][1:].contiguous()}
+    return {
+        "both": write(folder / "both", both),
+        "attention": write(folder / "attention", tensors(sites=["attention"])),
+        "biases": write(folder / "biases", tensors(up=0.0)),
+        "other ranks": write(folder / "other", tensors(ranks=4), 4),
+        "layer": write(folder / "layer", both | {k.replace("s.1.", "s.9."): v.clone() for k, v in both.items()}),
+        "shape": write(folder / "shape", shapes),
+        "missing": write(folder / "lack", {k: v for k, v in both.items() if k != "layers.0.mlp.up"}),
+        "name": write(folder / "name", both | {"lm_head.weight": torch.zeros(1)}),
+        "text": str(folder / "text"),
+        "no file": str(folder / "absent"),
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks(llama, files):
+    return run_ranks(in_ranks, RANKS, llama, files)
+
+
+def test_sums_that_travel_exactly_are_not_predicted(ranks):
+    for made in ranks:
+        for name in ("none", "gated", "removed"):
+            assert torch.equal(made[name], made["stock"]), name
+
+
+@pytest.mark.parametrize("name", ["gather_sum", "two_step", "attention"])
+def test_what_is_predicted_and_what_is_sent_add_up(ranks, name):
+    """Whatever is predicted: int8 rounds what is left, of about the size of the sums themselves."""
+    for made in ranks:
+        assert torch.equal(made[name], ranks[0][name]) and not torch.equal(made[name], made["stock"])
+        assert is_near(made[name], made["stock"])
+
+
+def test_the_prediction_is_taken_off_what_is_sent(llama, tmp_path):
+    """With predictions far larger than the sums, what int8 rounds is far larger, too: they do travel less them."""
+    far = write(tmp_path / "far", tensors(scale=2.0))
+    error = run_ranks(errors, RANKS, llama, far)[0]
+    assert error["far"] > 5 * error["plain"]
+
+
+def errors(rank, world_size, folder, far):
+    init_parallel(world_size)
+    model = build_model(folder)
+    stock, made = all_logits(model), {}
+    for name, words in {"plain": {}, "far": {"predictor": far}}.items():
+        mc.apply_compression(model, policy(codec=INT8, **words))
+        made[name] = (all_logits(model) - stock).abs().mean()
+    return made
+
+
+def test_a_dropped_sum_gets_the_other_ranks_predictions(ranks):
+    """With biases alone the first layer's MLP sees the other rank's bias more; and the sum at the end is what it was
+    with that input."""
+    for rank, made in enumerate(ranks):
+        other = tensors(up=0.0)["layers.0.attention.bias"][1 - rank]
+        before, after = made["dropped inputs"][0], made["dropped, biases inputs"][0]
+        torch.testing.assert_close(after, before + other, rtol=0, atol=1e-5)
+        assert torch.equal(made["dropped, biases"], ranks[0]["dropped, biases"])
+        assert not torch.equal(made["dropped, biases"], made["dropped"])
+        assert is_near(made["dropped, int8"], made["dropped, biases"])
+        assert not is_near(made["dropped"], made["dropped, biases"])
+
+
+@pytest.mark.parametrize("name", ["long", "long, dropped"])
+def test_parts_give_what_the_whole_gives(ranks, name):
+    for made in ranks:
+        assert torch.equal(made[name, PART], ranks[0][name, PART])
+        torch.testing.assert_close(made[name, PART], made[name, WHOLE], rtol=0, atol=2e-2)
+
+
+REFUSED = {
+    "other ranks": "is for 4 ranks, not for 2",
+    "layer": "has layer 9; the model has layers 0 to 3",
+    "shape": "layers.1.mlp.down has shape [95, 3], expected [96, 3]",
+    "missing": "layers.0.mlp.up is missing",
+    "name": "lm_head.weight is not the name of a predictor's tensor",
+    "text": "is not a valid safetensors file",
+    "no file": "No such file",
+    "training": "leave out allow_training=True",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_files_that_are_not_of_this_model(ranks, name):
+    for made in ranks:
+        assert REFUSED[name] in made[name] and "predictor" in made[name]
+
+
+def test_ranks_must_predict_alike(ranks):
+    for made in ranks:
+        assert "differs between tensor-parallel ranks" in made["differs"]
+
+
+def test_tokens_are_decoded_alike(ranks):
+    for name in ("gather_sum", "two_step"):
+        assert len({tuple(made[name, "tokens"]) for made in ranks}) == 1
+
+
+def test_the_input_is_normalized_token_by_token():
+    from megatron_comp.layers.predictor import normalized
+
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    expected = torch.tensor([[3.0, 4.0], [0.0, 0.0]]) / torch.tensor([[12.5 + EPSILON], [1.0]]).sqrt()
+    torch.testing.assert_close(normalized(x), expected)
