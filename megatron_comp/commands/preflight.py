@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..inference import config, environment, model_files, shards
 from ..inference.text import check_length, named_stops
+from .options import context_of
 
 
 def ranks_of(args: argparse.Namespace) -> int:
@@ -35,7 +36,8 @@ def check_inputs(args: argparse.Namespace) -> None:
         if (path := getattr(args, name, None)) and Path(path).is_file():
             model_files.check_safetensors(Path(path))
     if (path := getattr(args, "text", None)) and Path(path).is_file():
-        check_length(path, args.tokens // args.context * args.context if args.context > 0 else 0)
+        context = context_of(args)
+        check_length(path, args.tokens // context * context if context > 0 else 0)
 
 
 def _check_model(args: argparse.Namespace) -> None:
