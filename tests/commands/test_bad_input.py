@@ -67,6 +67,7 @@ def test_policy_typo_names_file_and_key(capsys, monkeypatch, tiny, tmp_path):
         (["--text", "nowhere.txt"], r"--text nowhere.txt: no such file"),
         (["--context", "1"], r"--context 1: allowed are 2 to"),
         (["--tokens", "100", "--context", "512"], r"--context 512: allowed are 2 to --tokens 100"),
+        (["--tokens", "10000000"], r"sotu.txt has [0-9]+ bytes, too few for 9999872 tokens"),
     ],
 )
 def test_evaluate_before_any_rank_starts(capsys, monkeypatch, tiny, sotu_text, arguments, message):
