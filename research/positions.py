@@ -87,6 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--codec", action="append", default=[], metavar="C", help="A codec or preset; repeat it.")
     options.add_csv(parser)
     args = parser.parse_args(argv)
+    if args.pp > 1:
+        parser.error("--pp: this program runs on tensor-parallel ranks alone")
     settings = setup.with_baseline(setup.settings(args, args.codec))
     checks.check_text(args)
     if not ranks.joined():
