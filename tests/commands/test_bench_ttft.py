@@ -105,6 +105,7 @@ def test_command_with_policies(command, tmp_path):
     assert [row["policy"] for row in content["rows"]] == ["none", *policies]
     assert [row["dropped"] for row in content["rows"]] == [0, 0, 1]
     assert {row["dtype"] for row in content["rows"]} == {"bfloat16"}
+    assert all(row["device"] and row["date"] and row["torch"] for row in content["rows"])
     assert content["config"]["prompt_tokens"] == 8 and "threads" in content["config"]["device"]
     with files["csv"].open() as file:
         lines = list(csv.DictReader(file))
