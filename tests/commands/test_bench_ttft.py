@@ -106,6 +106,7 @@ def test_command_with_policies(command, tmp_path):
     first, *_, alone = content["rows"]
     assert alone["speedup_vs_first"] == first["ttft_ms"] / alone["ttft_ms"] and alone["bytes_per_rank"] == 0
     assert {row["dtype"] for row in content["rows"]} == {"bfloat16"}
+    assert all(row["device"] and row["date"] and row["torch"] for row in content["rows"])
     assert content["config"]["prompt_tokens"] == 8 and "threads" in content["config"]["device"]
     with files["csv"].open() as file:
         lines = list(csv.DictReader(file))
