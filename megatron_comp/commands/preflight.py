@@ -48,9 +48,10 @@ def _check_model(args: argparse.Namespace) -> None:
     folder = Path(args.model)
     raw = config.read_raw(folder)
     tp = getattr(args, "tp", getattr(args, "ranks", None))
-    if (sizes := config.sizes(raw)) is not None and isinstance(tp, int) and tp >= 1:
+    pp = getattr(args, "pp", 1)
+    if (sizes := config.sizes(raw)) is not None and isinstance(tp, int) and min(tp, pp) >= 1:
         shards.check_tensor_parallel(sizes, tp)
-        shards.check_pipeline_parallel(sizes, getattr(args, "pp", 1))
+        shards.check_pipeline_parallel(sizes, pp)
     if any(getattr(args, name, None) for name in ("blocks", "weights", "distilled")):
         model_files.check_read_by_layer(folder)
     model_files.check_weights(folder)

@@ -65,6 +65,13 @@ def overrides(args: argparse.Namespace, model, settings: list[Setting]):
     return WeightOverrides.for_policies(model, args.model, args.weights, [setting.policy for setting in settings])
 
 
+def trials(settings: list[Setting], found) -> list:
+    """`quality.judge.Trial`s of settings, with the weights of `overrides` in the blocks that each drops the sum of."""
+    from ..quality.judge import Trial
+
+    return [Trial(each.name, each.policy, tuple(found.blocks_for(each.policy)) if found else ()) for each in settings]
+
+
 @contextmanager
 def opened(args: argparse.Namespace, weights: str | None = None):
     """(model, tokenizer) on this rank, inside its groups. weights: a file that takes some of its own's place."""

@@ -40,14 +40,14 @@ def generate(
     prompt_ids,
     max_new_tokens: int,
     eos_ids: Collection[int] = (),
-    on_token: Callable[[int], None] | None = None,
+    on_token: Callable[[int], object] | None = None,
 ) -> Generation:
     """Continues one prompt greedily, through Megatron's static inference context with its KV cache.
 
     Pipeline stages work on chunks of the prompt at the same time, and each knows every token that was made.
 
     prompt_ids: tokens as a sequence or a tensor of one prompt. Stops after `max_new_tokens`, or after a token of
-    `eos_ids`. on_token is called with each new token.
+    `eos_ids`. on_token is called with each new token; where it returns True, on all ranks, that token is the last.
 
     Raises ValueError for an empty prompt, tokens outside the vocabulary, or more tokens than the model's context holds;
     NotFiniteError for logits that are not finite.
@@ -60,14 +60,12 @@ def generate(
     first = time.perf_counter()
     context.enable_decode_mode()
     tokens = [token]
-    if on_token:
-        on_token(token)
-    while len(tokens) < max_new_tokens and token not in eos_ids:
+    ended = on_token is not None and on_token(token) is True
+    while len(tokens) < max_new_tokens and token not in eos_ids and not ended:
         ids = F.pad(ids, (0, 1), value=token)
         token = _next_token(model, context, ids, ids[:, -1:])
         tokens.append(token)
-        if on_token:
-            on_token(token)
+        ended = on_token is not None and on_token(token) is True
     return Generation(tokens, first - start, time.perf_counter() - first)
 
 

@@ -25,7 +25,7 @@ class Journal:
         """
         self.path, self.settings = path, json.loads(json.dumps(settings))
         self._parts: dict[str, dict] = {}
-        found = _of_first_rank(self._read() if dist.get_rank() == 0 else None)
+        found = of_first_rank(self._read() if dist.get_rank() == 0 else None)
         if isinstance(found, str):
             raise ValueError(found)
         self.continued = found is not None
@@ -41,7 +41,7 @@ class Journal:
 
         Ranks that differed by a rounding would go different ways.
         """
-        entries = _of_first_rank(entries)
+        entries = of_first_rank(entries)
         self._parts[part] = self[part] | entries
         if self.path and dist.get_rank() == 0:
             write_json(self.path, {"settings": self.settings, **self._parts})
@@ -82,7 +82,8 @@ def _is_row(row: object) -> bool:
     return isinstance(row, dict)
 
 
-def _of_first_rank(known: object) -> object:
+def of_first_rank(known: object) -> object:
+    """What rank 0 passes, on every rank; it is pickled on its way."""
     everybodys = [known]
     dist.broadcast_object_list(everybodys, 0)
     return everybodys[0]

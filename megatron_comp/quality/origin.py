@@ -13,7 +13,7 @@ from .windows import Text
 def origin(model: str, text: Text) -> dict[str, object]:
     """What everything measured or made of this model's folder and this text depends on."""
     return {
-        "model": f"{Path(model).name} {digest(Path(model, 'config.json'))}",
+        **_of_model(model),
         "text": f"{Path(text.file).name} {digest(text.file)}",
         "tokens": text.tokens,
         "context": text.context,
@@ -21,9 +21,18 @@ def origin(model: str, text: Text) -> dict[str, object]:
 
 
 def settings(model: str, text: Text, tp: int, dtype: torch.dtype, **more: object) -> dict[str, object]:
-    """What measurements on ranks depend on: also their number, the dtype, and this package's version."""
-    measured = {"tp": tp, "dtype": str(dtype).removeprefix("torch."), "megatron_comp": __version__}
-    return {**origin(model, text), **measured, **more}
+    """What measurements on ranks, of this model's folder and this text, depend on."""
+    return {**origin(model, text), **on_ranks(model, tp, dtype), **more}
+
+
+def on_ranks(model: str, tp: int, dtype: torch.dtype) -> dict[str, object]:
+    """What measurements on ranks depend on, whatever the text: the model, their number, the dtype, this version."""
+    of_torch = str(dtype).removeprefix("torch.")
+    return {**_of_model(model), "tp": tp, "dtype": of_torch, "megatron_comp": __version__}
+
+
+def _of_model(model: str) -> dict[str, object]:
+    return {"model": f"{Path(model).name} {digest(Path(model, 'config.json'))}"}
 
 
 def digest(path: str | Path) -> str:

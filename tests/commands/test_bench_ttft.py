@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from characters import character_llama
-from checkpoints import tiny_llama
 from ranks import run_ranks
 from safetensors.torch import save_file
 
@@ -25,7 +24,7 @@ LAYERS, HIDDEN = 3, 96
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("tiny"), num_hidden_layers=LAYERS, hidden_size=HIDDEN)
+    return character_llama(tmp_path_factory.mktemp("tiny"), num_hidden_layers=LAYERS, hidden_size=HIDDEN)
 
 
 def measured(_rank, ranks, folder, tokens, runs, new_tokens):

@@ -9,6 +9,7 @@ DESCRIPTION = """\
 Measure what compression does to a model's predictions on a text: perplexity, KL divergence from the uncompressed model,
 agreement on the most likely token, and bytes. The output has one row per codec and policy. The codecs of a policy file
 are judged whether or not its min_bytes would let these messages through, unless --min-bytes says otherwise.
+With --tasks in place of --text: what it does to tasks of lm-evaluation-harness, one row per codec, task and metric.
 
 A second table has 95 % intervals; in the files they are `<column>_low` and `<column>_high`. They come from a bootstrap
 over windows, since tokens of one window depend on each other. Fewer than about ten windows make them too narrow.
@@ -23,13 +24,31 @@ Columns of the second table, beside those of the first:
 
 Example:
   megatron-comp evaluate --model llama --tp 2 --text prose.txt --codec mxfp4 --codec int4:32:fp16:hadamard
+  megatron-comp evaluate --model llama --tp 2 --tasks arc_easy,hellaswag --limit 500 --codec mxfp4 --items items
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
-    options.add_text(parser, 6144, "A text file of prose that the model has not been tuned on.")
+    options.add_text(parser, 6144, "A text file of prose that the model has not been tuned on.", required=False)
+    _add_tasks(parser)
     parser.add_argument(
         "--codec", action="append", default=[], metavar="C", help="A codec or preset. Repeat it for more rows."
     )
     options.add_csv(parser)
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    tasks = parser.add_argument_group("tasks, in place of a text")
+    tasks.add_argument(
+        "--tasks",
+        type=lambda names: [name for name in names.split(",") if name],
+        metavar="A,B",
+        help="Tasks of lm-evaluation-harness (the extra 'tasks' of this package).",
+    )
+    tasks.add_argument("--limit", type=int, metavar="N", help="Take only the first N items of each task.")
+    tasks.add_argument("--include-path", metavar="DIR", help="A folder of further tasks, in the harness's YAML.")
+    tasks.add_argument(
+        "--items", metavar="DIR", help="Write there what each item was given, one file of JSON lines per codec."
+    )
+    options.add_state(tasks)
