@@ -134,7 +134,7 @@ def test_what_was_sent_is_said_however_the_script_ends(policy, tmp_path, end):
     Groups that are left as they are: nothing of ours may keep them alive for longer than the script does, else the
     interpreter aborts at its end. Measured on 2026-11-29 with examples/stock_gpt.py without its calls of `destroy_...`,
     two gloo ranks on a CPU that was busy with other work (load 5 to 100): of 35 runs under `megatron_comp.run` and of
-    34 without it none aborted; one of either kind had written its text, but not ended within 300 s.
+    35 without it none aborted; one of either kind had written its text, but not ended within 300 s.
     """
     script = tmp_path / "ends.py"
     main = SCRIPT.read_text().replace("    parallel_state.destroy_model_parallel()\n", "")
