@@ -71,7 +71,7 @@ def rows(codec: str, parts: list[tuple[int, int]], judged: list[Judgement], stoc
             "codec": codec,
             "first": first,
             "last": end - 1,
-            "tokens": ours.quality.tokens,
+            "tokens": (end - first) * len(ours.quality.windows),
             "perplexity": perplexity(ours.nll),
             "perplexity_increase_pct": increase_pct(ours.nll, theirs.nll),
             "kl": ours.kl,
