@@ -71,7 +71,7 @@ def rows(codec: str, parts: list[tuple[int, int]], judged: list[Judgement], stoc
             "codec": codec,
             "first": first,
             "last": end - 1,
-            "tokens": (end - first) * len(ours.quality.windows),
+            "tokens": sum(window.shape[1] for window in ours.quality.windows),
             "perplexity": perplexity(ours.nll),
             "perplexity_increase_pct": increase_pct(ours.nll, theirs.nll),
             "kl": ours.kl,

@@ -69,7 +69,7 @@ def test_a_script_is_compressed_as_it_is(stock, policy):
 
 def test_another_codec_gives_another_text(stock):
     """So the sums of the script are the compressed ones."""
-    result = started(*["-m", "megatron_comp.run", "--codec", "int2:32:fp16", "--min-bytes", "0"], SCRIPT, ranks=RANKS)
+    result = started(*["-m", "megatron_comp.run", "--codec", "int2:32:fp16", "--min-bytes", "0k"], SCRIPT, ranks=RANKS)
     assert tokens(result) != stock
 
 
