@@ -9,6 +9,7 @@ from megatron_comp import cli
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: the extra 'tasks'")
 
 LIMIT = 6
+CODEC, ITEMS_FILE = "int8:32:fp16", "int8_32_fp16.jsonl"
 
 
 def lines(path):
@@ -25,23 +26,24 @@ def tasks(tmp_path_factory):
 def test_settings_on_the_same_items(command, smollm2, tasks, tmp_path):
     """And what is known already is not computed again, so a second run gives the same to the last bit."""
     words = ["evaluate", "--model", smollm2, "--tp", 3, "--tasks", "made_up", "--include-path", tasks, "--limit", LIMIT]
-    words += ["--codec", "mxfp4", "--algorithm", "gather_sum", "--state", tmp_path / "state", "--items", tmp_path]
+    words += ["--codec", CODEC, "--algorithm", "gather_sum", "--state", tmp_path / "state", "--items", tmp_path]
     done = command(*words, "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [(row["codec"], row["metric"], row["items"]) for row in rows] == [
         *(("none", "acc", LIMIT), ("none", "acc_norm", LIMIT)),
-        *(("mxfp4", "acc", LIMIT), ("mxfp4", "acc_norm", LIMIT)),
+        *((CODEC, "acc", LIMIT), (CODEC, "acc_norm", LIMIT)),
     ]
     bits = {row["codec"]: row["bits_per_value"] for row in rows}
-    assert bits["none"] == 32 and bits["mxfp4"] == pytest.approx(4.25, abs=0.01)  # messages end at 16 bytes
+    assert bits["none"] == 32 and bits[CODEC] == pytest.approx(8.5, abs=0.01)  # messages end at 16 bytes
 
-    (stock_header, *stock), (header, *compressed) = lines(tmp_path / "none.jsonl"), lines(tmp_path / "mxfp4.jsonl")
-    assert (header["kind"], header["setting"], header["tp"], header["dtype"]) == ("items", "mxfp4", 3, "float32")
-    assert stock_header["setting"] == "none" and "--codec mxfp4" in header["command"]
+    (stock_header, *stock), (header, *ours) = lines(tmp_path / "none.jsonl"), lines(tmp_path / ITEMS_FILE)
+    assert (header["kind"], header["setting"], header["tp"], header["dtype"]) == ("items", CODEC, 3, "float32")
+    assert stock_header["setting"] == "none" and f"--codec {CODEC}" in header["command"]
     texts = {tuple(map(len, choices)): choices for _, choices, _ in ITEMS}
-    for item, other in zip(stock, compressed, strict=True):
-        assert item["choices"] != other["choices"] == pytest.approx(item["choices"], rel=0.5)  # 0.23 was seen
+    for item, other in zip(stock, ours, strict=True):
+        # In bf16, of 600 choices, 1.6 was the most.
+        assert item["choices"] != other["choices"] == pytest.approx(item["choices"], abs=3)
         assert {key: item[key] for key in ("task", "item", "lengths", "gold")} == {
             key: other[key] for key in ("task", "item", "lengths", "gold")
         }
@@ -50,13 +52,13 @@ def test_settings_on_the_same_items(command, smollm2, tasks, tmp_path):
     right = [max(range(3), key=item["choices"].__getitem__) == item["gold"] for item in stock]
     assert rows[0]["value"] == sum(right) / LIMIT >= 0.5  # a model that reads them as they are is not at chance
 
-    before = (tmp_path / "mxfp4.jsonl").read_text()
+    before = (tmp_path / ITEMS_FILE).read_text()
     done = command(*words, "--json", tmp_path / "again.json")
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "again.json").read_text())["rows"]
     assert [row["value"] for row in again] == [row["value"] for row in rows]
     assert {row["bits_per_value"] for row in again} == {None}  # nothing was sent
-    assert lines(tmp_path / "mxfp4.jsonl")[1:] == [json.loads(line) for line in before.splitlines()[1:]]
+    assert lines(tmp_path / ITEMS_FILE)[1:] == [json.loads(line) for line in before.splitlines()[1:]]
 
 
 @pytest.mark.parametrize(
