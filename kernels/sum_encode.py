@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .encode import clean, encode_tile, largest_need, store_row_scale
-from .format import ALIGNMENT, TILE, WARPS, KernelFormat
+from .encode import clean, encode_tile, needs_of_row, store_row_scale
+from .format import ALIGNMENT, KernelFormat, tile_for
 from .numbers import widened
 from .slices import row_and_tile, section_offsets, slice_rows, take
 
@@ -28,6 +28,7 @@ def sum_encode(
 
     Other arguments: as of `encode.encode`.
     """
+    tile, warps, one_tile = tile_for(fmt, parts.shape[2])
     sum_encode_kernel[(programs, len(starts))](
         parts,
         messages,
@@ -37,9 +38,10 @@ def sum_encode(
         fmt,
         len(parts),
         flat,
-        TILE,
+        one_tile,
+        tile,
         align,
-        num_warps=WARPS,
+        num_warps=warps,
         enable_fp_fusion=False,
     )
 
@@ -54,6 +56,7 @@ def sum_encode_kernel(
     F: tl.constexpr,
     RANKS: tl.constexpr,
     FLAT: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -65,15 +68,20 @@ def sum_encode_kernel(
     if F.row_scaled:
         row = tl.program_id(0).to(tl.int64)
         if row < rows:
-            tiles = tl.cdiv(columns, TILE).to(tl.int32)
-            largest = 0.0
-            for tile in range(tiles):
-                x_NB, left = load_sum(part + row * hidden, apart, tile, columns, F, RANKS, TILE)
-                largest = tl.maximum(largest, largest_need(x_NB, left, F))
-            scale = store_row_scale(largest, message, at, rows, row, F)
-            for tile in range(tiles):
-                x_NB, left = load_sum(part + row * hidden, apart, tile, columns, F, RANKS, TILE)
-                encode_tile(x_NB, left, scale, message, at, rows, columns, row, tile, F, TILE, ALIGN)
+            if ONE_TILE:
+                x_NB, left = load_sum(part + row * hidden, apart, 0, columns, F, RANKS, TILE)
+                scale = store_row_scale(needs_of_row(x_NB, left, F), message, at, rows, row, F)
+                encode_tile(x_NB, left, scale, message, at, rows, columns, row, 0, F, TILE, ALIGN)
+            else:
+                tiles = tl.cdiv(columns, TILE).to(tl.int32)
+                needs = tl.zeros((TILE // F.block,), tl.float32)
+                for tile in range(tiles):
+                    x_NB, left = load_sum(part + row * hidden, apart, tile, columns, F, RANKS, TILE)
+                    needs = tl.maximum(needs, needs_of_row(x_NB, left, F))
+                scale = store_row_scale(needs, message, at, rows, row, F)
+                for tile in range(tiles):
+                    x_NB, left = load_sum(part + row * hidden, apart, tile, columns, F, RANKS, TILE)
+                    encode_tile(x_NB, left, scale, message, at, rows, columns, row, tile, F, TILE, ALIGN)
     else:
         row, tile = row_and_tile(columns, FLAT, TILE)
         if (row < rows) & (tl.cast(tile, tl.int64) * TILE < columns):
