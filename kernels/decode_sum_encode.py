@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from .decode_sum import sum_tile
-from .encode import clean, encode_tile, largest_need, store_row_scale
-from .format import TILE, WARPS, KernelFormat
+from .encode import clean, encode_tile, needs_of_row, store_row_scale
+from .format import KernelFormat, tile_for
 from .slices import row_and_tile, section_offsets, slice_rows
 
 
@@ -23,6 +23,7 @@ def decode_sum_encode(
     align: int,
 ) -> None:
     """uint8 `messages` [ranks, bytes] of `fmt` to the message `out` of `out_fmt`. first_rows: see `slices.py`."""
+    tile, warps, one_tile = tile_for(out_fmt, hidden)
     decode_sum_encode_kernel[(programs,)](
         messages,
         messages.stride(0),
@@ -33,9 +34,10 @@ def decode_sum_encode(
         out_fmt,
         len(messages),
         flat,
-        TILE,
+        one_tile,
+        tile,
         align,
-        num_warps=WARPS,
+        num_warps=warps,
         enable_fp_fusion=False,
     )
 
@@ -51,6 +53,7 @@ def decode_sum_encode_kernel(
     OUT: tl.constexpr,
     RANKS: tl.constexpr,
     FLAT: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -58,15 +61,24 @@ def decode_sum_encode_kernel(
     at, out_at = section_offsets(rows, columns, F), section_offsets(rows, columns, OUT)
     if OUT.row_scaled:
         row = tl.program_id(0).to(tl.int64)
-        tiles = tl.cdiv(columns, TILE).to(tl.int32)
-        largest = 0.0
-        for tile in range(tiles):
-            x_NB, left = load_sum(messages, message_stride, at, rows, columns, row, tile, F, OUT, RANKS, TILE, ALIGN)
-            largest = tl.maximum(largest, largest_need(x_NB, left, OUT))
-        scale = store_row_scale(largest, out, out_at, rows, row, OUT)
-        for tile in range(tiles):
-            x_NB, left = load_sum(messages, message_stride, at, rows, columns, row, tile, F, OUT, RANKS, TILE, ALIGN)
-            encode_tile(x_NB, left, scale, out, out_at, rows, columns, row, tile, OUT, TILE, ALIGN)
+        if ONE_TILE:
+            x_NB, left = load_sum(messages, message_stride, at, rows, columns, row, 0, F, OUT, RANKS, TILE, ALIGN)
+            scale = store_row_scale(needs_of_row(x_NB, left, OUT), out, out_at, rows, row, OUT)
+            encode_tile(x_NB, left, scale, out, out_at, rows, columns, row, 0, OUT, TILE, ALIGN)
+        else:
+            tiles = tl.cdiv(columns, TILE).to(tl.int32)
+            needs = tl.zeros((TILE // OUT.block,), tl.float32)
+            for tile in range(tiles):
+                x_NB, left = load_sum(
+                    messages, message_stride, at, rows, columns, row, tile, F, OUT, RANKS, TILE, ALIGN
+                )
+                needs = tl.maximum(needs, needs_of_row(x_NB, left, OUT))
+            scale = store_row_scale(needs, out, out_at, rows, row, OUT)
+            for tile in range(tiles):
+                x_NB, left = load_sum(
+                    messages, message_stride, at, rows, columns, row, tile, F, OUT, RANKS, TILE, ALIGN
+                )
+                encode_tile(x_NB, left, scale, out, out_at, rows, columns, row, tile, OUT, TILE, ALIGN)
     else:
         row, tile = row_and_tile(columns, FLAT, TILE)
         x_NB, left = load_sum(messages, message_stride, at, rows, columns, row, tile, F, OUT, RANKS, TILE, ALIGN)

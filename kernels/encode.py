@@ -9,16 +9,19 @@ import triton
 import triton.language as tl
 
 from .blocks import hadamard, pairwise_sum
-from .format import ALIGNMENT, TILE, WARPS, KernelFormat
+from .format import ALIGNMENT, KernelFormat, tile_for
 from .numbers import (
     BF16_MAX,
     EXPONENT,
     MAGNITUDE,
     bf16_bits,
     clean_codes,
+    element_code_pairs,
     element_codes,
     element_values,
     flush_subnormals,
+    flushed_product,
+    for_nvidia,
     largest_bits,
     to_bits,
     to_float,
@@ -44,6 +47,7 @@ def encode(
     starts: where each message starts, in units of 16 bytes, as `slices.as_arguments` says it. first_rows: see
     `slices.py`. programs: of the longest slice.
     """
+    tile, warps, one_tile = tile_for(fmt, x.shape[1])
     encode_kernel[(programs, len(starts))](
         x,
         x.stride(0),
@@ -53,9 +57,10 @@ def encode(
         x.shape[1],
         fmt,
         flat,
-        TILE,
+        one_tile,
+        tile,
         align,
-        num_warps=WARPS,
+        num_warps=warps,
         enable_fp_fusion=False,
     )
 
@@ -70,6 +75,7 @@ def encode_kernel(
     hidden,
     F: tl.constexpr,
     FLAT: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -78,24 +84,30 @@ def encode_kernel(
     x_slice = x_ptr + first_row * x_stride
     at = section_offsets(rows, columns, F)
     if F.row_scaled:
-        # A row's scale comes before the scales of its blocks: the row is read twice, the second time from cache.
+        # A row's scale comes before the scales of its blocks: a row of several tiles is read twice.
         row = tl.program_id(0).to(tl.int64)
         if row < rows:
-            tiles = tl.cdiv(columns, TILE).to(tl.int32)
             x_row = x_slice + row * x_stride
-            largest = 0.0
-            for tile in range(tiles):
-                x_NB, left = load_tile(x_row, tile, columns, F, TILE)
-                largest = tl.maximum(largest, largest_need(x_NB, left, F))
-            scale = store_row_scale(largest, message, at, rows, row, F)
-            for tile in range(tiles):
-                x_NB, left = load_tile(x_row, tile, columns, F, TILE)
-                encode_tile(x_NB, left, scale, message, at, rows, columns, row, tile, F, TILE, ALIGN)
+            if ONE_TILE:
+                x_NB, left = load_tile(x_row, 0, columns, F, TILE)
+                scale = store_row_scale(needs_of_row(x_NB, left, F), message, at, rows, row, F)
+                encode_tile(x_NB, left, scale, message, at, rows, columns, row, 0, F, TILE, ALIGN)
+            else:
+                tiles = tl.cdiv(columns, TILE).to(tl.int32)
+                needs = tl.zeros((TILE // F.block,), tl.float32)
+                for tile in range(tiles):
+                    x_NB, left = load_tile(x_row, tile, columns, F, TILE)
+                    needs = tl.maximum(needs, needs_of_row(x_NB, left, F))
+                scale = store_row_scale(needs, message, at, rows, row, F)
+                for tile in range(tiles):
+                    x_NB, left = load_tile(x_row, tile, columns, F, TILE)
+                    encode_tile(x_NB, left, scale, message, at, rows, columns, row, tile, F, TILE, ALIGN)
     else:
         row, tile = row_and_tile(columns, FLAT, TILE)
         if (row < rows) & (tl.cast(tile, tl.int64) * TILE < columns):
             x_NB, left = load_tile(x_slice + row * x_stride, tile, columns, F, TILE)
-            encode_tile(x_NB, left, 1.0, message, at, rows, columns, row, tile, F, TILE, ALIGN)
+            SHORT: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
+            encode_tile(x_NB, left, 1.0, message, at, rows, columns, row, tile, F, TILE, ALIGN, SHORT)
 
 
 @triton.jit
@@ -114,7 +126,7 @@ def clean(x, F: tl.constexpr):
     DTYPE: tl.constexpr = x.dtype
     x = widened(x)
     if not DTYPE.is_fp16():  # which knows neither so small numbers nor so large ones
-        if F.sees_subnormals:
+        if F.sees_subnormals and not F.flushes_when_scaled:
             x = flush_subnormals(x)
         if DTYPE.is_fp32() or F.limit < BF16_MAX:
             infinite = (to_bits(x) & MAGNITUDE) >= EXPONENT
@@ -136,8 +148,12 @@ def encode_tile(
     F: tl.constexpr,
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
+    SHORT: tl.constexpr = False,
 ):
-    """Writes all that a tile, fp32 [N, B] with `left` values of the row, brings to the message."""
+    """Writes all that a tile, fp32 [N, B] with `left` values of the row, brings to the message.
+
+    SHORT: the values have been bf16 or fp16.
+    """
     N: tl.constexpr = TILE // F.block
     first = tl.cast(tile, tl.int64) * TILE
     values, blocks, spikes = places(message, at, rows, hidden, row, first, left, F.block)
@@ -149,9 +165,12 @@ def encode_tile(
 
     x_NB, need, bad, zeros, spike_values, spike_places = prepare(x_NB, left, F)
     codes, reciprocals = choose_scales(x_NB, need, bad, row_scale, F)
-    payload_NB = element_codes(x_NB * reciprocals[:, None], F)
-    keep_NB = tl.broadcast_to(tl.where(bad, 0, -1)[:, None], payload_NB.shape)
-    store_field(payload_NB.reshape(TILE), values, PAYLOAD, ALIGN, keep_NB.reshape(TILE))
+    y = scaled(x_NB, reciprocals[:, None], F).reshape(TILE)
+    keep = tl.broadcast_to(tl.where(bad, 0, -1)[:, None], (N, F.block)).reshape(TILE)
+    if SHORT and F.rounds_in_fp16 and for_nvidia() and ALIGN >= 4:  # a byte might have to hold a single code
+        store_field(element_code_pairs(y, F), values, PAYLOAD, ALIGN, keep, PAIRS=True)
+    else:
+        store_field(element_codes(y, F), values, PAYLOAD, ALIGN, keep)
     store_field(codes, blocks, SCALE, ALIGN)
     if F.asym:
         store_field(tl.where(bad, 0, bf16_bits(zeros)), blocks, ZERO_POINT, ALIGN)
@@ -161,9 +180,18 @@ def encode_tile(
 
 
 @triton.jit
-def store_row_scale(largest, message, at, rows, row, F: tl.constexpr):
-    """The row's scale, stored as fp32; returned as well."""
-    scale = row_scale(largest, F)
+def scaled(x, reciprocals, F: tl.constexpr):
+    """x * reciprocals, where subnormal x count as zeros."""
+    if F.flushes_when_scaled:
+        return flushed_product(x, reciprocals)
+    else:
+        return x * reciprocals
+
+
+@triton.jit
+def store_row_scale(needs, message, at, rows, row, F: tl.constexpr):
+    """The row's scale, stored as fp32; returned as well. needs: `needs_of_row`, the larger ones of all its tiles."""
+    scale = row_scale(tl.max(needs, axis=0), F)
     SECTION: tl.constexpr = F.row_scale.first
     tl.store((message + at[SECTION]).to(tl.pointer_type(tl.float32)) + row, scale)
     store_padding((message, at, rows, row, 1, 0, 1), SECTION, 4)
@@ -171,10 +199,10 @@ def store_row_scale(largest, message, at, rows, row, F: tl.constexpr):
 
 
 @triton.jit
-def largest_need(x_NB, left, F: tl.constexpr):
-    """What the row's scale must serve; blocks with NaN do not count."""
+def needs_of_row(x_NB, left, F: tl.constexpr):
+    """fp32 [N]: what the row's scale must serve; blocks with NaN do not count."""
     _, need, bad, _, _, _ = prepare(x_NB, left, F)
-    return tl.max(tl.where(bad, 0.0, need), axis=0)
+    return tl.where(bad, 0.0, need)
 
 
 @triton.jit

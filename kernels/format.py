@@ -10,8 +10,19 @@ from triton.language import constexpr
 TILE = 4096
 WARPS = 4
 
+# Values of the longest row that is one tile, if its scale needs all of it: it is read once, by more warps.
+LONGEST_TILE = 16384
+
 # Every section of a message, and so every message, is padded to this many bytes.
 ALIGNMENT = constexpr(16)
+
+
+def tile_for(fmt: "KernelFormat", hidden: int) -> tuple[int, int, bool]:
+    """(values that a program encodes at a time, its warps, whether these are a whole row that has a scale)."""
+    if not fmt.row_scaled or hidden > LONGEST_TILE:
+        return TILE, WARPS, False
+    tile = max(1 << (hidden - 1).bit_length(), TILE // WARPS)
+    return tile, tile * WARPS // TILE, True
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,30 @@ class KernelFormat:
     # The product of any element and any scale has at most fp32's 24 bits, so that a fused multiply-add rounds as
     # a multiplication and an addition do.
     exact_products: bool
+
+    @property
+    def flushes_when_scaled(self) -> bool:
+        """Subnormal inputs become zeros when they are multiplied, and no earlier.
+
+        Until then only the scale sees them: the one for nothing but subnormals is the one for zeros.
+        """
+        plain = not (self.hadamard or self.asym or self.spike) and len(self.candidates) == 1
+        return plain and self.max_exponent >= 1 and (self.scale_kind == "power" or self.row_scaled)
+
+    @property
+    def rounds_in_fp16(self) -> bool:
+        """Inputs of 16 bits are rounded as fp16, two at a time (`numbers.element_code_pairs`).
+
+        Powers of two scale them without an error, and sums of 11 bits above an element's mantissa stay finite.
+        """
+        powers = self.flushes_when_scaled and self.scale_kind == "power"
+        return powers and self.element is not None and 11 - self.mantissa_bits + self.max_exponent <= 16
+
+    @property
+    def scales_saturate(self) -> bool:
+        """power: whether a finite block may ask for a larger code than `largest_scale_code`."""
+        exponent = 127 - self.max_exponent + (self.rule != "floor") + max(self.candidates)
+        return exponent + self.scale_bias > self.largest_scale_code
 
     @property
     def half(self) -> int:

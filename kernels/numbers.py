@@ -2,10 +2,13 @@
 """Numbers by their bits: rounding, elements and small floats, alike on every GPU and in Triton's interpreter.
 
 Only integer operations and single fp32 additions, multiplications and IEEE divisions, none of which a GPU approximates;
-exponents come from bits. No conversion instructions for elements: those for fp8 exist from sm_89 on, those for
-fp4 from sm_100 on, and Triton's interpreter rounds fp8 wrongly. An instruction that only NVIDIA's GPUs have stands
-beside the plain way, which others and the interpreter take.
+exponents come from bits. The one approximation, `near_reciprocal`, is corrected where it is used. No conversion
+instructions for elements: those for fp8 exist from sm_89 on, those for fp4 from sm_100 on, and Triton's interpreter
+rounds fp8 wrongly. An instruction that only NVIDIA's GPUs have stands beside the plain way, which others and the
+interpreter take.
 """
+
+import math
 
 import triton
 import triton.language as tl
@@ -18,6 +21,7 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 SIGN = tl.constexpr(-(1 << 31))
 EXPONENT = tl.constexpr(0x7F800000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+MANTISSA = tl.constexpr(0x7FFFFF)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 BF16_MAX = tl.constexpr((2 - 2**-7) * 2.0**127)
 FP16_MAX = tl.constexpr(65504.0)
@@ -64,10 +68,34 @@ def widened(x):
 
 
 @triton.jit
+def flushed_product(x, y):
+    """fp32 x * y, where subnormal x count as zeros of their sign. y and products that matter are not subnormal."""
+    if for_nvidia():
+        PRODUCT: tl.constexpr = "mul.ftz.f32 $0, $1, $2;"
+        x, y = tl.broadcast(x, y)
+        return tl.inline_asm_elementwise(PRODUCT, "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
+    else:
+        return flush_subnormals(x) * y
+
+
+@triton.jit
+def near_reciprocal(x):
+    """1 / fp32 x, off by a unit or two in the last place. Neither of them is subnormal."""
+    if for_nvidia():
+        NEAR: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(NEAR, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
 def largest_bits(x_NB):
     """[N]: the bits of each block's largest magnitude, which are those of a NaN or an infinity if it has any."""
     if for_nvidia():
-        return to_bits(tl.reduce(tl.abs(x_NB), 1, _larger_or_nan))
+        # In PTX, because the compiler would take the sign off bits, where the maximum has that for nothing.
+        ABS: tl.constexpr = "abs.f32 $0, $1;"
+        magnitude_NB = tl.inline_asm_elementwise(ABS, "=f,f", [x_NB], tl.float32, is_pure=True, pack=1)
+        return to_bits(tl.reduce(magnitude_NB, 1, _larger_or_nan))
     else:
         # Without their sign, the bits of floats have the floats' order, infinity and NaN above all numbers.
         return tl.max(to_bits(x_NB) & MAGNITUDE, axis=1)
@@ -155,6 +183,51 @@ def element_codes(y, F: tl.constexpr):
         HALF: tl.constexpr = 2.0**EXPONENT_OF_HALF
         sign = to_float((to_bits(y) & SIGN) | ((127 + EXPONENT_OF_HALF) << 23))
         return _codes(tl.abs(y), (code_offset(ELEMENT) + HALF) - sign, ELEMENT)
+
+
+@triton.jit
+def element_code_pairs(y, F: tl.constexpr):
+    """Scaled fp32 values [n] of a format that `rounds_in_fp16`, to codes [n / 2], two in each: from bits 0 and 16 up.
+
+    As fp16 all of them are exact but for those that round to zero anyway. NVIDIA only.
+    """
+    low, high = tl.split(y.reshape(y.shape[0] // 2, 2))
+    ROUND: tl.constexpr = rounding_of_pairs(F)
+    return tl.inline_asm_elementwise(ROUND, "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1)
+
+
+@constexpr_function
+def rounding_of_pairs(fmt):
+    """PTX that makes element codes of two fp32 numbers, as `_codes` makes them of one."""
+    mantissa, bias, sign = fmt.mantissa_bits, fmt.element.bias, 1 << fmt.bits - 1
+    smallest_normal = 2.0 ** (1 - bias)
+    # Rounding leaves the steps in the sum's mantissa; fp16's exponent of the smallest normal is 16 - bias.
+    offset = 2.0 ** (10 - mantissa) + (-((16 - bias) << mantissa) & (sign - 1)) * 2.0**-mantissa
+    return f"""{{
+        .reg .b32 value, power, code, limit, smallest, offset;
+        mov.b32 limit, {_two_halves(fmt.max_value):#x};
+        mov.b32 smallest, {_two_halves(smallest_normal):#x};
+        mov.b32 offset, {_two_halves(offset):#x};
+        cvt.rn.f16x2.f32 value, $2, $1;
+        and.b32 code, value, 0x7FFF7FFF;
+        min.f16x2 code, code, limit;
+        and.b32 power, code, 0x7C007C00;
+        max.f16x2 power, power, smallest;
+        fma.rn.f16x2 code, power, offset, code;
+        shr.u32 power, power, {10 - mantissa};
+        add.u32 code, code, power;
+        and.b32 code, code, {(sign - 1) * 0x10001:#x};
+        shr.u32 value, value, {16 - fmt.bits};
+        and.b32 value, value, {sign * 0x10001:#x};
+        or.b32 $0, code, value;
+    }}"""
+
+
+@constexpr_function
+def _two_halves(x):
+    """The bits of two fp16 numbers x, normal and positive."""
+    fraction, exponent = math.frexp(x)
+    return int((exponent + 13 << 10) + fraction * 2048) * 0x10001
 
 
 @triton.jit

@@ -69,13 +69,14 @@ def places(message, at, rows, hidden, row, first, left, B: tl.constexpr):
 
 
 @triton.jit
-def store_field(codes, place, FIELD: tl.constexpr, ALIGN: tl.constexpr, keep=None):
+def store_field(codes, place, FIELD: tl.constexpr, ALIGN: tl.constexpr, keep=None, PAIRS: tl.constexpr = False):
     """Stores int32 codes [n], of which those past the place's count must be 0; what their bits 22 and up hold is lost.
 
     keep [n]: 0 for the codes of a block of which zeros are stored instead, otherwise -1.
+    PAIRS: the codes are [n / 2] pairs, from bits 0 and 16 up, with zeros above each; ALIGN is 4 or more.
     """
     for plane in tl.static_range(len(FIELD.planes)):
-        _store_plane(codes, place, FIELD, plane, ALIGN, keep)
+        _store_plane(codes, place, FIELD, plane, ALIGN, keep, PAIRS)
 
 
 @triton.jit
@@ -98,18 +99,23 @@ def store_padding(place, SECTION: tl.constexpr, row_bytes):
 
 
 @triton.jit
-def _store_plane(codes, place, FIELD: tl.constexpr, PLANE: tl.constexpr, ALIGN: tl.constexpr, keep):
+def _store_plane(
+    codes, place, FIELD: tl.constexpr, PLANE: tl.constexpr, ALIGN: tl.constexpr, keep, PAIRS: tl.constexpr
+):
     SECTION: tl.constexpr = FIELD.first + PLANE
     SHIFT: tl.constexpr = FIELD.planes[PLANE][0]
     WIDTH: tl.constexpr = FIELD.planes[PLANE][1]
-    COUNT: tl.constexpr = codes.shape[0]
+    PER_CODE: tl.constexpr = 2 if PAIRS else 1
+    COUNT: tl.constexpr = codes.shape[0] * PER_CODE
     BITS: tl.constexpr = unit_bits(COUNT, WIDTH, ALIGN)
     PER_UNIT: tl.constexpr = BITS // WIDTH
     if len(FIELD.planes) > 1:
-        codes = (codes >> SHIFT) & ((1 << WIDTH) - 1)
+        codes = (codes >> SHIFT) & repeated((1 << WIDTH) - 1, PER_CODE, 16)
     # Several codes at a time, all of one block, are cleared of what is above them and of what is not to be kept.
     GROUP: tl.constexpr = group_of(PER_UNIT)
-    groups = gather_codes(codes, GROUP, WIDTH)
+    groups = gather_codes(codes, GROUP // PER_CODE, WIDTH * PER_CODE)
+    if PAIRS:  # the upper half holds each second code of the group
+        groups |= groups >> (16 - WIDTH)
     if FIELD.flip:
         groups ^= repeated(FIELD.flip >> SHIFT, GROUP, WIDTH)
     if GROUP * WIDTH < 32:

@@ -8,13 +8,23 @@ Legend: N blocks of a tile. `need` fp32 [N]: the magnitude that the scale must b
 import triton
 import triton.language as tl
 
-from .numbers import EXPONENT, INTERPRETED, bf16_bits, small_float_codes, small_float_values, to_bits, to_float
+from .numbers import (
+    EXPONENT,
+    INTERPRETED,
+    MANTISSA,
+    bf16_bits,
+    near_reciprocal,
+    small_float_codes,
+    small_float_values,
+    to_bits,
+    to_float,
+)
 
 
 @triton.jit
 def row_scale(largest_need, F: tl.constexpr):
     """The scale of a row from the largest need of its blocks, those with NaN left out."""
-    return tl.maximum(tl.div_rn(largest_need, F.row_scale_divisor), F.smallest_row_scale)
+    return tl.maximum(divide(largest_need, F.row_scale_divisor), F.smallest_row_scale)
 
 
 @triton.jit
@@ -34,13 +44,41 @@ def divide(x, DIVISOR: tl.constexpr):
 
 @triton.jit
 def reciprocal(scales, F: tl.constexpr):
-    """1 / scales to the last bit."""
-    if F.scale_kind == "fp16" and not INTERPRETED:
-        # One step of Newton's method is enough: a reciprocal of 11 bits is never close to the middle of two floats.
-        near = 1.0 / scales
-        return tl.fma(tl.fma(-scales, near, 1.0), near, near)
-    else:
+    """1 / scales to the last bit; for 0 some number or NaN.
+
+    By Newton's method where neither a scale nor its reciprocal can be subnormal: one step is enough for the 11 bits of
+    fp16, whose reciprocals are never close to the middle of two floats. After a second one all are right but those just
+    above half a power of two, where the error that remains is rounded off: they are known.
+    """
+    if INTERPRETED or (F.scale_kind != "fp16" and F.scale_kind != "small"):
         return tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), scales)
+    else:
+        near = near_reciprocal(scales)
+        near = tl.fma(tl.fma(-scales, near, 1.0), near, near)
+        if F.scale_kind == "small":
+            near = tl.fma(tl.fma(-scales, near, 1.0), near, near)
+            bits = to_bits(scales)
+            near = tl.where((bits & MANTISSA) == MANTISSA, to_float((254 << 23) - bits), near)
+        return near
+
+
+@triton.jit
+def divide_by_row(x, row, F: tl.constexpr):
+    """x [N] / row to the last bit, if it is 2^-10 or more; smaller quotients, which may be off, have code 0.
+
+    By the reciprocal as in `divide`, with one more correction: an arbitrary row's reciprocal is off by more. Small rows
+    are raised first, so that what remains of a division is not subnormal.
+    """
+    if INTERPRETED:
+        return tl.div_rn(x, tl.broadcast_to(row, x.shape))
+    else:
+        raised = tl.where(row < 2.0**-60, 2.0**64, 1.0)
+        row *= raised
+        x *= raised
+        inverse = reciprocal(row, F)
+        quotient = x * inverse
+        quotient = tl.fma(tl.fma(-quotient, row, x), inverse, quotient)
+        return tl.fma(tl.fma(-quotient, row, x), inverse, quotient)
 
 
 @triton.jit
@@ -53,7 +91,9 @@ def scale_codes(need, bad, row, F: tl.constexpr, WHICH: tl.constexpr):
     CANDIDATE: tl.constexpr = F.candidates[WHICH]
     if F.scale_kind == "power":
         exponent = _exponent(need, F) + CANDIDATE
-        codes = tl.minimum(tl.maximum(exponent + F.scale_bias, 0), F.largest_scale_code)
+        codes = tl.maximum(exponent + F.scale_bias, 0)
+        if F.scales_saturate:
+            codes = tl.minimum(codes, F.largest_scale_code)
     else:
         wanted = need
         if CANDIDATE != 1.0:
@@ -61,7 +101,7 @@ def scale_codes(need, bad, row, F: tl.constexpr, WHICH: tl.constexpr):
         wanted = divide(wanted, F.max_value)
         if F.scale_kind == "small":
             if F.row_scaled:
-                wanted = tl.div_rn(wanted, tl.broadcast_to(row, wanted.shape))
+                wanted = divide_by_row(wanted, row, F)
             FLOAT: tl.constexpr = F.scale_float
             codes = small_float_codes(wanted, FLOAT) & 0xFF
         else:
@@ -111,7 +151,7 @@ def _exponent(need, F: tl.constexpr):
         bits += 1 << (22 - F.mantissa_bits)
     exponent = (bits >> 23) - (127 + F.max_exponent)
     if F.rule == "ceil":
-        exponent += ((bits & 0x7FFFFF) > F.above_max).to(tl.int32)
+        exponent += ((bits & MANTISSA) > F.above_max).to(tl.int32)
     return exponent
 
 

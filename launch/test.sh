@@ -18,6 +18,7 @@ SEAMS=(
     tests/test_run.py
     tests/layers/test_apply.py
     tests/layers/test_families.py
+    tests/layers/test_inference_experts.py
     tests/layers/test_moe.py
     tests/layers/test_phases.py
     tests/layers/test_pipeline.py

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -48,13 +49,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     _replace_what_cannot_be_written()
     args = _parser().parse_args(argv)
-    return carry_out(SUBCOMMANDS.chosen(args), args, "megatron_comp.cli", argv)
+    return carry_out(lambda: SUBCOMMANDS.chosen(args), args, "megatron_comp.cli", argv)
 
 
-def carry_out(command: ModuleType, args: argparse.Namespace, program: str, argv: list[str]) -> int:
+def carry_out(load: Callable[[], ModuleType], args: argparse.Namespace, program: str, argv: list[str]) -> int:
     """Runs a command in this process, or `python -m program argv` on the ranks that it wants; returns as `main` does.
 
-    command: has `check(args)` and `run(args)`; one that starts its ranks in a way of its own also `start(args, argv)`.
+    load: gives the command, which has `check(args)` and `run(args)`; one that starts its ranks in a way of its own also
+    `start(args, argv)`. Commands import torch: what can be checked without is checked before.
     """
     from .commands import preflight  # not for `--version` and `--help`, which are to answer at once
 
@@ -64,9 +66,10 @@ def carry_out(command: ModuleType, args: argparse.Namespace, program: str, argv:
             preflight.check_environment(args)
         if ranks.joined() or not (hasattr(args, "tp") or own_ranks):  # one of the ranks, or a command of one process
             with _own_warnings():
-                command.run(args)
+                load().run(args)
             return 0
-        preflight.check_inputs(args)  # without torch, which the command's own checks may need
+        preflight.check_inputs(args)
+        command = load()
         command.check(args)
         if hasattr(command, "start"):
             return command.start(args, argv)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a retrieval task for `megatron-comp evaluate --tasks`: a number to be found again in a long text.
+"""Writes a retrieval task for `megatron-comp evaluate --tasks`: a word to be found again in a long text.
 
     python -m research.needle MODEL --text sotu.txt --tokens 1024 4096 8000 --depths 10 50 90 --items 12 --out needles
     megatron-comp evaluate --model MODEL --tp 3 --include-path needles --tasks needle_1024_at_10,... --codec mxfp4
 
 Each item is text of its own from the file, cut into sentences, in which one more sentence stands at that share of its
-length: a city's number. The text ends in the question; the choices are that number and three others. One task for each
-length and depth. A model that reads its context finds most; chance is 1 in 4.
+length: a city's colour. The text ends in the question; the choices are that colour and three others, a token each in
+most vocabularies, so that one forward answers an item. One task for each length and depth. Chance is 1 in 4.
 """
 
 import argparse
@@ -18,15 +18,16 @@ from examples.fetch import write_task
 from megatron_comp.inference.text import read_tokenizer
 
 CITIES = ("Tallinn", "Quito", "Lagos", "Hanoi", "Oslo", "Lima", "Riga", "Perth", "Turin", "Accra")
+COLOURS = ("red", "blue", "green", "black", "white", "brown", "yellow", "purple")
 CHOICES = 4
-NEEDLE = "The secret number of {city} is {number}."
-QUESTION = "\n\nQuestion: What is the secret number of {city}? Answer: The secret number of {city} is"
+NEEDLE = "The secret colour of {city} is {colour}."
+QUESTION = "\n\nQuestion: What is the secret colour of {city}? Answer: The secret colour of {city} is"
 
 
 def item(sentences: list[str], lengths: list[int], tokens: int, depth: int, draw: random.Random) -> dict:
     """`context`, `choices` and `gold`. sentences: of the file; lengths: their tokens."""
     city = draw.choice(CITIES)
-    numbers = draw.sample(range(1000, 10000), CHOICES)
+    colours = draw.sample(COLOURS, CHOICES)
     gold = draw.randrange(CHOICES)
     place = draw.randrange(len(sentences))
     taken: list[str] = []
@@ -35,8 +36,8 @@ def item(sentences: list[str], lengths: list[int], tokens: int, depth: int, draw
         taken.append(sentences[place])
         room -= lengths[place]
         place = (place + 1) % len(sentences)
-    taken.insert(len(taken) * depth // 100, NEEDLE.format(city=city, number=numbers[gold]))
-    return {"context": " ".join(taken) + QUESTION.format(city=city), "choices": list(map(str, numbers)), "gold": gold}
+    taken.insert(len(taken) * depth // 100, NEEDLE.format(city=city, colour=colours[gold]))
+    return {"context": " ".join(taken) + QUESTION.format(city=city), "choices": colours, "gold": gold}
 
 
 def main(argv: list[str] | None = None) -> None:

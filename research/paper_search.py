@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_search(parser)
     argv = sys.argv[1:] if argv is None else argv
-    return carry_out(sys.modules[__name__], parser.parse_args(argv), "research.paper_search", argv)
+    return carry_out(lambda: sys.modules[__name__], parser.parse_args(argv), "research.paper_search", argv)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def rows(codec: str, parts: list[tuple[int, int]], judged: list[Judgement], stoc
             "codec": codec,
             "first": first,
             "last": end - 1,
-            "tokens": ours.quality.tokens,
+            "tokens": sum(window.shape[1] for window in ours.quality.windows),
             "perplexity": perplexity(ours.nll),
             "perplexity_increase_pct": increase_pct(ours.nll, theirs.nll),
             "kl": ours.kl,
@@ -87,6 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--codec", action="append", default=[], metavar="C", help="A codec or preset; repeat it.")
     options.add_csv(parser)
     args = parser.parse_args(argv)
+    if args.pp > 1:
+        parser.error("--pp: this program runs on tensor-parallel ranks alone")
     settings = setup.with_baseline(setup.settings(args, args.codec))
     checks.check_text(args)
     if not ranks.joined():

@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m research.published", description="Errors of `plan`'s cost model.")
     parser.add_argument("--json", metavar="FILE", help="Write versions and rows there as one JSON object.")
     argv = sys.argv[1:] if argv is None else argv
-    return carry_out(sys.modules[__name__], parser.parse_args(argv), "research.published", argv)
+    return carry_out(lambda: sys.modules[__name__], parser.parse_args(argv), "research.published", argv)
 
 
 if __name__ == "__main__":

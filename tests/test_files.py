@@ -243,6 +243,7 @@ ELSEWHERE = {
     ("cli.py", "open"),  # the null device, in the place of a closed standard output
     ("commands/convert.py", "write_text"),  # into a folder that is renamed as a whole
     ("launcher/ranks.py", "write_text"),  # a rank's last words, in a folder of this run
+    ("cli.py", "open"),  # /dev/null
 }
 
 

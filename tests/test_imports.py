@@ -37,6 +37,7 @@ ORDER = list(ROOMS)
 
 # Packages that only some rooms may know.
 OUTSIDE = {
+    "argparse": {"research", "examples", "commands"},
     "megatron": {"research", "examples", "commands", "inference", "layers"},
     "torch.distributed": {
         *("research", "examples", "commands", "search", "bench", "quality", "launcher"),

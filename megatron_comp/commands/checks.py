@@ -6,13 +6,12 @@ import re
 from pathlib import Path
 
 from ..launcher import output
-from .options import CONTEXT
+from .options import context_of
 
 
 def check_text(args: argparse.Namespace) -> None:
     """Settles --context where it is not given."""
-    if args.context is None:
-        args.context = max(2, min(CONTEXT, args.tokens))
+    args.context = context_of(args)
     if not 2 <= args.context <= args.tokens:
         raise ValueError(f"--context {args.context}: allowed are 2 to --tokens {args.tokens}")
     if not Path(args.text).is_file():

@@ -5,7 +5,7 @@ import argparse
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import files
 from ..inference.text import read_tokenizer
@@ -36,7 +36,7 @@ def check(args: argparse.Namespace, *written: str) -> None:
 @contextmanager
 def missing_blocks(
     args: argparse.Namespace, blocks: Collection[int], how: Mapping[str, object]
-) -> "Iterator[tuple[object, WeightsFile, Iterator[tuple]]]":
+) -> "Iterator[tuple[Any, WeightsFile, Iterator[tuple]]]":
     """(the model's config, the file of --out, what `spd.block.stream` gives of each block that is not in that file).
 
     The file is this process's alone until the end. how: by which weights are made, besides model and text. Raises what

@@ -131,6 +131,11 @@ def add_text(parser: argparse.ArgumentParser, tokens: int, what: str, required: 
     )
 
 
+def context_of(args: argparse.Namespace) -> int:
+    """`--context`, or what it is where it is not given."""
+    return max(2, min(CONTEXT, args.tokens)) if args.context is None else args.context
+
+
 def add_dtype(
     parser: argparse.ArgumentParser,
     what: str = "Data type of weights, activations and sums; auto (the default) is bf16 on a GPU and fp32 on a CPU.",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..inference import config, environment, model_files, shards
 from ..inference.text import check_length, named_stops
-from .options import CONTEXT
+from .options import context_of
 
 
 def ranks_of(args: argparse.Namespace) -> int:
@@ -36,13 +36,8 @@ def check_inputs(args: argparse.Namespace) -> None:
         if (path := getattr(args, name, None)) and Path(path).is_file():
             model_files.check_safetensors(Path(path))
     if (path := getattr(args, "text", None)) and Path(path).is_file():
-        check_length(path, _needed(args))
-
-
-def _needed(args: argparse.Namespace) -> int:
-    """Tokens of whole windows, none for sizes that the command's own check refuses."""
-    context = min(CONTEXT, args.tokens) if args.context is None else args.context
-    return args.tokens // context * context if context > 0 else 0
+        context = context_of(args)
+        check_length(path, args.tokens // context * context if context > 0 else 0)
 
 
 def _check_model(args: argparse.Namespace) -> None:
@@ -53,9 +48,10 @@ def _check_model(args: argparse.Namespace) -> None:
     folder = Path(args.model)
     raw = config.read_raw(folder)
     tp = getattr(args, "tp", getattr(args, "ranks", None))
-    if (sizes := config.sizes(raw)) is not None and isinstance(tp, int) and tp >= 1:
+    pp = getattr(args, "pp", 1)
+    if (sizes := config.sizes(raw)) is not None and isinstance(tp, int) and min(tp, pp) >= 1:
         shards.check_tensor_parallel(sizes, tp)
-        shards.check_pipeline_parallel(sizes, getattr(args, "pp", 1))
+        shards.check_pipeline_parallel(sizes, pp)
     if any(getattr(args, name, None) for name in ("blocks", "weights", "distilled")):
         model_files.check_read_by_layer(folder)
     model_files.check_weights(folder)

@@ -2,10 +2,14 @@
 """`megatron-comp search`: a policy of fewest bits, or of least time, within a bound on what it costs in quality."""
 
 import argparse
+import os
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 from ..launcher import output
 from ..policy import CompressionPolicy
+from ..quality.origin import digest
 from ..search.bound import MAX_INCREASE_PCT, Bound
 from ..search.candidates import CANDIDATES, parse_candidates
 from . import checks, search_options, setup
@@ -17,6 +21,8 @@ def check(args: argparse.Namespace) -> None:
     if args.max_kl is None and args.max_perplexity_increase is None:
         raise ValueError("a bound is needed: --max-kl, in nats per token, or --max-perplexity-increase, in percent")
     parse_candidates(args.codec)
+    if args.predictor and not Path(args.predictor).is_file():
+        raise ValueError(f"--predictor {args.predictor}: no such file")
     search_options.check(args)
 
 
@@ -43,8 +49,9 @@ def run(args: argparse.Namespace) -> None:
     searched = {
         "search": "with drop" if args.with_drop else "mixed",
         "candidates": [str(codec) for codec in candidates],
+        **({"predictor": digest(args.predictor)} if args.predictor else {}),
     }
-    with measuring(args, args.distilled, **searched) as measurements:
+    with measuring(args, args.distilled, args.predictor, **searched) as measurements:
         if args.with_drop:
             itemsize = next(measurements.judge.model.parameters()).dtype.itemsize
             calibration = search_options.calibration(args, candidates, itemsize)
@@ -57,12 +64,15 @@ def run(args: argparse.Namespace) -> None:
     if output.is_first_rank():
         if found.distilled:
             write_blocks(args.distilled, found.distilled, args.weights_out)
+        if args.predictor:
+            beside = os.path.relpath(args.predictor, Path(args.out).parent)
+            found = replace(found, policy=replace(found.policy, predictor=beside))
         how = f"megatron-comp search {'--with-drop ' * args.with_drop}--algorithm {args.algorithm}"
         report(args, found, measurements.judge, how)
 
 
 @contextmanager
-def measuring(args: argparse.Namespace, distilled: str | None = None, **searched: object):
+def measuring(args: argparse.Namespace, distilled: str | None = None, predictor: str | None = None, **searched: object):
     """`Measurements` of the model on its ranks and of the text, in the journal of `--state`.
 
     searched: what else measurements depend on. Bound and algorithm are not of it: others use the same measurements.
@@ -72,7 +82,7 @@ def measuring(args: argparse.Namespace, distilled: str | None = None, **searched
     with setup.judging(args, distilled, **searched) as judge:
         if judge.journal.continued and output.is_first_rank():
             print(f"search: going on from {args.state}", flush=True)
-        yield Measurements(judge)
+        yield Measurements(judge, predictor)
 
 
 def bound_of(args: argparse.Namespace) -> Bound:

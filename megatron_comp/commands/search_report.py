@@ -137,6 +137,8 @@ def policy_text(policy: CompressionPolicy, header: list[str]) -> str:
         if said := getattr(policy, key):
             lines.append(f"{key}:")
             lines += [f"  {name}: {_scalar(value)}" for name, value in said.items()]
+    if policy.predictor:
+        lines.append(f"predictor: {_scalar(str(policy.predictor))}")
     return "\n".join(lines) + "\n"
 
 

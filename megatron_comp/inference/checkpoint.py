@@ -35,7 +35,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from tqdm import tqdm
 
-from .metadata import read_metadata
+from . import model_files
+from .metadata import check_storage, read_metadata
+
+EMBEDDING = "embedding.word_embeddings.weight"
 
 # What training keeps besides tensors: a file or, from Megatron 0.19 on, an entry of this name among the tensors.
 COMMON, COMMON_ENTRY = "common.pt", "common_state/"
@@ -95,11 +98,12 @@ def save(model: GPTModel, folder, **common) -> None:
 
 
 @torch.no_grad()
-def load(model: GPTModel, folder) -> None:
+def load(model: GPTModel, folder, vocab_size: int = 0) -> None:
     """Fills the model, compressed or not, from a folder that `find` found; every rank calls this.
 
     Tensors are cast to the model's dtype. What training keeps beside weights (optimizer, schedule) is not read.
-    Entries that only pad a vocabulary may differ in number; those that the checkpoint lacks become zeros.
+    Entries that only pad a vocabulary may differ in number; those that the checkpoint lacks become zeros. vocab_size:
+    entries that are no padding, which it must have.
 
     Nothing in the folder is run. Torch and Megatron unpickle `.metadata`, `common.pt`, and every entry that is
     described as anything but a tensor: the files are looked at first, and no such entry is asked for. Extra state
@@ -111,7 +115,13 @@ def load(model: GPTModel, folder) -> None:
     if any(Path(folder).glob("__*.metadata")):
         # Torch would turn to these, unread by us, if it could not go by `.metadata`.
         raise ValueError(f"{folder} describes the parts of single ranks (__*.metadata), which are not read here")
-    described = read_metadata(folder).state_dict_metadata
+    try:
+        model_files.check_distributed(Path(folder))
+        description = read_metadata(folder)
+        check_storage(folder, description)
+    except OSError as error:
+        raise ValueError(str(error)) from None
+    described = description.state_dict_metadata
     names = described.keys()
     with _reading(folder):
         _check_common(Path(folder), described)
@@ -124,6 +134,9 @@ def load(model: GPTModel, folder) -> None:
     _check(folder, "tensors of this model are missing in the checkpoint", asked - names)
     odd = {name for name in asked if not isinstance(described[name], TensorStorageMetadata)}
     _check(folder, "tensors of this model are no tensors in the checkpoint", odd)
+    entries = described[f"{prefix}{EMBEDDING}"].size[0]
+    if entries < vocab_size:
+        raise ValueError(f"{folder}: its vocabulary has {entries} entries, the model's {vocab_size}: of another model?")
     with _reading(folder):
         loaded, unread, _ = dist_checkpointing.load({"model": sharded}, str(folder), strict=StrictHandling.RETURN_ALL)
     parts = tuple(f"{prefix}{name}." for name, _ in model.named_children())
@@ -138,24 +151,30 @@ class _LooksAtBytes(dcp.DefaultLoadPlanner):
 
 
 def _check_common(folder: Path, described) -> None:
-    """Raises UnpicklingError, or torch's error around it, if what stands beside the tensors names code to be run.
+    """Raises UnpicklingError, or torch's error around it, if what stands beside the tensors names code to be run, and
+    ValueError if it is missing or damaged.
 
     Megatron reads it for every checkpoint, and torch then runs what it names: an entry always, and the file if
     TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set.
     """
+    entries = {name: BytesIO() for name in described if name.startswith(COMMON_ENTRY)}
     if (common := folder / COMMON).exists():
-        torch.load(common, map_location="cpu", weights_only=True)
-    if entries := {name: BytesIO() for name in described if name.startswith(COMMON_ENTRY)}:
+        try:
+            torch.load(common, map_location="cpu", weights_only=True)
+        except RuntimeError:  # of a file that is no zip archive
+            raise ValueError(f"{COMMON} is damaged or incomplete ({common.stat().st_size} bytes)") from None
+    elif not entries:
+        raise ValueError(f"{COMMON} is missing")
+    if entries:
         planner = _LooksAtBytes(flatten_state_dict=False)
         dcp.load(entries, storage_reader=dcp.FileSystemReader(folder), planner=planner, no_dist=True)
 
 
 def _prefix(names, folder) -> str:
     """What stands before the model's own names: nothing, or `module.` where a wrapper of the model was saved."""
-    word = "embedding.word_embeddings.weight"
-    found = [name.removesuffix(word) for name in names if name.endswith(word)]
+    found = [name.removesuffix(EMBEDDING) for name in names if name.endswith(EMBEDDING)]
     if not found:
-        raise ValueError(f"{folder} holds no {word}: expected the checkpoint of a GPTModel")
+        raise ValueError(f"{folder} holds no {EMBEDDING}: expected the checkpoint of a GPTModel")
     return min(found, key=len)  # an optimizer's states have longer ones
 
 
@@ -191,6 +210,9 @@ def _reading(folder):
     except (CheckpointingException, CheckpointException, OSError, EOFError, UnpicklingError, ValueError) as error:
         if isinstance(error, CheckpointException):  # all ranks' tracebacks: the first that failed will do
             error = next(iter(error.failures.values()))[0]
-        misfit = isinstance(error, CheckpointingException)
-        cause = " ".join(str(error).split()) if misfit else f"cannot be read: {error!r}"
+        cause = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnpicklingError):  # torch's own words advise to run what is there
+            cause = "cannot be read: an entry is damaged, or asks to run code"
+        elif not isinstance(error, CheckpointingException):
+            cause = f"cannot be read: {cause}"
         raise ValueError(f"{folder}: {cause}") from None

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from .model_files import check_file
+
 # By module: every class or function that torch's own `.metadata` names, for all versions supported.
 ALLOWED = {
     "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path"},
@@ -39,6 +41,22 @@ ALLOWED = {
     },
     "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
 }
+
+
+def check_storage(folder: str | Path, metadata: Metadata) -> None:
+    """Raises FileNotFoundError or ValueError that names a file of tensors which is missing or too short."""
+    ends: dict[str, int] = {}
+    try:
+        for place in metadata.storage_data.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    except (AttributeError, TypeError):
+        raise ValueError(
+            f"{Path(folder, '.metadata')} is not the description of a checkpoint: places are wrong"
+        ) from None
+    for name, end in ends.items():
+        check_file(path := Path(folder, name))
+        if (size := path.stat().st_size) < end:
+            raise ValueError(f"{path} is damaged or incomplete ({size} bytes, {end} are described)")
 
 
 class _DescriptionsOnly(pickle.Unpickler):

@@ -147,7 +147,7 @@ def build_model(
     if megatron_checkpoint := model_files.find_distributed(model_dir):
         if extra_weights is not None:
             model_files.check_read_by_layer(model_dir)
-        checkpoint.load(model, megatron_checkpoint)
+        checkpoint.load(model, megatron_checkpoint, config.vocab_size)
     else:
         hf.load_weights(model, model_dir, config, _share(), extra_weights)
     model.hf_config = config

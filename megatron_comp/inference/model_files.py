@@ -153,9 +153,22 @@ def check_read_by_layer(folder: str | Path) -> None:
         )
 
 
+def check_distributed(folder: Path) -> None:
+    """The files of a checkpoint that `find_distributed` found, as far as their names tell what they are. Raises
+    FileNotFoundError or ValueError that names one which is missing, empty or something else."""
+    said = read_json(folder / COMPLETE, "checkpoint's description")
+    if (kind := said.get("sharded_backend") if isinstance(said, dict) else None) != "torch_dist":
+        raise ValueError(f"{folder / COMPLETE}: sharded_backend is {shown(kind)}; allowed: 'torch_dist'")
+    for path in sorted([folder / ".metadata", *folder.glob("common.pt"), *folder.glob("*.distcp")]):
+        check_file(path)
+        if not path.stat().st_size:
+            raise ValueError(f"{path} is empty")
+
+
 def check_weights(folder: Path) -> None:
     """Raises FileNotFoundError or ValueError, naming a file, if weights are missing or cut short."""
-    if find_distributed(folder):
+    if distributed := find_distributed(folder):
+        check_distributed(distributed)
         return
     files = shards(folder)
     for name in sorted({SINGLE} if files is None else set(files.values())):

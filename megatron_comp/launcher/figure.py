@@ -18,3 +18,9 @@ def save(figure, path: str | Path) -> None:
     metadata = {"Date": None} if Path(path).suffix == ".svg" else {}
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "megatron_comp"}), replacing(path) as partial:
         figure.savefig(partial, dpi=150, metadata=metadata)
+
+
+def label_plainly(axis) -> None:
+    """Labels a logarithmic axis by numbers, not by powers of ten; between these by twos, threes and fives."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")

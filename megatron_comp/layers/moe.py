@@ -19,6 +19,8 @@ from megatron.core.transformer.moe.token_dispatcher import (
 )
 
 from ..wire.codec import CodecPair, parse_codec
+from . import inference_experts
+from .inference_experts import inference_dispatcher
 from .mappings import copy_to_tensor_model_parallel_region
 from .reducer import Reducer
 
@@ -133,19 +135,24 @@ SWITCHES = {"drop_and_pad", "moe_expert_capacity_factor"}
 
 def summing_group(layer: BaseMoELayer) -> torch.distributed.ProcessGroup | None:
     """The group over which the stock dispatcher adds up partial sums; None for one that adds up nothing."""
-    dispatcher = inference_dispatcher(layer) or stock_dispatcher(layer)
+    return _group_of(inference_dispatcher(layer) or stock_dispatcher(layer))
+
+
+def _group_of(dispatcher: MoETokenDispatcher) -> torch.distributed.ProcessGroup | None:
     gathers = isinstance(dispatcher, MoEAllGatherTokenDispatcher)
     group = dispatcher.tp_ep_group if gathers else dispatcher.tp_group
     return group if group is not None and group.size() > 1 else None
 
 
-def inference_dispatcher(layer: BaseMoELayer):
-    """The dispatcher that inference-optimized layers have beside that of training, and take under an engine."""
-    return getattr(layer, "_inference_token_dispatcher", None)
+def stock_dispatcher(layer: BaseMoELayer) -> MoETokenDispatcher:
+    """Megatron's, that of training where inference-optimized layers have two."""
+    own = vars(layer)
+    return own.get("_training_token_dispatcher") or own.get("stock_dispatcher", layer.token_dispatcher)
 
 
-def stock_dispatcher(layer: BaseMoELayer):
-    return layer.__dict__.get("stock_dispatcher", layer.token_dispatcher)
+def summing_dispatcher(layer: BaseMoELayer) -> MoETokenDispatcher:
+    """The one that has the layer's reducer, if there is any."""
+    return inference_dispatcher(layer) or layer.token_dispatcher
 
 
 def check_experts(layer: BaseMoELayer, codecs: set[str]) -> None:
@@ -169,6 +176,9 @@ def sum_experts(layer: BaseMoELayer, reducer: Reducer) -> None:
     stock, stay = stock_dispatcher(layer), bool(reducer.codecs) and _tokens_stay(layer)
     if _out_of_reach(layer):
         return
+    if dispatcher := inference_dispatcher(layer):
+        inference_experts.attach(dispatcher, reducer)
+        return
     # To a dispatcher that believes itself alone (a group of None counts as one rank) all tokens are at home.
     groups = SimpleNamespace(
         ep=stock.ep_group, expt_tp=None if stay else stock.tp_group, tp_ep=None if stay else stock.tp_ep_group
@@ -184,6 +194,8 @@ def sum_experts(layer: BaseMoELayer, reducer: Reducer) -> None:
 
 def restore_experts(layer: BaseMoELayer) -> None:
     """The stock dispatcher again; does nothing where it never left."""
+    if dispatcher := inference_dispatcher(layer):
+        inference_experts.detach(dispatcher)
     if "stock_dispatcher" in layer.__dict__:
         ours, layer.token_dispatcher = layer.token_dispatcher, layer.__dict__.pop("stock_dispatcher")
         for name in SWITCHES & vars(ours).keys():
@@ -192,12 +204,17 @@ def restore_experts(layer: BaseMoELayer) -> None:
 
 def _out_of_reach(layer: BaseMoELayer) -> str | None:
     """Why experts' sums cannot be done here, and what would help; None if they can."""
-    if dispatcher := inference_dispatcher(layer):
+    stock, dispatcher = stock_dispatcher(layer), inference_dispatcher(layer)
+    if dispatcher is not None and type(dispatcher).__name__ != inference_experts.COMPRESSIBLE:
         return (
             f"transformer_impl='inference_optimized' has a token dispatcher of its own, {type(dispatcher).__name__}, "
-            "that cannot be compressed; use another transformer_impl"
+            "that cannot be compressed; set inference_moe_token_dispatcher_type to nccl, use another transformer_impl"
         )
-    stock = stock_dispatcher(layer)
+    if dispatcher is not None and _group_of(stock) is not None:
+        return (
+            f"transformer_impl='inference_optimized' sums by {type(stock).__name__} outside of an engine, which is not "
+            "compressed beside the dispatcher of engines; set moe_token_dispatcher_type to alltoall"
+        )
     if type(stock) not in DISPATCHERS:
         return (
             f"the token dispatcher {type(stock).__name__} cannot be compressed; set moe_token_dispatcher_type to "

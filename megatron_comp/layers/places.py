@@ -199,7 +199,7 @@ def restore(module: torch.nn.Module) -> None:
 def reducers(model: torch.nn.Module) -> Iterator[Reducer]:
     """Those in charge of a model's sums now, in model order."""
     for module in _own_modules(model):
-        holder = module.token_dispatcher if isinstance(module, BaseMoELayer) else module
+        holder = moe.summing_dispatcher(module) if isinstance(module, BaseMoELayer) else module
         if isinstance(reducer := getattr(holder, "reducer", None), Reducer):
             yield reducer
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import shown
+from ..files import shown, write_text
 
 HEADER = ("model", "policy", "setting", "tp", "dtype", "versions", "command")
 
@@ -76,6 +76,11 @@ def read_items(path: str | Path) -> Run:
     if not items:
         raise ValueError(f"{path} holds no items")
     return Run(str(path), header, items)
+
+
+def write_items(path: str | Path, header: dict, items: list[dict]) -> None:
+    """header: what `HEADER` names. items: with `task`, `item` and what an `Item` holds. Whole or not there."""
+    write_text(path, "".join(json.dumps(line) + "\n" for line in [{"kind": "items", **header}, *items]))
 
 
 def _header(said: dict) -> dict:

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from ..launcher.figure import save
+from ..launcher.figure import label_plainly, save
 from .relation import Fit
 
 WRONG, RIGHT, PLAIN = "#d55e00", "#0072b2", "#4d5761"  # told apart by the colour-blind, and in print
@@ -64,8 +64,7 @@ def draw_relation(answers: Sequence[dict], tokens: Sequence[dict], lines: Sequen
     axes.set(xscale="log", yscale="log", xlabel="KL to the uncompressed model, nats per token")
     axes.set(ylabel="% of items, or of tokens, that flip")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+        label_plainly(axis)
     axes.margins(x=0.15, y=0.12)
     axes.set_ylim(bottom=min(100 * row["flips"] for row in [*answers, *tokens] if row["flips"] > 0) / 3)
     axes.grid(alpha=0.3, which="both")
@@ -86,7 +85,7 @@ def draw_places(kl: Mapping[tuple[int, str], float], title: str, path: str) -> N
         places = [layer + (turn - (len(sites) - 1) / 2) * width for layer in of_site]
         axes.bar(places, of_site.values(), width, color=color, label=site)
     axes.set(yscale="log", xlabel="layer", ylabel="KL, nats per token")
-    axes.yaxis.set_major_formatter("{x:g}")
+    label_plainly(axes.yaxis)
     axes.grid(alpha=0.3, axis="y")
     axes.legend(fontsize="small")
     save(figure, path)

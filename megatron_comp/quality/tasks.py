@@ -2,16 +2,13 @@
 """Tasks of lm-evaluation-harness (package lm_eval) on a model under policies, item by item."""
 
 import importlib.util
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from .. import files
 from ..inference.weight_overrides import WeightOverrides
 from ..layers.apply import remove_compression, stats
 from ..layers.meter import ModelStats
@@ -133,23 +130,17 @@ def _version() -> str:
 
 
 def items_of(name: str, task, samples: list[dict]) -> list[dict]:
-    """What a task's items were given: `task`, `item`, `choices` (the log-probability of each choice, in nats, summed
-    over its tokens; of a task without choices, that of its one text), `lengths` (characters of each) and `gold`, the
-    place of the right choice.
+    """What the items of a task were given, as lines for `items.write_items`.
 
-    Empty for a task that generates text, or whose items have several right choices.
+    Empty for a task that is not multiple choice, or whose items have several right choices.
     """
-    kind = task.get_config("output_type")
-    if kind not in ("multiple_choice", "loglikelihood", "loglikelihood_rolling") or task.multiple_target:
+    if task.get_config("output_type") != "multiple_choice" or task.multiple_target:
         return []
     made = {}
     for sample in samples:  # one for each of the task's filters, of the same log-probabilities
-        responses = [response[0] for response in sample["resps"]]
-        log_probs = [response if kind == "loglikelihood_rolling" else response[0] for response in responses]
-        choices, gold = [sample["arguments"][0][-1]], 0
-        if kind == "multiple_choice":
-            choices = task.doc_to_choice(sample["doc"])
-            gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+        choices = task.doc_to_choice(sample["doc"])
+        gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+        log_probs = [log_prob for ((log_prob, _),) in sample["resps"]]
         made[sample["doc_id"]] = {
             "task": name,
             "item": sample["doc_id"],
@@ -158,8 +149,3 @@ def items_of(name: str, task, samples: list[dict]) -> list[dict]:
             "gold": choices.index(gold) if isinstance(gold, str) else gold,
         }
     return list(made.values())
-
-
-def write_items(path: str | Path, header: dict, items: list[dict]) -> None:
-    """One JSON object per line, whole or not there: the header, then the items."""
-    files.write_text(path, "".join(json.dumps(line) + "\n" for line in [{"kind": "items", **header}, *items]))

@@ -2,6 +2,7 @@
 """What a search measures of a model on its text, each thing once: sensitivities, and policies on the real ranks."""
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from ..launcher.progress import progress
 from ..layers.apply import remove_compression
@@ -13,10 +14,13 @@ SENSITIVITY = "sensitivity"
 
 
 class Measurements:
-    """Of the judge's model and text, kept in its journal."""
+    """Of the judge's model and text, kept in its journal.
 
-    def __init__(self, judge: Judge) -> None:
-        self.judge = judge
+    predictor: a file that all policies use. Sensitivities are those without it; what is measured of a policy has it.
+    """
+
+    def __init__(self, judge: Judge, predictor: str | None = None) -> None:
+        self.judge, self.predictor = judge, predictor
 
     def sensitivity(self, candidates: tuple, joined: bool = False) -> list[dict]:
         """A row for each place: `layer`, `site`, `values` of a sum, `nbytes[candidate]`, `damage[step][candidate]`;
@@ -47,7 +51,7 @@ class Measurements:
 
         distilled: blocks that have the weights of the judge's overrides.
         """
-        trial = Trial(name, policy, tuple(sorted(distilled)))
+        trial = Trial(name, replace(policy, predictor=self.predictor), tuple(sorted(distilled)))
         return self.judge.point(trial, **labels(trial, kind, predicted_kl))
 
 

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping
 
-from ..launcher.figure import save
+from ..launcher.figure import label_plainly, save
 
 KINDS = {
     "mixed": "mixed, measured",
@@ -74,7 +74,7 @@ def draw(
         xlabel=COSTS[cost],
         ylabel="KL to the uncompressed model, nats per token",
     )
-    axes.yaxis.set_major_formatter("{x:g}")
+    label_plainly(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     save(figure, path)

@@ -37,7 +37,8 @@ def tiny(tmp_path_factory):
         (["--model", "nowhere"], r"--model nowhere: no such folder"),
         (["--new-tokens", "0"], r"--new-tokens 0: at least one"),
         (["--max-new-tokens", "0"], r"--new-tokens 0: at least one"),
-        (["--min-bytes", "-1", "--codec", "mxfp4"], r"min_bytes: -1"),
+        (["--min-bytes", "-1", "--codec", "mxfp4"], r"min_bytes: -1 is neither 'auto' nor a number of bytes"),
+        (["--min-bytes", "1e3", "--codec", "mxfp4"], r"min_bytes: '1e3' is neither"),
         (["--json", "nowhere/out.json"], r"--json nowhere/out.json: .*its folder does not exist"),
         (["--json", "."], r"--json \.: not a file"),
         (["--timeout", "-5"], r"--timeout -5.0: allowed are seconds above 0"),
@@ -66,6 +67,7 @@ def test_policy_typo_names_file_and_key(capsys, monkeypatch, tiny, tmp_path):
         (["--text", "nowhere.txt"], r"--text nowhere.txt: no such file"),
         (["--context", "1"], r"--context 1: allowed are 2 to"),
         (["--tokens", "100", "--context", "512"], r"--context 512: allowed are 2 to --tokens 100"),
+        (["--tokens", "10000000"], r"sotu.txt has [0-9]+ bytes, too few for 9999872 tokens"),
     ],
 )
 def test_evaluate_before_any_rank_starts(capsys, monkeypatch, tiny, sotu_text, arguments, message):

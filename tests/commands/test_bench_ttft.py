@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from characters import character_llama
-from checkpoints import tiny_llama
 from ranks import run_ranks
 from safetensors.torch import save_file
 
@@ -25,7 +24,7 @@ LAYERS, HIDDEN = 3, 96
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("tiny"), num_hidden_layers=LAYERS, hidden_size=HIDDEN)
+    return character_llama(tmp_path_factory.mktemp("tiny"), num_hidden_layers=LAYERS, hidden_size=HIDDEN)
 
 
 def measured(_rank, ranks, folder, tokens, runs, new_tokens):
@@ -107,6 +106,7 @@ def test_command_with_policies(command, tmp_path):
     first, *_, alone = content["rows"]
     assert alone["speedup_vs_first"] == first["ttft_ms"] / alone["ttft_ms"] and alone["bytes_per_rank"] == 0
     assert {row["dtype"] for row in content["rows"]} == {"bfloat16"}
+    assert all(row["device"] and row["date"] and row["torch"] for row in content["rows"])
     assert content["config"]["prompt_tokens"] == 8 and "threads" in content["config"]["device"]
     with files["csv"].open() as file:
         lines = list(csv.DictReader(file))

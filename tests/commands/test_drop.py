@@ -95,7 +95,8 @@ def test_lists_of_blocks():
 @pytest.mark.parametrize(
     "words, told",
     [
-        (("distill", "--tp", 3, "--blocks", "0", "--out", "w"), "divide 4 key-value heads"),
+        (("distill", "--tp", 3, "--blocks", "0", "--out", "w"), "3 does not divide 8 attention heads"),
+        (("distill", "--tp", 8, "--blocks", "0", "--out", "w"), "divide 4 key-value heads"),
         (("distill", "--tp", 2, "--blocks", "2", "--out", "w"), "layers 0 to 1, not 2"),
         (("distill", "--tp", 2, "--blocks", "0", "--out", "missing/w"), "--out missing/w: not a file"),
         (("distill", "--tp", 2, "--blocks", "0", "--out", "w", "--epochs", 0), "--epochs 0: at least 1"),

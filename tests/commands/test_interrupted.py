@@ -9,6 +9,7 @@ import time
 import pytest
 from checkpoints import tiny_llama
 from locks import lock_held
+from searches import LENGTH
 
 from megatron_comp import cli
 from megatron_comp.commands import convert
@@ -97,7 +98,7 @@ def test_what_another_command_works_on_is_refused_at_once(capsys, monkeypatch, l
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.chdir(held.parent)
     monkeypatch.setattr(cli.ranks, "start", lambda *_: pytest.fail("ranks were started"))
-    words = [word.format(text=text) for word in arguments]
+    words = [word.format(text=text) for word in (*(LENGTH if "--text" in arguments else ()), *arguments)]
     assert cli.main([*name.split(), "--model", str(llama), *words, str(held)]) == 2
     errors = capsys.readouterr().err
     assert f"{held}: process " in errors and "is at work on it" in errors and errors.count("\n") == 1

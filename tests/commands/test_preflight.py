@@ -291,13 +291,18 @@ def test_figures_need_matplotlib(main, model, sotu_text, tmp_path, monkeypatch):
 
 
 def test_without_torch(source):
-    """The rules import neither torch nor transformers."""
+    """All checks of environment, folder and text import neither torch nor transformers, nor does the command before."""
     code = (
-        "import sys; from pathlib import Path; from megatron_comp.inference import config, model_files, shards\n"
-        "folder = Path(sys.argv[1]); raw = config.read_raw(folder); model_files.check_weights(folder)\n"
-        "shards.check_tensor_parallel(config.sizes(raw), 2); model_files.check_tokenizer(folder)\n"
+        "import sys; from argparse import Namespace; from megatron_comp.commands import preflight\n"
+        "args = Namespace(model=sys.argv[1], tp=2, text=sys.argv[1] + '/tokenizer.json')\n"
+        "args.tokens = args.context = 64\n"
+        "preflight.check_environment(args); preflight.check_inputs(args)\n"
         "print([name for name in ('torch', 'transformers', 'megatron.core') if name in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code, source], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "[]", done.stderr
+    code = "import sys; sys.modules['torch'] = None; from megatron_comp import cli; sys.exit(cli.main(sys.argv[1:]))"
+    argv = [sys.executable, "-c", code, *map(str, generate(source, tp=10))]
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "tensor_parallel 10 does not divide 4 attention heads" in done.stderr, done.stderr

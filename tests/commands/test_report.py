@@ -100,7 +100,7 @@ def test_a_page_of_everything_shows_it_and_runs_nothing(report, inputs, tmp_path
     assert not {"script", "img", "iframe", "a", "link", "object", "image", "foreignobject"} & set(parsed.tags)
     assert not [name for name, _ in parsed.attributes if name.startswith("on")]
     assert all(value.startswith("#") for name, value in parsed.attributes if name in ("href", "xlink:href", "src"))
-    assert "default-src 'none'" in page
+    assert "default-src 'none'" in page and "mathdefault" not in page
     text = "\n".join(parsed.texts)
     assert text.count(HOSTILE) >= 10 and parsed.tags.count("svg") == 5
     titles = ["What was measured", "At a glance", "Text: prose.txt (8 windows of 64 tokens)", "Tasks"]

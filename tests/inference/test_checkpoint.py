@@ -2,6 +2,7 @@
 """Distributed checkpoints: what a compressed model writes, stock Megatron reads, and the other way round, at any TP."""
 
 import os
+import re
 import sys
 from argparse import Namespace
 
@@ -172,9 +173,17 @@ def bad_loads(rank, world_size, tied, untied, saved):
     wider = build_model(tied)
     wider.decoder.final_layernorm.weight = torch.nn.Parameter(torch.zeros(97))
     messages = [message_of(checkpoint.load, model, saved) for model in (fewer, more, wider)]
-    file = next(saved.glob("*.distcp"))
+    messages.append(message_of(checkpoint.load, build_model(tied), saved, 5000))
+    model, file, common = build_model(tied), next(saved.glob("*.distcp")), saved / "common.pt"
+    content = common.read_bytes() if common.exists() else None  # Megatron 0.19 has it among the tensors
+    torch.save({"a": 1}, common)
+    common.write_bytes(common.read_bytes()[:100])
+    messages.append(message_of(checkpoint.load, model, saved))
+    common.write_bytes(content) if content else common.unlink()
     file.write_bytes(file.read_bytes()[:1000])
-    messages.append(message_of(checkpoint.load, build_model(tied), saved))
+    messages.append(message_of(checkpoint.load, model, saved))
+    file.unlink()
+    messages.append(message_of(checkpoint.load, model, saved))
     messages.append(message_of(checkpoint.save, fewer, saved))
     return messages
 
@@ -182,11 +191,17 @@ def bad_loads(rank, world_size, tied, untied, saved):
 def test_what_does_not_fit_is_named(sources, tmp_path):
     saved = tmp_path / "saved"
     run_ranks(save_compressed, 1, sources["tied"], saved)
-    ((fewer, more, wider, cut, full),) = run_ranks(bad_loads, 1, sources["tied"], sources["untied"], saved)
+    ((fewer, more, wider, other, common, cut, gone, full),) = run_ranks(
+        bad_loads, 1, sources["tied"], sources["untied"], saved
+    )
     assert "1 tensors have no place in this model, the first is decoder.layers.mlp.linear_fc2.weight" in fewer
     assert "1 tensors of this model are missing in the checkpoint, the first is output_layer.weight" in more
     assert "(torch.Size([96])) and expected ((97,)) tensor for key decoder.final_layernorm.weight" in wider
-    assert "cannot be read" in cut
+    assert re.search(r"its vocabulary has \d+ entries, the model's 5000", other)
+    assert "__0_0.distcp is damaged or incomplete (1000 bytes, " in cut
+    assert gone.endswith("__0_0.distcp is missing") and common.endswith(
+        "common.pt is damaged or incomplete (100 bytes)"
+    )
     assert full == f"{saved} exists and is not empty"
 
 
@@ -219,6 +234,28 @@ def test_finds_what_megatron_would(tmp_path, files, expected):
 def test_an_incomplete_checkpoint_is_not_taken_for_another(tmp_path, files, message):
     write(tmp_path, files)
     assert message in message_of(model_files.find_distributed, tmp_path)
+
+
+GOOD = {".metadata": "x", "metadata.json": '{"sharded_backend": "torch_dist"}', "__0_0.distcp": "x"}
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({}, None),
+        ({"__0_0.distcp": ""}, "__0_0.distcp is empty"),
+        ({"__0_0.distcp": "version https://git-lfs.github.com/spec/v1"}, "__0_0.distcp is a pointer of git-lfs"),
+        ({".metadata": "version https://git-lfs.github.com/spec/v1"}, ".metadata is a pointer of git-lfs"),
+        ({"common.pt": ""}, "common.pt is empty"),
+        ({"metadata.json": ""}, "metadata.json is not valid JSON"),
+        ({"metadata.json": "[]"}, "metadata.json: sharded_backend is None; allowed: 'torch_dist'"),
+        ({"metadata.json": '{"sharded_backend": "zarr"}'}, "metadata.json: sharded_backend is 'zarr'; allowed"),
+    ],
+)
+def test_files_that_are_seen_before_ranks_start(tmp_path, files, message):
+    write(tmp_path, GOOD | files)
+    said = message_of(model_files.check_weights, tmp_path)
+    assert said == "no error" if message is None else message in said
 
 
 def write(folder, files):

@@ -97,7 +97,9 @@ def loads(rank, world_size, source, folder):
     metadata.state_dict_metadata["decoder.final_layernorm.weight"] = described.BytesStorageMetadata()
     path.write_bytes(pickle.dumps(metadata))
     file = next(folder.glob("*.distcp"))
-    file.write_bytes(pickle.dumps(Runs(folder / "marker")) * 1000)  # what would be unpickled as that object
+    file.write_bytes(
+        pickle.dumps(Runs(folder / "marker")) * file.stat().st_size
+    )  # what would be unpickled as that object
     said.append(message_of(checkpoint.load, model, folder))
     path.write_bytes(good)
     (folder / "__0.metadata").write_bytes(pickle.dumps(Runs(folder / "marker")))

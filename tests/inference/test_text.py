@@ -135,7 +135,7 @@ def test_tokenizers_that_are_not_there(tmp_path, monkeypatch):
     said = str(error_of(read_tokenizer, tmp_path))
     assert "tokenizer.model is a sentencepiece file, and sentencepiece cannot be imported" in said
     assert "pip install sentencepiece protobuf" in said and "tiktoken" not in said
-    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
     assert "no tokenizer that transformers can load" in str(error_of(read_tokenizer, tmp_path))
 
 

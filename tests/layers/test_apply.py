@@ -54,6 +54,7 @@ def there_and_back(rank, world_size, folder, sequence_parallel):
     for name, words in policies.items():
         assert mc.apply_compression(model, policy(**words)) is model
         views.append(outside_view(model))
+        assert inside_view(model)["classes"] == inner[0]["classes"]  # ModelOpt and Bridge look linears up by class
         made[name] = all_logits(model)
         made[f"{name} stats"] = mc.stats(model)
     mc.apply_compression(model, policy(codec="none"))

@@ -18,10 +18,10 @@ def test_a_needle_stands_at_its_depth_and_the_text_is_of_its_length():
     lengths = [6] * 100
     for depth in (0, 50, 100):
         made = needle.item(sentences, lengths, 300, depth, random.Random(1))
-        number = made["choices"][made["gold"]]
+        colour = made["choices"][made["gold"]]
         text, _, question = made["context"].partition("\n\n")
-        parts = text.split(f" is {number}.")
-        assert len(parts) == 2 and number not in question and len(set(made["choices"])) == needle.CHOICES
+        parts = text.split(f" is {colour}.")
+        assert len(parts) == 2 and colour not in question and len(set(made["choices"])) == needle.CHOICES
         before, after = (part.count("Sentence") for part in parts)
         assert before + after == (300 - 60) // 6 and before == pytest.approx(depth / 100 * (before + after), abs=1)
 

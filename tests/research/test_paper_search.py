@@ -50,7 +50,7 @@ def test_search(llama, text, tmp_path):
 )
 def test_seen_before_any_rank_starts(capsys, monkeypatch, llama, text, arguments, message):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert paper.main(["--model", str(llama), "--text", str(text), "--out", "policy.yaml", *arguments]) == 2
+    assert paper.main(["--model", str(llama), "--text", str(text), *LENGTH, "--out", "policy.yaml", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 

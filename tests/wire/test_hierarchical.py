@@ -16,7 +16,8 @@ from sums import Wire, digest, expected_gather_sum, expected_hierarchical, islan
 
 from megatron_comp.wire import topology
 from megatron_comp.wire.codec import parse_codec
-from megatron_comp.wire.collectives import PendingAllReduce, all_reduce, reduce_scatter
+from megatron_comp.wire.collectives import PendingAllReduce, PendingSum, all_reduce, reduce_scatter
+from megatron_comp.wire.hierarchical import NEAR
 from megatron_comp.wire.plan import plan_all_reduce
 from megatron_comp.wire.topology import Islands
 from megatron_comp.wire.traffic import received_by_level, received_by_level_scatter
@@ -256,3 +257,20 @@ def test_islands_of_another_group():
         "rank 0: islands [[0, 1], [2, 3]] are of 4 ranks, the group is of 2",
         "rank 1: islands [[0, 1, 2, 3, 4, 5]] are of 6 ranks, the group is of 2",
     ]
+
+
+def test_a_chunk_is_decoded_while_the_next_ones_are_between_machines():
+    done = []
+
+    def steps(number):
+        for name, where in (("raw", None), ("across", None), ("inside", NEAR)):
+            done.append(f"{name} {number}")
+            yield where
+        done.append(f"decode {number}")
+
+    pending = PendingSum(torch.empty(0))
+    for number in range(3):
+        pending.start(steps(number))
+    pending.wait()
+    assert done[:6] == ["raw 0", "raw 1", "raw 2", "across 0", "across 1", "across 2"]
+    assert done[6:] == ["inside 0", "inside 1", "decode 0", "inside 2", "decode 1", "decode 2"]

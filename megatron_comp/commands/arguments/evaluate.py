@@ -49,6 +49,8 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--limit", type=int, metavar="N", help="Take only the first N items of each task.")
     tasks.add_argument("--include-path", metavar="DIR", help="A folder of further tasks, in the harness's YAML.")
     tasks.add_argument(
-        "--items", metavar="DIR", help="Write there what each item was given, one file of JSON lines per codec."
+        "--items",
+        metavar="DIR",
+        help="Write there what each item of multiple choice was given, one file of JSON lines per codec and policy.",
     )
     options.add_state(tasks)

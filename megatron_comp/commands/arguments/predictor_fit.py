@@ -11,7 +11,7 @@ Find, for each sum of a Llama, which part of it follows from the block's input: 
 calibration text. Each predictor is checked on the last windows of the text, which the regression does not see; one that
 leaves more than --most-left of a sum's energy is not written. This runs in one process: the model's layers pass through
 memory one by one, with the activations of the whole text. Every finished layer is written; after an interruption the
-same command goes on behind the last one.
+same command goes on after the last one.
 """
 EPILOG = """\
 Example:

@@ -45,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="C",
         help="A candidate. Repeat it for more (default: some thirty of 2 to 8 bits).",
     )
+    parser.add_argument(
+        "--predictor",
+        metavar="FILE",
+        help="Predictors of `megatron-comp predictor fit`, which the policy will use: fewer bits keep the same bound.",
+    )
     search_options.add_arguments(parser)
 
 

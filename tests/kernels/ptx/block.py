@@ -1,40 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One block of threads in lockstep: a register is a numpy array with one value per thread.
+"""Blocks of threads in lockstep: a register is a numpy array with one value per thread of all the blocks.
 
-All threads take each instruction together, so a branch on which they disagree is a fault: Triton makes none. Warps that
-run ahead of each other are not played; that none could is what `memory.Shared` checks, between barriers.
+All threads take each instruction together. Blocks that disagree on a branch go on one after another; threads of one
+block that do are a fault: Triton makes no such branch. Warps that run ahead of each other are not played; that none
+could is what `memory.Shared` checks, between barriers.
 """
 
+import copy
 import re
 
 import floats
 import instructions
 import numpy as np
 from instructions import SIGNED, UNSIGNED, compare_floats
-from memory import Fault, Global, Shared, Unknown
+from memory import WARP, Fault, Global, Shared, Unknown
 from program import Instruction, Program, registers
 
 U16, U32, U64 = np.uint16, np.uint32, np.uint64
-WARP = 32
 MOST_STEPS = 2_000_000  # more is a loop without an end
 GARBAGE = 0x5A5A5A5A5A5A5A5A  # what nobody wrote: whatever it is must not matter
 
 
-class Block:
-    """Block number (x, y) of a grid. arguments: each parameter's value as an integer, by its name."""
+class Blocks:
+    """Blocks of a grid, block (x, y) by its number x + y * width.
 
-    def __init__(self, program: Program, arguments: dict, memory: Global, shared_bytes: int, at: tuple, grid: tuple):
+    arguments: each parameter's value as an integer, by its name.
+    """
+
+    def __init__(
+        self, program: Program, arguments: dict, memory: Global, shared_bytes: int, numbers: list[int], grid: tuple
+    ):
         self.program, self.memory = program, memory
-        self.lane = np.arange(program.threads)
-        self.warp_start = self.lane // WARP * WARP
-        self.shared = Shared(shared_bytes, self.lane // WARP)
-        number = at[0] + at[1] * grid[0]
-        self.threads = number * program.threads + self.lane  # numbered over the whole grid
+        self.numbers = np.array(numbers)
+        thread, block = np.tile(np.arange(program.threads), len(numbers)), np.repeat(self.numbers, program.threads)
+        self.shared = Shared(shared_bytes, program.threads // WARP, len(numbers))
+        self.threads = block * program.threads + thread  # numbered over the whole grid
         self.registers, self.products = {}, {}
-        self.special = {"%tid.x": self.lane, "%laneid": self.lane % WARP, "%ntid.x": program.threads}
+        self.special = {"%tid.x": thread, "%laneid": thread % WARP, "%ntid.x": program.threads}
         self.special |= {
-            "%ctaid.x": at[0],
-            "%ctaid.y": at[1],
+            "%ctaid.x": block % grid[0],
+            "%ctaid.y": block // grid[0],
             "%ctaid.z": 0,
             "%nctaid.x": grid[0],
             "%nctaid.y": grid[1],
@@ -43,45 +48,83 @@ class Block:
         # Parameters have addresses too: code may choose between them before it loads.
         self.parameters = np.frombuffer(b"".join(value.to_bytes(8, "little") for value in arguments.values()), np.uint8)
         self.special |= {name: 8 * place for place, name in enumerate(arguments)}
+        self._count()
 
-    def run(self) -> None:
-        place, steps = 0, 0
-        while place < len(self.program.code):
+    def _count(self) -> None:
+        """What follows from how many blocks there are."""
+        self.lane = np.arange(len(self.threads)) % WARP
+        self.warp_start = np.arange(len(self.threads)) - self.lane
+        self.everyone = np.ones(len(self.threads), bool)
+        self.constants = {}  # what operands that no instruction changes read as, by their text and width
+        for constant in (self.lane, self.warp_start, self.everyone):
+            constant.flags.writeable = False
+
+    def _part(self, chosen: np.ndarray) -> "Blocks":
+        """Those of the blocks for which `chosen` is true, as they are now."""
+        threads = np.repeat(chosen, self.program.threads)
+        part = copy.copy(self)
+        part.numbers, part.threads, part.shared = self.numbers[chosen], self.threads[threads], self.shared.part(chosen)
+        part.registers = {name: value[threads] for name, value in self.registers.items()}
+        part.products = {name: [factor[threads] for factor in both] for name, both in self.products.items()}
+        part.special = {
+            name: value[threads] if isinstance(value, np.ndarray) else value for name, value in self.special.items()
+        }
+        part._count()
+        return part
+
+    def run(self, place: int = 0) -> None:
+        """From the instruction at `place` to the end."""
+        for _ in range(MOST_STEPS):
+            if place == len(self.program.code):
+                return
             instruction = self.program.code[place]
-            steps += 1
-            try:
-                if steps > MOST_STEPS:
-                    raise Fault(f"no end after {MOST_STEPS} instructions")
-                active = self._active(instruction)
-                operation = instruction.words[0]
-                if operation in ("bra", "ret"):
-                    if active.all():
-                        if operation == "ret":
-                            return
-                        place = self.program.labels[instruction.operands[0]]
-                        continue
-                    if active.any():
-                        raise Fault("threads of a block part")
-                elif operation in TOGETHER:
-                    TOGETHER[operation](self, instruction, active)
-                else:
-                    self._write(instruction.operands[0], self._result(instruction), active)
-                    if self.program.contracts and instruction.words == ("mul", "f32"):
-                        factors = [self._read(operand, 32) for operand in instruction.operands[1:]]
-                        self.products[instruction.operands[0]] = factors
-            except Fault as fault:
-                raise Fault(f"{fault}; block {self.threads[0] // len(self.lane)}: {instruction.text}") from None
-            except Exception as error:
-                raise Unknown(f"{type(error).__name__}: {error}: {instruction.text}") from error
-            place += 1
+            leaving = self._execute(instruction)
+            if leaving is None or not leaving.any():
+                place += 1
+            elif leaving.all():
+                returns = instruction.words[0] == "ret"
+                place = len(self.program.code) if returns else self.program.labels[instruction.operands[0]]
+            else:
+                self._part(leaving).run(place)
+                return self._part(~leaving).run(place)
+        raise Fault(f"no end after {MOST_STEPS} instructions")
+
+    def _execute(self, instruction: Instruction) -> np.ndarray | None:
+        """Of a branch or return: which blocks take it."""
+        try:
+            active = self._active(instruction)
+            operation = instruction.words[0]
+            if operation in ("bra", "ret"):
+                return self._agreed(active)
+            if operation in TOGETHER:
+                TOGETHER[operation](self, instruction, active)
+            else:
+                self._write(instruction.operands[0], self._result(instruction), active)
+                if self.program.contracts and instruction.words == ("mul", "f32"):
+                    factors = [self._read(operand, 32) for operand in instruction.operands[1:]]
+                    self.products[instruction.operands[0]] = factors
+        except Fault as fault:
+            blocks = ", ".join(map(str, self.numbers))
+            raise Fault(f"{fault}; in blocks {blocks}: {instruction.text}") from None
+        except Exception as error:
+            raise Unknown(f"{type(error).__name__}: {error}: {instruction.text}") from error
 
     # Registers.
 
     def _active(self, instruction: Instruction) -> np.ndarray:
+        """bool: the threads that take part; `everyone` itself if all do."""
         if instruction.guard is None:
-            return np.ones(len(self.lane), bool)
+            return self.everyone
         predicate, value = instruction.guard
-        return self.registers[predicate] == value
+        active = self.registers[predicate] == value
+        return self.everyone if active.all() else active
+
+    def _agreed(self, active: np.ndarray) -> np.ndarray:
+        """bool per block: whether its threads take a branch, all of them or none."""
+        by_block = active.reshape(len(self.numbers), -1)
+        if (by_block != by_block[:, :1]).any():
+            raise Fault("threads of a block part")
+        return by_block[:, 0]
 
     def _read(self, operand: str, bits: int) -> np.ndarray:
         """A register, number or special value as unsigned integers; as booleans if bits is 1."""
@@ -90,9 +133,15 @@ class Block:
             value = self.registers.get(name)
             value = np.full(len(self.lane), name not in ("0", "false")) if value is None else value
             return value != negated
-        dtype = UNSIGNED[bits]
-        if operand in self.registers:
-            return self.registers[operand].astype(dtype, copy=False)
+        value = self.registers.get(operand)
+        if value is not None:
+            return value.astype(UNSIGNED[bits], copy=False)
+        if (operand, bits) not in self.constants:
+            self.constants[operand, bits] = value = self._constant(operand, UNSIGNED[bits])
+            value.flags.writeable = False
+        return self.constants[operand, bits]
+
+    def _constant(self, operand: str, dtype: type) -> np.ndarray:
         if operand in self.special:
             return np.broadcast_to(np.asarray(self.special[operand]), self.lane.shape).astype(dtype)
         if operand.startswith("%"):
@@ -101,12 +150,12 @@ class Block:
             number = int(operand[2:], 16)
         else:
             number = int(operand.rstrip("U"), 0)
-        return np.full(len(self.lane), number & ((1 << bits) - 1), dtype)
+        return np.full(len(self.lane), number & np.iinfo(dtype).max, dtype)
 
     def _write(self, register: str, value: np.ndarray, active: np.ndarray) -> None:
         """Threads that are not active keep what they had."""
         self.products.pop(register, None)
-        if not active.all():
+        if active is not self.everyone:
             old = self.registers.get(register)
             old = np.full(len(value), GARBAGE).astype(value.dtype) if old is None else old
             value = np.where(active, value, old.astype(value.dtype, copy=False))
@@ -166,18 +215,18 @@ class Block:
 
     def _barrier(self, instruction: Instruction, active: np.ndarray) -> None:
         """bar.sync for all threads; bar.warp.sync orders a warp, which is in order already."""
-        if not active.all():
+        if active is not self.everyone:
             raise Fault("not all threads come to the barrier")
         if instruction.words[1] == "sync":
             self.shared.barrier()
 
     def _shuffle(self, instruction: Instruction, active: np.ndarray) -> None:
         value, distance = self._read(instruction.operands[1], 32), self._read(instruction.operands[2], 32)
-        lane, distance = self.lane % WARP, distance.astype(np.int64)
+        lane, distance = self.lane, distance.astype(np.int64)
         way = instruction.words[2]
         source = {"bfly": lane ^ distance, "idx": distance % WARP, "down": lane + distance, "up": lane - distance}[way]
         source = np.where((source >= 0) & (source < WARP), source, lane)
-        if not active.all():
+        if active is not self.everyone:
             raise Fault("a shuffle without all threads")
         self._write(instruction.operands[0].split("|")[0], value[self.warp_start + source], active)
 
@@ -218,7 +267,7 @@ class Block:
 
         A thread has two neighbours of a row, or with `trans` of a column.
         """
-        lane = self.lane % WARP
+        lane = self.lane
         for half in range(2):
             row, column = lane // 4, 2 * (lane % 4) + half
             if "trans" in instruction.words:
@@ -255,13 +304,13 @@ def _type_of(register: str) -> type:
 
 
 TOGETHER = {
-    "ld": Block._load,
-    "st": Block._store,
-    "bar": Block._barrier,
-    "shfl": Block._shuffle,
-    "redux": Block._reduce_warp,
-    "ldmatrix": Block._load_matrix,
-    "stmatrix": Block._store_matrix,
-    "setp": Block._setp,
-    "mov": Block._move,
+    "ld": Blocks._load,
+    "st": Blocks._store,
+    "bar": Blocks._barrier,
+    "shfl": Blocks._shuffle,
+    "redux": Blocks._reduce_warp,
+    "ldmatrix": Blocks._load_matrix,
+    "stmatrix": Blocks._store_matrix,
+    "setp": Blocks._setp,
+    "mov": Blocks._move,
 }

@@ -8,7 +8,8 @@ process's memory.
 Checked: each access of global memory is aligned and inside of one tensor of the launch; stores go to outputs only; no
 two threads store different bytes to one place; no thread loads what another one stores; shared memory has no race. The
 caller compares the bytes.
-Not checked: what ptxas makes of the PTX (only that it may contract additions), speed, and branches inside of a block.
+Not checked: what ptxas makes of the PTX, which is not asked (only that it may contract additions), speed, and branches
+inside of a block.
 
 A process has one device, for good: Triton's driver is replaced. TRITON_INTERPRET must not be set.
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import triton
-from block import Block
+from block import Blocks
 from memory import Global
 from program import Program
 from triton import knobs
@@ -35,6 +36,7 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 STUB = Path(__file__).with_name("libcuda.c")
 SUCCESS, ILLEGAL_ADDRESS = 0, 700  # CUresult
+TOGETHER = 16  # blocks that are executed at once: their registers should not outgrow a CPU's caches
 HANDLER = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p)
 )
@@ -71,6 +73,8 @@ class Device:
         self._handler = HANDLER(self._launched)  # kept: C has only a pointer to it
         load_stub(folder, capability).set_launch_handler(self._handler)
         knobs.runtime.kernel_load_end_hook.add(self._loaded)
+        knobs.runtime.add_stages_inspection_hook = _without_ptxas
+        knobs.compilation.disable_line_info = True
 
     def run(self, call, inputs, outputs, blocks=None) -> list[Program]:
         """Calls `call`, which launches kernels on these CPU tensors, and returns what was launched.
@@ -108,14 +112,25 @@ class Device:
             self.launches.append(program)
             self.memory.begin()
             count = grid[0] * grid[1]
-            for block in range(count) if self.blocks is None else sorted({block % count for block in self.blocks}):
-                at = block % grid[0], block // grid[0]
-                Block(program, arguments, self.memory, shared_bytes, at, (grid[0], grid[1])).run()
+            numbers = [*range(count)] if self.blocks is None else sorted({block % count for block in self.blocks})
+            for first in range(0, len(numbers), TOGETHER):
+                some = numbers[first : first + TOGETHER]
+                Blocks(program, arguments, self.memory, shared_bytes, some, (grid[0], grid[1])).run()
             self.memory.end()
         except Exception as error:
             self.fault = self.fault or error
             return ILLEGAL_ADDRESS
         return SUCCESS
+
+
+def _without_ptxas(backend=None, stages=None, options=None, language=None, capability=None):
+    """Triton's hook into its stages of compilation. The stub takes anything for a kernel's code, so PTX is the last.
+
+    Without arguments it is asked for what tells such kernels from others in the cache, and for a hash of it.
+    """
+    if stages is None:
+        return "without ptxas", "without ptxas"
+    stages["cubin"] = lambda ptx, metadata: ptx.encode()
 
 
 def _driver(capability):

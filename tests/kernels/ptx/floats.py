@@ -25,13 +25,12 @@ def flushed(x: np.ndarray) -> np.ndarray:
 
 
 def fma(dtype: type, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """fp32 a * b + c, rounded once.
+    """fp32 or fp16 a * b + c, rounded once.
 
     The product is exact in fp64. The sum is not: it is rounded to odd (the last bit set if anything was lost), after
-    which rounding to fp32 cannot go wrong twice.
+    which rounding to fp32 or fp16 cannot go wrong twice.
     """
-    assert dtype is F32
-    a, b, c = (x.view(F32).astype(F64) for x in (a, b, c))
+    a, b, c = (x.view(dtype).astype(F64) for x in (a, b, c))
     product = a * b
     total = product + c
     back = total - product
@@ -40,7 +39,7 @@ def fma(dtype: type, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     odd = np.where((lost > 0) == (total > 0), bits | U64(1), bits - U64(1)).view(F64)
     even = bits & U64(1) == 0
     total = np.where(np.isfinite(total) & (lost != 0) & even, odd, total)
-    return bits_of(total.astype(F32))
+    return bits_of(total.astype(dtype))
 
 
 def least(a: np.ndarray, b: np.ndarray, dtype: type) -> np.ndarray:

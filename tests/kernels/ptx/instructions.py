@@ -111,22 +111,24 @@ def _sign(x):
 
 def _packed(instruction, read):
     """Two 16-bit floats in a register; bf16 is compared as the fp32 that it is the upper half of."""
-    operation = {"min": floats.least, "max": floats.greatest}[instruction.words[0]]
+    operation = PACKED[instruction.words[0]]
     halves = [floats.halves(read(i, 32)) for i in range(1, len(instruction.operands))]
     results = []
-    for x, y in zip(*halves):
+    for values in zip(*halves):
         if instruction.words[-1] == "bf16x2":
-            wide_x, wide_y = x.astype(U32) << U32(16), y.astype(U32) << U32(16)
-            result = operation(wide_x, wide_y, F32) >> U32(16)
-            nan = np.isnan(wide_x.view(F32)) | np.isnan(wide_y.view(F32))
+            if operation is floats.fma:
+                raise Unknown("a sum of bf16")
+            wide = [x.astype(U32) << U32(16) for x in values]
+            result = operation(F32, *wide) >> U32(16)
+            nan = np.logical_or.reduce([np.isnan(x.view(F32)) for x in wide])
         else:
-            result = operation(x, y, F16)
-            nan = np.isnan(x.view(F16)) | np.isnan(y.view(F16))
+            result = operation(F16, *values)
+            nan = np.logical_or.reduce([np.isnan(x.view(F16)) for x in values])
         results.append(np.where(nan, U16(0x7FFF), result) if "NaN" in instruction.words else result)
     return floats.pair(*results)
 
 
-PACKED = {"min", "max"}
+PACKED = {name: FLOATS[name] for name in ("min", "max", "fma")}
 
 
 def _compare(instruction, read):
@@ -278,6 +280,15 @@ def _near_quotient(instruction, read):
     return np.where(a_number, quotient + error, quotient)
 
 
+def _near_reciprocal(instruction, read):
+    """rcp.approx.ftz: off by up to one unit in the last place, one way or the other."""
+    x = floats.flushed(read(1, 32))
+    exact = FLOATS["div"](F32, np.full_like(x, 0x3F800000), x)
+    error = (x * U32(0x9E3779B1) >> U32(16)) % U32(3) - U32(1)
+    a_number = np.isfinite(exact.view(F32)) & (exact << U32(1) > U32(2 << 24))
+    return floats.flushed(np.where(a_number, exact + error, exact))
+
+
 SPECIAL = {
     "setp": _compare,
     "mov": _move,
@@ -292,4 +303,8 @@ SPECIAL = {
     "cvt": _convert,
 }
 
-APPROXIMATE = {("mul", "ftz", "f32"): _flushing_product, ("div", "full", "f32"): _near_quotient}
+APPROXIMATE = {
+    ("mul", "ftz", "f32"): _flushing_product,
+    ("div", "full", "f32"): _near_quotient,
+    ("rcp", "approx", "ftz", "f32"): _near_reciprocal,
+}

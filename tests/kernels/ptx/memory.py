@@ -6,6 +6,8 @@ Places are bytes. An access of `size` bytes by n threads: addresses [n], data ui
 
 import numpy as np
 
+WARP = 32  # threads
+
 
 class Fault(Exception):
     """What the kernel must not do: on a GPU it would be an error, a wrong byte, or luck."""
@@ -88,22 +90,32 @@ def _each_byte(store):
 
 
 class Shared:
-    """One block's shared memory. A warp runs in step with itself; another one does so only between barriers."""
+    """The shared memory of blocks that run together, each of which has its own.
+
+    A warp runs in step with itself; another one does so only between barriers.
+    """
 
     NOBODY = -1
 
-    def __init__(self, size: int, warps: np.ndarray) -> None:
-        """warps: each thread's."""
-        self.warps = warps
-        self.data = np.zeros(size, np.uint8)
-        self.known = np.zeros(size, bool)
-        self.writer, self.reader = np.full((2, size), self.NOBODY)
-        self.barrier()
+    def __init__(self, size: int, warps: int, blocks: int) -> None:
+        """size: of one block's, in bytes. warps: of one block."""
+        self.size, self.warps = size, warps
+        self.data = np.zeros((blocks, size), np.uint8)
+        self.known = np.zeros((blocks, size), bool)
+        self.writer, self.reader = np.full((2, blocks, size), self.NOBODY)  # warps, as numbered in their block
+
+    def part(self, chosen: np.ndarray) -> "Shared":
+        """That of those of the blocks for which `chosen` is true, as it is now."""
+        part = Shared(self.size, self.warps, 0)
+        part.data, part.known = self.data[chosen], self.known[chosen]
+        part.writer, part.reader = self.writer[chosen], self.reader[chosen]
+        return part
 
     def barrier(self) -> None:
         self.writer[:] = self.reader[:] = self.NOBODY
 
     def load(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
+        """threads: bool, which of all the threads of all the blocks these addresses are of."""
         places, warps = self._places(addresses, size, threads)
         if not self.known[places].all():
             raise Fault("shared memory is read before anything was written there")
@@ -121,12 +133,14 @@ class Shared:
         self.writer[places], self.known[places] = warps, True
 
     def _places(self, addresses, size, threads):
+        """((blocks, bytes), warps), each [n, size] or [n, 1]."""
         if (addresses % np.uint64(size)).any():
             raise Fault(f"misaligned access of {size} bytes of shared memory")
         places = addresses.astype(np.int64)[:, None] + np.arange(size)
-        if places.min() < 0 or places.max() >= len(self.data):
-            raise Fault(f"bytes {places.min()} to {places.max()} of {len(self.data)} of shared memory")
-        return places, np.broadcast_to(self.warps[threads][:, None], places.shape)
+        if places.min() < 0 or places.max() >= self.size:
+            raise Fault(f"bytes {places.min()} to {places.max()} of {self.size} of shared memory")
+        blocks, warps = np.divmod(np.flatnonzero(threads) // WARP, self.warps)
+        return (blocks[:, None], places), warps[:, None]
 
     def _alone(self, others, warps, what):
         if ((others != self.NOBODY) & (others != warps)).any():

@@ -62,6 +62,9 @@ MUTANTS = {
     "subnormals that are not flushed": Mutant(
         Case("encode", "mxfp4", (3, 1024), "bf16"), ptx=(r"mul\.ftz\.f32", "mul.f32")
     ),
+    "small elements rounded as normal ones": Mutant(
+        Case("encode", "mxfp4", (3, 1024), "bf16"), ptx=(r"max\.f16x2 power, power, smallest;", "")
+    ),
     "blocks of NaN with codes": Mutant(
         Case("encode", "mxfp4", (3, 1024), "bf16"), source=(r"groups &= keep", "groups &= -1")
     ),

@@ -3,6 +3,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from memory import Unknown
 
@@ -23,12 +24,12 @@ class Instruction:
     words: tuple[str, ...]
     operands: list[str]
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """b, u, s or f: the letter of the last type; "pred" for predicates."""
         return "pred" if self.words[-1] == "pred" else self.words[-1][0]
 
-    @property
+    @cached_property
     def bits(self) -> int:
         """Of the last type: 32 in `cvt.rn.bf16.f32`."""
         return int(re.search(r"\d+$", self.words[-1]).group())

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-comp predictor fit`, and a search whose policy uses its file."""
+
+import json
+
+import pytest
+import yaml
+from safetensors import safe_open
+from searches import rows_of, search
+
+import megatron_comp as mc
+from megatron_comp import cli
+
+LAYERS = 4
+
+
+def fit(llama, text, folder, *more):
+    argv = ["predictor", "fit", "--model", llama, "--tp", 2, "--text", text, "--tokens", 320, "--context", 32]
+    return cli.main([str(word) for word in (*argv, "--rank", 16, "--out", folder / "p.safetensors", *more)])
+
+
+@pytest.fixture(scope="module")
+def fitted(llama, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("predictor")
+    assert fit(llama, text, folder, "--most-left", 0.99, "--json", folder / "fit.json") == 0
+    return folder
+
+
+def test_a_file_of_the_sites_that_help(fitted):
+    rows = json.loads((fitted / "fit.json").read_text())["rows"]
+    assert [row["block"] for row in rows] == list(range(LAYERS))
+    with safe_open(fitted / "p.safetensors", "pt") as file:
+        names, metadata = set(file.keys()), file.metadata()
+    written = {(row["block"], site) for row in rows for site in ("attention", "mlp") if row[f"{site}_left"] <= 0.99}
+    assert written and {tuple(name.split(".")[1:3]) for name in names} == {(str(n), site) for n, site in written}
+    assert metadata["tensor_parallel"] == "2"
+
+
+def test_it_goes_on_where_it_was_and_refuses_another_recipe(fitted, llama, text, capsys):
+    before = (fitted / "p.safetensors").stat().st_mtime_ns
+    assert fit(llama, text, fitted, "--most-left", 0.99) == 0
+    assert (fitted / "p.safetensors").stat().st_mtime_ns == before
+    assert fit(llama, text, fitted, "--most-left", 0.5) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--rank", "0"], "--rank 0: at least one is needed"),
+        (["--rank", "97"], "--rank 97: the model has 96 values per token"),
+        (["--most-left", "1"], "--most-left 1.0: allowed are numbers above 0 and below 1"),
+        (["--tokens", "32"], "at least two windows"),
+    ],
+)
+def test_bad_options(llama, text, tmp_path, capsys, arguments, message):
+    assert fit(llama, text, tmp_path, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_search_writes_a_policy_that_predicts(fitted, llama, text, tmp_path):
+    codecs = [word for bits in (3, 4, 6) for word in ("--codec", f"int{bits}:32:e5m3")]
+    status, said = search(tmp_path, llama, text, *codecs, "--max-kl", "0.05", "--predictor", fitted / "p.safetensors")
+    assert status == 0, said
+    policy = mc.CompressionPolicy.from_file(tmp_path / "policy.yaml")
+    assert yaml.safe_load((tmp_path / "policy.yaml").read_text())["predictor"].startswith("..")
+    assert (tmp_path / policy.predictor).samefile(fitted / "p.safetensors")
+    (chosen,) = (row for row in rows_of(tmp_path) if row["chosen"])
+    assert 0 < float(chosen["kl"]) <= 0.05
