@@ -61,7 +61,7 @@ def test_wheel_metadata(members):
     required = re.findall(r"^Requires-Dist: (\S+?)(?:[<>=]\S+)?$", info["METADATA"], re.M)
     assert required == ["torch", "PyYAML"], "without an extra"
     assert set(re.findall(r"^Provides-Extra: (\S+)$", info["METADATA"], re.M)) == {
-        *("megatron", "cli", "plot", "te", "test"),
+        *("megatron", "cli", "plot", "tasks", "te", "test"),
         "bench",  # the former name of plot
     }
 

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, settings: list[setup.Setting]) -> None:
 
 def _rows(codec: str, made: "TaskRun") -> list[dict]:
     """One per task and metric. The harness calls a metric `acc,none` and its standard error `acc_stderr,none`."""
-    sent = made.traffic.sites
+    sent = made.traffic.compressed.values + made.traffic.kept.values  # none where the journal knew every item
     return [
         {
             "codec": codec,

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     searched = {
         "search": "with drop" if args.with_drop else "mixed",
         "candidates": [str(codec) for codec in candidates],
-        **({"predictor": digest(args.predictor)} if args.predictor else {}),
+        **({"predicted by": digest(args.predictor)} if args.predictor else {}),
     }
     with measuring(args, args.distilled, args.predictor, **searched) as measurements:
         if args.with_drop:

@@ -17,6 +17,7 @@ from megatron_comp import cli
 from megatron_comp.bench import fit
 from megatron_comp.bench.calibration import CHUNKS, SMALL_SAMPLES, Scope, Timings, measure
 from megatron_comp.commands import calibrate
+from megatron_comp.commands.arguments import calibrate as arguments_of_calibrate
 from megatron_comp.commands.calibrate import _advice
 from megatron_comp.wire.calibration import LEVEL_LINKS, LINKS, Calibration, CodecCost, Link
 from megatron_comp.wire.codec import Codec
@@ -195,7 +196,7 @@ def test_codecs_of_policies(tmp_path):
 
     def codecs(*arguments):
         parser = argparse.ArgumentParser()
-        calibrate.add_arguments(parser)
+        arguments_of_calibrate.add_arguments(parser)
         return [*calibrate.check(parser.parse_args(["--tp", "2", *arguments])).codecs]
 
     (tmp_path / "a.yaml").write_text("codec: mxfp4\nlayers: {1: {attention: drop, mlp: 'int8:32:fp16>int4:32:fp16'}}\n")

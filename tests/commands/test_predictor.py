@@ -11,7 +11,7 @@ from searches import rows_of, search
 import megatron_comp as mc
 from megatron_comp import cli
 
-LAYERS = 4
+LAYERS = 3
 
 
 def fit(llama, text, folder, *more):

@@ -28,11 +28,17 @@ SETTINGS = {
 WHOLE, PART = 1 << 30, 2000
 
 
+def without_check(things):
+    """The order without the last all-reduce, which tells all ranks whether logits are finite."""
+    assert things.order.endswith("a")
+    return things.order[:-1]
+
+
 def run(model, bytes_of_a_part, **words):
     exchange.OVERLAP_BYTES["cpu"] = bytes_of_a_part
     mc.apply_compression(model, policy(**words))
     with Order() as things:
-        made = {"logits": logits(model, IDS, gather=True), "order": things.order}
+        made = {"logits": logits(model, IDS, gather=True), "order": without_check(things)}
     return made | {"stats": mc.stats(model), "tokens": generate(model, IDS[0], 4).tokens}
 
 
@@ -122,7 +128,7 @@ def in_one_piece(rank, world_size, folder):
     def order():
         with Order() as things:
             logits(model, IDS, gather=True)
-        return things.order
+        return without_check(things)
 
     made = {}
     for name in ("self_attention", "self_attention.linear_proj", "mlp.linear_fc1"):

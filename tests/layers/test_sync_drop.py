@@ -44,7 +44,7 @@ def inside(model):
     ]
     with torch.no_grad():
         for ids in (IDS[:1, :9], IDS[:1, 9:10]):
-            _feed(model, context, ids)
+            _feed(model, context, ids, -1)
             context.increment_sequence_len_offset(ids.shape[1])
             context.enable_decode_mode()
     for hook in hooks:

@@ -189,7 +189,7 @@ def test_what_is_found_and_in_which_order(here, tmp_path):
     here.setenv(VARIABLE, "assumed")
     assert find_calibration(*group) is ASSUMED
     here.setenv(VARIABLE, str(tmp_path / "nowhere.yaml"))
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml"):
         find_calibration(*group)
 
 
