@@ -116,7 +116,10 @@ def test_a_policy_that_the_model_cannot_follow_ends_every_rank(tmp_path):
 ENDS = {
     "os._exit": "import os; os._exit(0)",
     "SIGTERM": "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
-    "SIGINT": "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)",
+    "SIGINT": (  # which programs that a shell started in the background ignore
+        "import os, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    ),
     "a signal that the script handles": (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
