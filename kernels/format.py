@@ -51,7 +51,7 @@ class Field:
 class KernelFormat:
     """One row of data that every kernel here is generic over; `megatron_comp.wire.gpu` fills it from a codec's name.
 
-    Fields that the codec lacks are None, as are the floats of elements and scales that are none.
+    Fields that the codec lacks are None. So is the small float of an element or a scale of another kind.
     """
 
     # Element: a minifloat with a sign on top (`element`), or a two's-complement integer.

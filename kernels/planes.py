@@ -153,7 +153,7 @@ def _load_plane(place, FIELD: tl.constexpr, PLANE: tl.constexpr, COUNT: tl.const
 
 @triton.jit
 def _pointer(place, SECTION: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, ALIGN: tl.constexpr):
-    """Of the unit of BITS that holds the place's first code in a section, and the section's bytes a row."""
+    """Of the unit of BITS that holds the place's first code in a section, and the section's bytes per row."""
     message, at, rows, row, columns, first, count = place
     row_bytes = bytes_of(columns * WIDTH)
     ptr = message + at[SECTION] + tl.multiple_of(row * row_bytes, ALIGN) + first * WIDTH // 8

@@ -96,8 +96,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _replace_what_cannot_be_written() -> None:
-    """Lets standard output write `?` for characters that its encoding lacks, instead of failing after the work; where
-    there is none, what is written goes nowhere."""
+    """Lets standard output write `?` for characters that its encoding lacks, instead of failing after the work.
+
+    In the place of a closed output or error stream stands the null device.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started the command
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process runs

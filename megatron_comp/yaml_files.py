@@ -8,7 +8,7 @@ import yaml
 
 from .files import shown
 
-# Of a YAML file. Policies and calibrations take a few kilobytes; PyYAML reads about 200 of them a second.
+# Of a YAML file. Policies and calibrations take a few kilobytes; PyYAML reads about 200 of them per second.
 MAX_BYTES = 1 << 20
 MAX_VALUES = 200_000
 MAX_DEPTH = 32

@@ -69,7 +69,7 @@ PAPER = [
     TimeToFirstToken("llama-2-13b", "L4", 4, 8, 256, 1.37, 0.70, False),
     TimeToFirstToken(
         *("llama-2-7b", "L4", 2, 16, 128, 0.39, 0.45, False),
-        "compression adds 0.9 ms a sum here, by the model's codec it saves 1.4: the 13B's rows speak for the model",
+        "compression adds 0.9 ms per sum here, by the model's codec it saves 1.4: the 13B's rows speak for the model",
     ),
     TimeToFirstToken("llama-2-70b", "A100", 4, 2, 128, 0.09, 0.15, True),
     TimeToFirstToken("llama-2-70b", "A100", 4, 2, 256, 0.13, 0.19, False),

@@ -63,7 +63,7 @@ def test_a_script_is_compressed_as_it_is(stock, policy):
     built, sent = said(result)
     assert built.startswith("megatron_comp: GPTModel: 3 of 4 sums have a codec, policy {")
     assert "int8:32:fp16" in built
-    # One prefill and seven steps of decoding; hidden 96 as 3 blocks: 96 + 3 * 2 bytes a token and sum, 16-byte padding.
+    # One prefill and seven steps of decoding; hidden 96 as 3 blocks: 96 + 3 * 2 bytes per token and sum, padded to 16.
     assert sent.startswith("megatron_comp: GPTModel: 24 sums compressed (gather_sum 24), 8 uncompressed (policy 8), ")
 
 

@@ -29,7 +29,7 @@ Report = Callable[[argparse.Namespace, list[dict], list[dict], dict], None]
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for a rate that is none, and for links that cannot be made because the ranks stand already."""
+    """Raises ValueError for a rate that is not valid, and for links beside ranks that a launcher has started."""
     for name, given, read in (
         *(("--link", rate, network.slowest_rate) for rate in args.link or []),
         ("--rtt", args.rtt, network.seconds_of),

@@ -61,7 +61,7 @@ def joined() -> bool:
 
 
 def start(ranks: int, command: list[str], network: Network | None = None, **more: str) -> int:
-    """Runs `command` once a rank, with the environment that torchrun would give; 0, or the first failing rank's status.
+    """Runs `command` once per rank, in the environment that torchrun would give; 0, or the first failing rank's status.
 
     network: of so many ranks, which stands while they run; None: they meet on this machine as it is. more: further
     variables of their environment. Rank 0's output is the command's.

@@ -5,16 +5,16 @@ import logging
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from ..policy import PHASES, CompressionPolicy
-from ..wire.backends import warm_up
+from ..wire.backends import SumKind, warm_up
 from ..wire.codec import Codec, CodecPair, parse_codec
 from ..wire.cost import FLAT
-from ..wire.topology import Topology
 from ..wire.traffic import flat_across, step_codecs
 from . import logits
 from .agreement import agree_on_calibration, compare_ranks, connect_islands, say_once
@@ -251,31 +251,35 @@ def _gather_candidates(model: torch.nn.Module, count: int, phase: Phase, timing:
 def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPolicy, topologies: dict) -> None:
     """Kernels of a GPU are compiled here, not in the first request; raises RuntimeError if that cannot be done."""
     parameter = next(model.parameters())
-    sums = set()
-    for place in places if parameter.is_cuda else []:
-        for name in _codec_names(policy, place):
-            ways = _ways(place, parse_codec(name), policy.algorithm, topologies.get(place.group))
-            sums |= {(name, place.module.config.hidden_size, *way) for way in ways}
-    for name, hidden, way, *counts in sorted(sums):
-        first, second = step_codecs(parse_codec(name))
-        ranks, mates, shares = counts
-        how = parameter.dtype, hidden, ranks, way, parameter.device, mates, shares
-        warm_up(first.format, second.format, *how)
+    kinds = {
+        kind
+        for place in (places if parameter.is_cuda else [])
+        for name in _codec_names(policy, place)
+        for kind in _kinds(place, parse_codec(name), policy, parameter.dtype, topologies)
+    }
+    for kind in kinds:
+        warm_up(kind, parameter.device)
 
 
-def _ways(place: Place, codec: Codec | CodecPair, algorithm: str, topology: Topology | None) -> Iterator[tuple]:
-    """(flat algorithm, its ranks, ranks of this machine, of the smallest one) of all sums that a place may ask for."""
-    ranks, scatters = place.group.size(), place.module.config.sequence_parallel
+def _kinds(
+    place: Place, codec: Codec | CodecPair, policy: CompressionPolicy, dtype: torch.dtype, topologies: dict
+) -> Iterator[SumKind]:
+    """Of all sums that a place may ask for."""
+    ranks = place.group.size()
+    config: Any = place.module.config
     if ranks == 1:
         return
-    flat = FLAT if algorithm in ("auto", "hierarchical") else (algorithm,)
-    for way in ("reduce_scatter",) if scatters else flat:
+    first, second = (each.format for each in step_codecs(codec))
+    flat = FLAT if policy.algorithm in ("auto", "hierarchical") else (policy.algorithm,)
+    for way in ("reduce_scatter",) if config.sequence_parallel else flat:
         if way != "gather_sum" or not isinstance(codec, CodecPair):
-            yield way, ranks, 1, 1
+            yield SumKind(first, second, dtype, config.hidden_size, ranks, way)
+    topology = topologies.get(place.group)
     if topology and topology.islands.have_two_levels:
         islands = topology.islands
-        across = "reduce_scatter" if scatters else flat_across(codec, islands)
-        yield across, len(islands.members), len(islands.members[topology.island]), islands.shares
+        across = "reduce_scatter" if config.sequence_parallel else flat_across(codec, islands)
+        mates = len(islands.members[topology.island])
+        yield SumKind(first, second, dtype, config.hidden_size, len(islands.members), across, mates, islands.shares)
 
 
 def _note_phases(model: torch.nn.Module, phase: Phase) -> None:

@@ -41,7 +41,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Interconnect:
-    """gb_s: what a GPU receives at once, in 1e9 bytes a second. hop_us: for a message to the next rank to start.
+    """gb_s: what a GPU receives at once, in 1e9 bytes per second. hop_us: for a message to the next rank to start.
     reached: what share of gb_s collectives get."""
 
     gb_s: float

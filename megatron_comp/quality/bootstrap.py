@@ -53,5 +53,5 @@ def means(values: np.ndarray) -> Statistic:
 
 
 def ends(name: str, low: float, high: float) -> dict[str, float | None]:
-    """An interval in a row: `<name>_low` and `<name>_high`, None where there is none."""
+    """An interval as two columns of a row, `<name>_low` and `<name>_high`; None where an end is NaN."""
     return {f"{name}_{end}": None if np.isnan(value) else float(value) for end, value in (("low", low), ("high", high))}

@@ -24,7 +24,7 @@ def compare(base: Run, said: Run) -> list[dict]:
     (numbers of items), and `mcnemar_p` (exact, two-sided: could chance alone make the two so unlike?).
 
     Intervals of changes are those of a paired bootstrap. That of a share of flips is exact (Clopper-Pearson), and so
-    also tells something where there are none.
+    has a width where no answer flipped, too.
 
     Raises ValueError if the runs are of different models or items.
     """

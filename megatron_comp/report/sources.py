@@ -46,7 +46,7 @@ class Rows:
 
     @property
     def name(self) -> str:
-        """Of the text that was measured, or of the file."""
+        """The name of the text that was measured, or of the file where it names none."""
         text = self.config.get("text")
         return Path(text).name if isinstance(text, str) else Path(self.path).name
 

@@ -12,7 +12,7 @@ MAX_INCREASE_PCT = 3.0
 
 @dataclass(frozen=True)
 class Bound:
-    """The most that a policy may cost, by `kl` (nats a token) or by `perplexity` (percent)."""
+    """The most that a policy may cost, by `kl` (nats per token) or by `perplexity` (percent)."""
 
     by: str
     limit: float

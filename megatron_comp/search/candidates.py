@@ -33,7 +33,7 @@ def parse_candidates(names: list[str]) -> tuple[Codec, ...]:
 
 
 def items(rows: list[dict], candidates: tuple[Codec, ...], tokens: int, steps: int) -> dict[tuple, list[Choice]]:
-    """The choices of every (layer, site, step) of an algorithm of so many steps; damages in nats a token.
+    """The choices of every (layer, site, step) of an algorithm of so many steps; damages in nats per token.
 
     rows: of `Measurements.sensitivity`, whose damages are of all its tokens.
     """

@@ -18,7 +18,7 @@ MAX_UNITS = 60_000
 
 @dataclass(frozen=True)
 class Choice:
-    """What an item may be: `name` for whoever reads the answer, `cost` in any unit, `damage` in nats a token."""
+    """What an item may be: `name` for whoever reads the answer, `cost` in any unit, `damage` in nats per token."""
 
     name: Hashable
     cost: int

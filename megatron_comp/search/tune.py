@@ -46,7 +46,7 @@ def tune(frontier: Frontier, bound: Bound, measure: Callable[[dict[tuple, Choice
         if bound.of(point) > bound.limit:
             raise ValueError(
                 f"{bound} cannot be kept with these candidates: the best of them cost {bound.of(point):.4g} at "
-                f"{point['bits_per_value']:.3f} bits a value; allow more, or give --codec with more bits"
+                f"{point['bits_per_value']:.3f} bits per value; allow more, or give --codec with more bits"
             )
         within.append((picked, point))
     return min(within, key=lambda each: (total_cost(each[0]), each[1]["kl"]))

@@ -13,6 +13,7 @@ call of each kind has `warm_up`, too.
 """
 
 import os
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -46,33 +47,39 @@ def choose_backend(device_type: str) -> ModuleType:
     return backend
 
 
-def warm_up(
-    first: Format,
-    second: Format,
-    dtype: torch.dtype,
-    hidden: int,
-    ranks: int,
-    algorithm: str,
-    device: torch.device,
-    mates: int = 1,
-    shares: int = 1,
-) -> None:
-    """Has everything compiled that sums of `[..., hidden]` tensors over `ranks` ranks need on this device.
+@dataclass(frozen=True)
+class SumKind:
+    """What decides which kernels run in sums of `[..., hidden]` tensors.
 
-    first, second: formats of the two phases of `two_step`; for `gather_sum` and `reduce_scatter` only the first counts.
-    mates, shares: of a hierarchical sum, the ranks of this rank's island, and of the smallest one; algorithm and ranks
-    are then those across islands.
+    first, second: formats of the two phases of `two_step`; `gather_sum` and `reduce_scatter` have only the first.
+    algorithm, ranks: of the flat sum; of a hierarchical one, those across islands.
+    mates, shares: of a hierarchical sum, the ranks of this rank's island, and of the smallest one.
+    """
+
+    first: Format
+    second: Format
+    dtype: torch.dtype
+    hidden: int
+    ranks: int
+    algorithm: str
+    mates: int = 1
+    shares: int = 1
+
+
+def warm_up(kind: SumKind, device: torch.device) -> None:
+    """Has everything compiled that sums of this kind need on this device.
+
     Does nothing where nothing is compiled later. Raises RuntimeError that says what to install if a compiler fails.
     """
     backend = choose_backend(device.type)
     if not hasattr(backend, "warm_up"):
         return
     try:
-        backend.warm_up(first, second, dtype, hidden, ranks, algorithm, device, mates, shares)
+        backend.warm_up(kind, device)
     except Exception as error:
         raise RuntimeError(
-            f"the kernels of codec {first} cannot be compiled for {device}: {type(error).__name__}: {error}. Triton "
-            "needs a C compiler (gcc or clang on PATH, or CC) and Python's headers (the package python3-dev); "
+            f"the kernels of codec {kind.first} cannot be compiled for {device}: {type(error).__name__}: {error}. "
+            "Triton needs a C compiler (gcc or clang on PATH, or CC) and Python's headers (the package python3-dev); "
             f"{OVERRIDE}=reference runs slowly without them"
         ) from error
 

@@ -33,7 +33,7 @@ class Codec:
     def bits_per_value(self) -> float:
         """Bits sent a value in whole blocks of a long row: payload, scale, zero point, spikes.
 
-        A row scale adds 32 bits a row, and short blocks and section padding their share: `message_bytes` is exact.
+        A row scale adds 32 bits per row, and short blocks and section padding their share: `message_bytes` is exact.
         """
         a_block = {"value": self.format.block, "block": 1, "spike": 2, "row": 0}
         bits = sum(a_block[unit] * width for unit, width in message.field_widths(self.format).values())

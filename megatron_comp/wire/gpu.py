@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,9 @@ from ..kernels.sum_encode import sum_encode as _sum_encode
 from . import message, scales
 from .formats import SMALLEST_NORMAL, Format, Minifloat, PowerOfTwo, SmallFloatScale
 from .reference import input_limit
+
+if TYPE_CHECKING:
+    from .backends import SumKind
 
 # Launches whose arguments are kept: as many as plans of sums (`plan.py`).
 KNOWN_LAUNCHES = 4096
@@ -64,37 +68,24 @@ def decode_slices(slots: torch.Tensor, fmt: Format, rows: Sequence[int], out: to
     _decode(slots, fmt, tuple(rows), out, each, False)
 
 
-def warm_up(
-    first: Format,
-    second: Format,
-    dtype: torch.dtype,
-    hidden: int,
-    ranks: int,
-    algorithm: str,
-    device: torch.device,
-    mates: int = 1,
-    shares: int = 1,
-) -> None:
-    """Launches each kernel of a sum once, on small tensors, so that Triton compiles it here and not in the first sum.
-
-    first, second: formats of the two phases; all algorithms but `two_step` have only the first.
-    mates, shares: of a hierarchical sum, the ranks of this island, and of the smallest; `ranks` are then those across.
-    """
+def warm_up(kind: "SumKind", device: torch.device) -> None:
+    """Launches each kernel of such sums once, on small tensors: Triton compiles it here and not in the first sum."""
+    first, hidden = kind.first, kind.hidden
     for rows in (1, 2):  # of a slice: a message of one row is aligned as no other is
-        sent = (rows,) if algorithm == "gather_sum" else (rows,) * ranks
-        x = torch.zeros(mates, sum(sent), hidden, dtype=dtype, device=device)
-        messages = _messages(first, ranks, rows, hidden, device)
-        if mates == 1:
+        sent = (rows,) if kind.algorithm == "gather_sum" else (rows,) * kind.ranks
+        x = torch.zeros(kind.mates, sum(sent), hidden, dtype=kind.dtype, device=device)
+        messages = _messages(first, kind.ranks, rows, hidden, device)
+        if kind.mates == 1:
             encode_slices(x[0], first, sent, messages.view(-1))
         else:
             sum_encode(x, first, sent, messages.view(-1))
-        if algorithm == "reduce_scatter":
+        if kind.algorithm == "reduce_scatter":
             decode_sum(messages, first, x[0, :rows])
             continue
-        owned, last, each = sent * shares, first, ranks
-        if algorithm == "two_step":
-            last, each = second, 1
-            decode_sum_encode(messages, (rows, hidden), first, second, _messages(second, 1, rows, hidden, device)[0])
+        owned, last, each = sent * kind.shares, first, kind.ranks
+        if kind.algorithm == "two_step":
+            last, each = kind.second, 1
+            decode_sum_encode(messages, (rows, hidden), first, last, _messages(last, 1, rows, hidden, device)[0])
         slots = _messages(last, len(owned) * each, rows, hidden, device)
         decode_slices(slots, last, owned, x.new_empty(sum(owned), hidden), each)
 

@@ -61,7 +61,7 @@ def test_rows(tiny):
         *zip(*[("gather_sum", "two_step")] * 2),
         ("drop", "gather_sum"),
     ]
-    # Two sums a layer of fp32 [8, 96]: a ring receives the tensor once, a message of mxfp4 is 48 + 3 bytes a row,
+    # Two sums per layer of fp32 [8, 96]: a ring receives the tensor once, a message of mxfp4 is 48 + 3 bytes per row,
     # sections padded to 16; of 4 rows 192 + 16.
     expected = [8 * HIDDEN * 4, 8 * 48 + 32, 2 * (4 * 48 + 16)]
     ring, message, _ = expected

@@ -17,7 +17,7 @@ from megatron_comp.wire.calibration import LINKS, Calibration, CodecCost, Link
 from megatron_comp.wire.codec import Codec
 
 TINY = Model(layers=3, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=100)
-EASY = Gpu(tflops=1e-6, memory_gb_s=1e-3, source="a million flops and bytes a second")
+EASY = Gpu(tflops=1e-6, memory_gb_s=1e-3, source="a million flops and bytes per second")
 ALL = Shares(compute=1.0, memory=1.0, codec=1.0, codec_call_us=0.0, layer_us=0.0)
 
 

@@ -296,6 +296,6 @@ def test_compression_costs_little(dense, mixtral_split):
         assert int8["kl"] < experts["kl"] < mxfp4["kl"]
         assert int8["top1_agreement"] > 0.95
         tokens, hidden, layers = dense.ids.numel(), 576, 30
-        # Two sums a layer, one of attention and one of experts; with two ranks each gets one message.
+        # Two sums per layer, one of attention and one of experts; with two ranks each gets one message.
         assert mxfp4["bytes_per_rank"] == layers * 2 * tokens * hidden * 4.25 / 8
         assert int8["bytes_per_rank"] == layers * 2 * tokens * hidden * 8.5 / 8

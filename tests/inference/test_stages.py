@@ -134,7 +134,7 @@ def test_counts_are_of_all_stages(both):
         assert tokens == ranks[0][layout, "stats"][0] and most == ranks[0][layout, "stats"][2][1]
         assert sorted({site.layer for site in own.sites if site.layer is not None}) == [[0, 1], [2, 3]][rank // 2]
         assert [site.layer for site in every.sites if site.site == "mlp"] == [0, 1, 2, 3]
-        # Eight chunks and five tokens, two sums a layer; the last stage's gathers of logits are stock in prefill.
+        # Eight chunks and five tokens, two sums per layer; the last stage's gathers of logits are stock in prefill.
         assert every.compressed.calls == 5 * 13 + 5 and every.kept.calls == 3 * 13 + 8
         received.append(own.received_bytes + (77 + 5) * HIDDEN * 4 * (rank // 2))
     assert max(received) == ranks[0][layout, "stats"][2][1]

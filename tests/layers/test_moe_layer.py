@@ -156,7 +156,7 @@ def test_kept_by_policy_is_what_stock_megatron_does(layers):
 
 
 def test_tokens_stay_where_they_are(layers):
-    """One all-reduce of the tokens a layer, where the stock dispatchers gather a copy of them from every rank."""
+    """One all-reduce of the tokens per layer, where the stock dispatchers gather a copy of them from every rank."""
     tp, ep, ranks = layers
     for made in ranks:
         for (dispatcher, scattered), got in made.items():

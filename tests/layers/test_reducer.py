@@ -17,7 +17,7 @@ HIDDEN = 96
 
 
 def mxfp4_bytes(rows):
-    """4 bits a value and a byte for each 32 of them, each section padded to 16 bytes."""
+    """4 bits per value and a byte for each 32 of them, each section padded to 16 bytes."""
     return sum(-(-nbytes // 16) * 16 for nbytes in (rows * HIDDEN // 2, rows * HIDDEN // 32))
 
 

@@ -37,10 +37,11 @@ def compiled(monkeypatch, places, device=CUDA, topologies=(), by_level=False, **
     weight = SimpleNamespace(is_cuda=device.type == "cuda", dtype=torch.bfloat16, device=device)
     model = SimpleNamespace(parameters=lambda: iter([weight]))
     apply._compile_kernels(model, places, mc.CompressionPolicy(**policy), dict(topologies))
-    assert all(call[2:4] == (torch.bfloat16, 96) and call[6] == CUDA for call in calls)
+    assert all((kind.dtype, kind.hidden, on) == (torch.bfloat16, 96, CUDA) for kind, on in calls)
     assert len(calls) == len(set(calls))
-    names = [(str(first), str(second), ranks, way, *level) for first, second, _, _, ranks, way, _, *level in calls]
-    return {name if by_level else name[:4] for name in names if (name[4:] != (1, 1)) == by_level}
+    kinds = [kind for kind, _ in calls if ((kind.mates, kind.shares) != (1, 1)) == by_level]
+    names = [(str(kind.first), str(kind.second), kind.ranks, kind.algorithm, kind.mates, kind.shares) for kind in kinds]
+    return {name if by_level else name[:4] for name in names}
 
 
 MXFP4, MXFP8 = "fp4_e2m1:32:e8m0", "fp8_e4m3:32:e8m0"

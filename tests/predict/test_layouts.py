@@ -22,7 +22,7 @@ from megatron_comp.wire.codec import Codec
 
 TINY = Model(layers=3, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=100)
 ALL = Shares(compute=1.0, memory=1.0, codec=1.0, codec_call_us=0.0, layer_us=0.0)
-LINK = Interconnect(1e-3, 20, "a million bytes a second", reached=1.0)
+LINK = Interconnect(1e-3, 20, "a million bytes per second", reached=1.0)
 INSIDE = Interconnect(1e-2, 2, "ten million", reached=1.0)
 MACHINES = Machines(3, 2, LINK, INSIDE, rtt=1e-3)
 RESULTS = Path(__file__).parents[2] / "examples/results/2026-11-21_smollm2-135m_tp3_gloo.csv"
@@ -38,7 +38,7 @@ def test_decoding_by_hand():
     slow = Gpu(1e-6, 1.0, "a million flops a second")
     assert compute_seconds(job, slow, ALL) == pytest.approx((3 * layer + 2 * 2 * head) / 2 / 1e6)
     cached = 2 * 2 * 8 * 2 * 16
-    reads = Gpu(1.0, 1e-3, "a million bytes a second")
+    reads = Gpu(1.0, 1e-3, "a million bytes per second")
     assert compute_seconds(job, reads, ALL) == pytest.approx((3 * (attention + mlp + cached) + head) * 2 / 2 / 1e6)
     assert replace(job, tp=4).cached_values == 2 * cached  # two ranks share one of two key-value heads
 
@@ -163,7 +163,7 @@ def test_the_question_is_answered_in_one_screen(capsys, tmp_path):
     assert by_way["none", "all_reduce"]["mb_across"] == pytest.approx(sums * message * 1.875 / 1e6)
     chosen = by_way["int4:32:fp16:hadamard", "hierarchical"]
     assert chosen["mb_across"] == pytest.approx(sums * message * 0.28125 / 1e6) and chosen["rounds"] == 1
-    # Stock: 1.875 of 16.8 MB at 11.25e9 bytes a second, 14 hops of 3 us and 2 of 25.
+    # Stock: 1.875 of 16.8 MB at 11.25e9 bytes per second, 14 hops of 3 us and 2 of 25.
     stock, compute = rows[0]["ttft_ms"], rows[0]["ttft_ms"] * (1 - rows[0]["share_of_sums"])
     assert stock - compute == pytest.approx(sums * 1e3 * (1.875 * message / 11.25e9 + 92e-6))
     for part in (

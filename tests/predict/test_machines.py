@@ -14,7 +14,7 @@ from megatron_comp.wire.codec import Codec
 from megatron_comp.wire.cost import sum_seconds
 from megatron_comp.wire.traffic import received_bytes, ring_bytes
 
-LINK = Interconnect(1, 20, "1e9 bytes a second, a hop in 20 us", reached=1.0)
+LINK = Interconnect(1, 20, "1e9 bytes per second, a hop in 20 us", reached=1.0)
 INSIDE = Interconnect(100, 2, "", reached=1.0)
 INT4 = Codec.parse("int4:32:fp16")  # 4.5 bits per value: 0.28125 of 16
 

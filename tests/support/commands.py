@@ -31,7 +31,7 @@ _RANKS = "import sys; from megatron_comp.launcher import ranks; sys.exit(ranks.s
 
 
 def on_ranks(count, argv):
-    """The command line that runs `argv` once a rank and ends with the status of the first that fails."""
+    """The command line that runs `argv` once per rank and ends with the status of the first that fails."""
     return [sys.executable, "-c", _RANKS, str(count), *argv]
 
 

@@ -80,7 +80,7 @@ def test_codecs_use_the_choice(monkeypatch):
 
 def warm_up(device):
     mxfp4 = Codec.parse("mxfp4").format
-    backends.warm_up(mxfp4, mxfp4, torch.bfloat16, 64, 2, "two_step", torch.device(device))
+    backends.warm_up(backends.SumKind(mxfp4, mxfp4, torch.bfloat16, 64, 2, "two_step"), torch.device(device))
 
 
 def test_nothing_is_compiled_later_for_a_cpu(monkeypatch):

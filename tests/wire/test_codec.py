@@ -233,7 +233,7 @@ def test_message_bytes(codec, leading, hidden):
     "codec", [*oracles.PRESETS, "int5:64:fp32:asym:spike", "int3:16:e5m0:spike", "fp6_e3m2:8:e5m3"]
 )
 def test_bits_per_value_is_what_a_long_message_takes(codec):
-    """To the byte for whole blocks, apart from the row scale of e4m3: 32 bits a row."""
+    """To the byte for whole blocks, apart from the row scale of e4m3: 32 bits per row."""
     codec = Codec.parse(codec)
     shape = (128, 4096)
     row_scales = 128 * 4 if ":e4m3" in str(codec) else 0

@@ -61,8 +61,8 @@ def count_compiled(device: Device) -> None:
 def _count(device, name, pair, ranks, algorithm, launches, **level) -> None:
     first, second = map(Format.parse, pair)
     known = len(device.programs)
-    arguments = (first, second, torch.bfloat16, HIDDEN, ranks, algorithm, CPU)
-    device.run(lambda: backends.warm_up(*arguments, **level), [], [], blocks=[])
+    kind = backends.SumKind(first, second, torch.bfloat16, HIDDEN, ranks, algorithm, **level)
+    device.run(lambda: backends.warm_up(kind, CPU), [], [], blocks=[])
     warm = len(device.programs)
     for rows in ((1, 1, 1), (7, 6, 6), (40, 40, 40)):
         device.run(lambda rows=rows: launches(first, second, torch.bfloat16, rows), [], [], blocks=[])
@@ -79,7 +79,7 @@ def without_compiler(folder: Path) -> None:
     CudaDriver.is_active = staticmethod(lambda: True)
     mxfp4 = Format.parse("mxfp4")
     try:
-        backends.warm_up(mxfp4, mxfp4, torch.bfloat16, HIDDEN, RANKS, "gather_sum", CPU)
+        backends.warm_up(backends.SumKind(mxfp4, mxfp4, torch.bfloat16, HIDDEN, RANKS, "gather_sum"), CPU)
     except RuntimeError as error:
         print(error)
 
