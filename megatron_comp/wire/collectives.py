@@ -1,14 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compressed all-reduce and reduce-scatter: bytes are exchanged, every rank decodes and sums in rank order.
 
-Legend: N ranks; a *slot* is the room for one slice's message in a two-step all-gather.
-
-    gather_sum   encode -> all-gather -> decode and sum                                       one quantization
-    two_step     encode slices -> all-to-all -> decode and sum -> encode -> all-gather -> decode   two quantizations
-    hierarchical    one of these between machines, of sums inside them: `hierarchical.py`
-
-A rank's own share goes through the codec like everybody's, so that all ranks end with the same bits
-(gather_sum: arXiv 2411.09510, section 3, where the own share stayed exact; two_step: arXiv 2412.04964, algorithm 1).
+What is exchanged, and in how many steps: `flat.py` and `hierarchical.py`. A rank's own share goes through the codec,
+too, so that all ranks end with the same bits.
 
 Large tensors go in chunks of rows, each through all these steps: while one is on the wire, others are encoded and
 decoded. Rows share no blocks and every element is summed in rank order, so bits do not depend on the chunks.
@@ -21,12 +15,10 @@ from typing import Literal, overload
 import torch
 import torch.distributed as dist
 
-from . import exchange
+from . import exchange, flat, hierarchical
 from .codec import Codec, CodecPair, one_codec, parse_codec
 from .cost import choose_scatter
-from .hierarchical import NEAR, Steps, hierarchical_scatter, hierarchical_sum
-from .plan import SCATTERS, Chunk, SumPlan, plan_all_reduce, plan_reduce_scatter
-from .spans import span
+from .plan import SCATTERS, SumPlan, plan_all_reduce, plan_reduce_scatter
 from .topology import Topology
 from .traffic import scatter_rows
 
@@ -36,9 +28,9 @@ class PendingSum:
 
     def __init__(self, out: torch.Tensor) -> None:
         self._out = out
-        self._chunks: list[Steps] = []
+        self._chunks: list[exchange.Steps] = []
 
-    def start(self, chunk: Steps) -> None:
+    def start(self, chunk: exchange.Steps) -> None:
         next(chunk)
         self._chunks.append(chunk)
 
@@ -48,18 +40,18 @@ class PendingSum:
             self._chunks = [*self._one_further()]
         return self._out
 
-    def _one_further(self) -> Iterator[Steps]:
+    def _one_further(self) -> Iterator[exchange.Steps]:
         """The chunks that are not done then.
 
         All go one exchange further before any goes two, so that none keeps another off the wire. Only a chunk whose
         last exchange is a near one is finished as soon as the next chunk's is under way.
         """
-        near: Steps = iter(())
+        near: exchange.Steps = iter(())
         for chunk in self._chunks:
             step = next(chunk, _DONE)
             next(near, None)
-            near = chunk if step is NEAR else iter(())
-            if step is not NEAR and step is not _DONE:
+            near = chunk if step is exchange.NEAR else iter(())
+            if step is not exchange.NEAR and step is not _DONE:
                 yield chunk
         next(near, None)
 
@@ -186,7 +178,7 @@ def _uncompressed(
     """These rows of the stock sum."""
     total = x.detach().clone(memory_format=torch.contiguous_format)
 
-    def steps() -> Steps:
+    def steps() -> exchange.Steps:
         work = dist.all_reduce(total, group=group, async_op=async_op)
         yield
         exchange.finish(work)
@@ -236,82 +228,13 @@ def run(
     return pending if async_op else pending.wait()
 
 
-def _gather_sum(
-    x: torch.Tensor,
-    out: torch.Tensor,
-    plan: SumPlan,
-    chunk: Chunk,
-    group: dist.ProcessGroup | None,
-    async_op: bool,
-) -> Steps:
-    with span("encode"):
-        message = plan.first.encode(x)
-    with span("exchange"):
-        gathered, work = exchange.all_gather(message, plan.ranks, group, async_op)
-    yield
-    exchange.finish(work)
-    with span("decode"):
-        plan.first.decode_sum(gathered, out.shape, out.dtype, out)
-
-
-def _two_step(
-    x: torch.Tensor,
-    out: torch.Tensor,
-    plan: SumPlan,
-    chunk: Chunk,
-    group: dist.ProcessGroup | None,
-    async_op: bool,
-) -> Steps:
-    with span("encode"):
-        sent = plan.first.encode_slices(x, chunk.slices)
-    with span("exchange"):
-        received, work = exchange.all_to_all(sent, chunk.send_sizes, chunk.receive_sizes, group, async_op)
-    yield
-    exchange.finish(work)
-    with span("sum"):
-        # Nobody reads what a short slice's message leaves of its slot.
-        slot = received.new_empty(chunk.slot_size)
-        messages, shape = received.view(plan.ranks, -1), (chunk.own_rows, plan.hidden)
-        plan.first.decode_sum_encode(messages, shape, plan.second, slot[: chunk.own_size])
-    with span("exchange"):
-        slots, work = exchange.all_gather(slot, plan.ranks, group, async_op)
-    yield
-    exchange.finish(work)
-    with span("decode"):
-        plan.second.decode_slices(slots, chunk.slices, out)
-
-
-def _scatter_sum(
-    x: torch.Tensor,
-    out: torch.Tensor,
-    plan: SumPlan,
-    chunk: Chunk,
-    group: dist.ProcessGroup | None,
-    async_op: bool,
-) -> Steps:
-    """x: all rows, of which the chunk has some of every slice. out: this rank's rows of the chunk."""
-    with span("encode"):
-        if chunk.starts:
-            sent = x.new_empty(sum(chunk.send_sizes), dtype=torch.uint8)
-            for message, start, rows in zip(sent.split(chunk.send_sizes), chunk.starts, chunk.slices, strict=True):
-                plan.first.encode(x[start : start + rows], message)
-        else:
-            sent = plan.first.encode_slices(x, chunk.slices)
-    with span("exchange"):
-        received, work = exchange.all_to_all(sent, chunk.send_sizes, chunk.receive_sizes, group, async_op)
-    yield
-    exchange.finish(work)
-    with span("decode"):
-        plan.first.decode_sum(received.view(plan.ranks, -1), out.shape, out.dtype, out)
-
-
 _DONE = object()
-STEPS: dict[str, Callable[..., Steps]] = {
-    "gather_sum": _gather_sum,
-    "two_step": _two_step,
-    "hierarchical": hierarchical_sum,
-    "reduce_scatter": _scatter_sum,
-    "hierarchical_scatter": hierarchical_scatter,
+STEPS: dict[str, Callable[..., exchange.Steps]] = {
+    "gather_sum": flat.gather_sum,
+    "two_step": flat.two_step,
+    "hierarchical": hierarchical.all_reduce,
+    "reduce_scatter": flat.reduce_scatter,
+    "hierarchical_scatter": hierarchical.reduce_scatter,
 }
 
 

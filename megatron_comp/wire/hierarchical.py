@@ -11,9 +11,6 @@ So one machine's link carries what M ranks would exchange, not M L. Quantized is
 whatever L is. All ranks decode the same messages in the same order, and end with the same bits.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import torch.distributed as dist
 
@@ -21,20 +18,15 @@ from . import exchange
 from .plan import Chunk, SumPlan
 from .spans import span
 
-# A chunk under way: each `next` carries it to where its bytes are on the wire again, the last one to its sum. It yields
-# NEAR where that is its last exchange, and inside the island: soon over, and no use of the links between islands.
-Steps = Iterator[Any]
-NEAR = object()
 
-
-def hierarchical_sum(
+def all_reduce(
     x: torch.Tensor,
     out: torch.Tensor,
     plan: SumPlan,
     chunk: Chunk,
     group: dist.ProcessGroup | None,
     async_op: bool,
-) -> Steps:
+) -> exchange.Steps:
     """`[rows, hidden]` of the chunk to their sum over the group. A rank without a share takes part inside alone."""
     topology, machines = plan.topology, len(plan.topology.islands.members)
     two_phases, owns = plan.across == "two_step", topology.owns_share
@@ -67,7 +59,7 @@ def hierarchical_sum(
     with span("exchange"):
         mates = len(topology.islands.members[topology.island])
         gathered, work = exchange.all_gather(slots.view(-1), mates, topology.inside, async_op)
-    yield NEAR
+    yield exchange.NEAR
     exchange.finish(work)
     with span("decode"):
         slots = gathered[: topology.islands.shares].view(-1, chunk.slot_size)
@@ -77,14 +69,14 @@ def hierarchical_sum(
         last.decode_slices(slots, chunk.slices, out, each)
 
 
-def hierarchical_scatter(
+def reduce_scatter(
     x: torch.Tensor,
     out: torch.Tensor,
     plan: SumPlan,
     chunk: Chunk,
     group: dist.ProcessGroup | None,
     async_op: bool,
-) -> Steps:
+) -> exchange.Steps:
     """x: all rows, of which the chunk has some of every rank's. out: this rank's rows of the chunk.
 
     Rows go to the rank of the island that has their owner's place, and their sum across to the owner.

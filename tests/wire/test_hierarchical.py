@@ -17,7 +17,7 @@ from sums import Wire, digest, expected_gather_sum, expected_hierarchical, islan
 from megatron_comp.wire import topology
 from megatron_comp.wire.codec import parse_codec
 from megatron_comp.wire.collectives import PendingAllReduce, PendingSum, all_reduce, reduce_scatter
-from megatron_comp.wire.hierarchical import NEAR
+from megatron_comp.wire.exchange import NEAR
 from megatron_comp.wire.plan import plan_all_reduce
 from megatron_comp.wire.topology import Islands
 from megatron_comp.wire.traffic import received_by_level, received_by_level_scatter
