@@ -2,31 +2,27 @@
 """Turning compression on and off in a built Megatron model, and reading what it did."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
-from ..policy import PHASES, CompressionPolicy
-from ..wire.backends import SumKind, warm_up
-from ..wire.codec import Codec, CodecPair, parse_codec
-from ..wire.cost import FLAT
-from ..wire.traffic import flat_across, step_codecs
+from ..policy import CompressionPolicy
 from . import logits
 from .agreement import agree_on_calibration, compare_ranks, connect_islands, say_once
 from .compressed_layer import can_overlap, compress_layer, restore_layer
 from .meter import ModelStats, SiteStats
 from .not_recognised import find_not_recognised, find_without_policy, shortened
-from .places import Place, find_places, numbered_layers, reducers, restore
+from .places import find_places, numbered_layers, reducers, restore
 from .plans import Plans
-from .predictor import Predictors
+from .predictor import Predictors, read_predictors
 from .reducer import Phase, Reducer
 from .sync_drop import check_block, dropped_blocks, problem_of
 from .versions import check_megatron
+from .warm_up import codec_names, compile_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +75,7 @@ def apply_compression(
     machines = {group: len(set(names)) for group, names in hosts.items()}
     calibration = agree_on_calibration(machines, policy, _captures_graphs(places[0].module.config))
     topologies = connect_islands(hosts, policy)
-    _compile_kernels(model, places, policy, topologies)
+    compile_kernels(model, places, policy, topologies)
     remove_compression(model)
     _warn_of_others(model, places)
 
@@ -164,7 +160,7 @@ def _read_predictors(model: torch.nn.Module, places: list, path: str | Path, all
     if allow_training:
         raise ValueError("predicted sums are for inference; leave out allow_training=True")
     group, config = places[0].group, places[0].module.config
-    read = Predictors(path, group.rank(), group.size(), next(model.parameters()), config.hidden_size)
+    read = read_predictors(path, group.rank(), group.size(), next(model.parameters()), config.hidden_size)
     if unknown := [layer for layer in read.layers if layer >= config.num_layers]:
         raise ValueError(f"{path} has layer {unknown[0]}; the model has layers 0 to {config.num_layers - 1}")
     for layer, number in numbered_layers(model):
@@ -204,17 +200,12 @@ def _check_policy(policy: CompressionPolicy, places: list) -> None:
         if absent := [site for site, name in codecs.items() if name != "none" and site not in sites]:
             raise ValueError(f"policy: {where}: the model has no {absent[0]}")
     for place in places:
-        place.check(_codec_names(policy, place))
+        place.check(codec_names(policy, place))
 
 
 def _number_of_layers(config) -> int:
     """Of all pipeline stages, with those that predict further tokens."""
     return config.num_layers + (getattr(config, "mtp_num_layers", None) or 0)
-
-
-def _codec_names(policy: CompressionPolicy, place: Place) -> set[str]:
-    """Names of the codecs that a place uses, in any phase."""
-    return {policy.codec_name(place.layer, place.site, phase) for phase in PHASES} - {"none"}
 
 
 def _sites_of_other_stages(config) -> set[str]:
@@ -246,40 +237,6 @@ def _gather_candidates(model: torch.nn.Module, count: int, phase: Phase, timing:
                 f"logits: {count} candidates of each rank are for greedy decoding, and top-k sampling with k <= "
                 f"{count}. Log-probabilities and top-p sampling would be wrong",
             )
-
-
-def _compile_kernels(model: torch.nn.Module, places: list, policy: CompressionPolicy, topologies: dict) -> None:
-    """Kernels of a GPU are compiled here, not in the first request; raises RuntimeError if that cannot be done."""
-    parameter = next(model.parameters())
-    kinds = {
-        kind
-        for place in (places if parameter.is_cuda else [])
-        for name in _codec_names(policy, place)
-        for kind in _kinds(place, parse_codec(name), policy, parameter.dtype, topologies)
-    }
-    for kind in kinds:
-        warm_up(kind, parameter.device)
-
-
-def _kinds(
-    place: Place, codec: Codec | CodecPair, policy: CompressionPolicy, dtype: torch.dtype, topologies: dict
-) -> Iterator[SumKind]:
-    """Of all sums that a place may ask for."""
-    ranks = place.group.size()
-    config: Any = place.module.config
-    if ranks == 1:
-        return
-    first, second = (each.format for each in step_codecs(codec))
-    flat = FLAT if policy.algorithm in ("auto", "hierarchical") else (policy.algorithm,)
-    for way in ("reduce_scatter",) if config.sequence_parallel else flat:
-        if way != "gather_sum" or not isinstance(codec, CodecPair):
-            yield SumKind(first, second, dtype, config.hidden_size, ranks, way)
-    topology = topologies.get(place.group)
-    if topology and topology.islands.have_two_levels:
-        islands = topology.islands
-        across = "reduce_scatter" if config.sequence_parallel else flat_across(codec, islands)
-        mates = len(islands.members[topology.island])
-        yield SumKind(first, second, dtype, config.hidden_size, len(islands.members), across, mates, islands.shares)
 
 
 def _note_phases(model: torch.nn.Module, phase: Phase) -> None:

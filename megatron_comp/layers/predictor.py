@@ -17,6 +17,7 @@ device. `Predictors.digest` holds the bytes that a rank's own device makes of a 
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,9 +74,9 @@ class Predictors:
     Raises OSError or ValueError for a file that is damaged, or not of this number of ranks or values per token.
     """
 
-    def __init__(self, path: str | Path, rank: int, ranks: int, like: torch.Tensor, hidden: int) -> None:
-        """like: a parameter, whose type and device the predictors get."""
-        self.path = Path(path)
+    def __init__(self, path: Path, rank: int, ranks: int, like: torch.Tensor, hidden: int) -> None:
+        """like: of the type and device that the predictors get."""
+        self.path = path
         try:
             with safe_open(self.path, framework="pt") as file:
                 made_for = (file.metadata() or {}).get(TENSOR_PARALLEL)
@@ -113,6 +114,17 @@ class Predictors:
             for site in self.sites.values():
                 made.update(_bytes(site(x).total))
         return made.hexdigest()[:16]
+
+
+def read_predictors(path: str | Path, rank: int, ranks: int, like: torch.Tensor, hidden: int) -> Predictors:
+    """`Predictors` of these arguments. The last ones stay in memory: a search applies policies window by window."""
+    file = Path(path)
+    return _read(file, file.stat().st_mtime_ns, rank, ranks, like.dtype, like.device, hidden)
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, _written: int, rank: int, ranks: int, dtype, device, hidden: int) -> Predictors:
+    return Predictors(path, rank, ranks, torch.empty(0, dtype=dtype, device=device), hidden)
 
 
 def name(layer: int, site: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import megatron_comp as mc
-from megatron_comp.layers import apply
+from megatron_comp.layers import warm_up
 from megatron_comp.wire.topology import Islands, Topology
 
 CUDA = torch.device("cuda", 1)
@@ -33,10 +33,10 @@ def compiled(monkeypatch, places, device=CUDA, topologies=(), by_level=False, **
     All with the model's type, hidden size and device.
     """
     calls = []
-    monkeypatch.setattr(apply, "warm_up", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(warm_up, "warm_up", lambda *arguments: calls.append(arguments))
     weight = SimpleNamespace(is_cuda=device.type == "cuda", dtype=torch.bfloat16, device=device)
     model = SimpleNamespace(parameters=lambda: iter([weight]))
-    apply._compile_kernels(model, places, mc.CompressionPolicy(**policy), dict(topologies))
+    warm_up.compile_kernels(model, places, mc.CompressionPolicy(**policy), dict(topologies))
     assert all((kind.dtype, kind.hidden, on) == (torch.bfloat16, 96, CUDA) for kind, on in calls)
     assert len(calls) == len(set(calls))
     kinds = [kind for kind, _ in calls if ((kind.mates, kind.shares) != (1, 1)) == by_level]

@@ -43,7 +43,7 @@ def main() -> None:
     started, failed = time.perf_counter(), 0
     with tempfile.TemporaryDirectory() as folder:
         device = Device(Path(folder), args.capability)
-        for case in tqdm(cases, unit="case", disable=None):
+        for case in tqdm(cases, unit="case", mininterval=0.1 if sys.stderr.isatty() else 30):
             try:
                 case.check(device)
             except Exception as error:
