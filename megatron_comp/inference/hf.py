@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
+from ..layers.predictor import TENSOR_PARALLEL
 from ..notices import notice
 from . import model_files
 from .config import check_sizes, read_raw, unknown_keys
@@ -58,10 +59,6 @@ def _holds_own_head(folder: Path) -> bool:
         if not checkpoint.names >= {EMBEDDING, HEAD}:
             return False
         return not checkpoint.equal(EMBEDDING, HEAD)
-
-
-# Key of a safetensors file's metadata: the number of ranks that its weights are for.
-TENSOR_PARALLEL = "tensor_parallel"
 
 
 class Checkpoint:

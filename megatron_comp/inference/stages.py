@@ -24,6 +24,8 @@ def forward(model: GPTModel, ids: Tensor, positions: Tensor, **how) -> Tensor | 
 
     Logits in the last stage, None in the others. how: further arguments of the model. All ranks call this together.
     """
+    if model.pp_group.size() == 1:
+        return model(ids, positions, None, **how)
     config, (batch, length) = model.config, ids.shape
     if config.sequence_parallel:
         length //= config.tensor_model_parallel_size

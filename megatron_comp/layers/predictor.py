@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 EPSILON = 1e-5
-TENSOR_PARALLEL = "tensor_parallel"  # key of the file's metadata: the number of ranks it is for
+TENSOR_PARALLEL = "tensor_parallel"  # key of a file's metadata: the number of ranks that it is for
 PARTS = ("down", "up", "bias")
 PROBED_ROWS = (1, 7, 256)  # kernels of products differ by the number of rows
 
@@ -97,7 +97,7 @@ class Predictors:
         return {layer for layer, _ in self.sites}
 
     def _of_rank(self, parts: list, where: tuple[int, str], rank: int, ranks: int, hidden: int) -> SitePredictor:
-        k = parts[0].shape[-1] if parts[0] is not None else 0
+        k = parts[0].shape[1] if parts[0] is not None and parts[0].dim() == 2 else 0
         for part, tensor, shape in zip(PARTS, parts, ((hidden, k), (ranks, k, hidden), (ranks, hidden)), strict=True):
             if tensor is None or tuple(tensor.shape) != shape:
                 found = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"

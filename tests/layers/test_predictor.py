@@ -82,7 +82,7 @@ def in_ranks(rank, world_size, folder, files):
         for name, words in {"long": {}, "long, dropped": {"layers": DROP}}.items():
             mc.apply_compression(model, policy(codec=INT8, predictor=files["both"], **words))
             made[name, size] = logits(model, LONG, gather=True)
-    for name in ("other ranks", "layer", "shape", "missing", "name", "text", "no file"):
+    for name in ("other ranks", "layer", "shape", "number", "missing", "name", "text", "no file"):
         made[name] = message_of(mc.apply_compression, model, policy(predictor=files[name]))
     made["differs"] = message_of(mc.apply_compression, model, policy(predictor=files["both" if rank else "attention"]))
     made["training"] = message_of(mc.apply_compression, model, policy(predictor=files["both"]), allow_training=True)
@@ -104,6 +104,7 @@ def files(tmp_path_factory):
         "other ranks": write(folder / "other", tensors(ranks=4), 4),
         "layer": write(folder / "layer", both | {k.replace("s.1.", "s.9."): v.clone() for k, v in both.items()}),
         "shape": write(folder / "shape", shapes),
+        "number": write(folder / "number", both | {"layers.2.mlp.down": torch.zeros(())}),
         "missing": write(folder / "lack", {k: v for k, v in both.items() if k != "layers.0.mlp.up"}),
         "name": write(folder / "name", both | {"lm_head.weight": torch.zeros(1)}),
         "text": str(folder / "text"),
@@ -171,6 +172,7 @@ REFUSED = {
     "other ranks": "is for 4 ranks, not for 2",
     "layer": "has layer 9; the model has layers 0 to 3",
     "shape": "layers.1.mlp.down has shape [95, 3], expected [96, 3]",
+    "number": "layers.2.mlp.down has shape [], expected [96, 0]",
     "missing": "layers.0.mlp.up is missing",
     "name": "lm_head.weight is not the name of a predictor's tensor",
     "text": "is not a valid safetensors file",
