@@ -59,106 +59,142 @@ def restore_layer(layer: torch.nn.Module) -> None:
 
 
 def _forward(layer: TransformerLayer, may_overlap: bool, /, *args, **kwargs):
-    """Megatron's own forward, with other functions in some places of it, for the time of this one call.
+    """Megatron's own forward; where a sum is ours to take, with other functions in some places of it for this call."""
+    attention, mlp = layer.self_attention.linear_proj.reducer, layer.mlp.linear_fc2.reducer
+    overlaps = may_overlap and _overlaps_now(layer)
+    if not (overlaps or attention.drops or attention.predictor or mlp.predictor):
+        return type(layer).forward(layer, *args, **kwargs)
+    return _Call(layer, overlaps).forward(*args, **kwargs)
+
+
+class _Call:
+    """One call of a layer, with what its attention leaves for its MLP.
 
     Attention's sum is on the wire, or left out, when attention returns. The MLP's sum is taken here.
     """
-    proj, fc2 = layer.self_attention.linear_proj, layer.mlp.linear_fc2
-    attention_reducer, mlp_reducer = proj.reducer, fc2.reducer
-    drops, overlaps = attention_reducer.drops, may_overlap and _overlaps_now(layer)
-    predicts = attention_reducer.predictor or mlp_reducer.predictor
-    if not (drops or overlaps or predicts):
-        return type(layer).forward(layer, *args, **kwargs)
-    attention_bda, mlp_bda = layer.self_attn_bda, layer.mlp_bda
-    known: Known | None = None  # of attention's sum
-    on_the_wire: SumInParts | None = None  # attention's sum
-    residual: torch.Tensor | None = None  # what that is added to: X
-    # Of a dropped sum: this rank's part Y_i, without what is known of it, and X + b.
-    dropped: tuple[torch.Tensor, torch.Tensor] | None = None
-    mlp_bias: torch.Tensor | None = None
 
-    def forward_attention(hidden_states: torch.Tensor, *rest, **more):  # in place of layer._forward_attention
-        nonlocal known
-        if predict := attention_reducer.predictor_of(hidden_states):
-            known = predict(hidden_states)
-        return type(layer)._forward_attention(layer, hidden_states, *rest, **more)
+    def __init__(self, layer: TransformerLayer, overlaps: bool) -> None:
+        self.layer, self.stock, self.overlaps = layer, type(layer), overlaps
+        self.proj, self.fc2 = layer.self_attention.linear_proj, layer.mlp.linear_fc2
+        # Kept here, since the layer is without them during the call.
+        self.attention_reducer, self.mlp_reducer = self.proj.reducer, self.fc2.reducer
+        self.attention_bda, self.mlp_bda = layer.self_attn_bda, layer.mlp_bda
+        self.drops = self.attention_reducer.drops
+        self.known: Known | None = None  # of attention's sum
+        self.on_the_wire: SumInParts | None = None  # attention's sum
+        self.residual: torch.Tensor | None = None  # what that is added to: X
+        # Of a dropped sum: this rank's part Y_i, without what is known of it, and X + b.
+        self.dropped: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.mlp_bias: torch.Tensor | None = None
 
-    # In place of proj._forward_impl, which is `sum_product`.
-    def project(sum_product: Callable, input: torch.Tensor, weight: torch.Tensor, **how) -> torch.Tensor:
-        nonlocal on_the_wire
-        if len(rows := part_rows(proj, attention_reducer, input)) == 1:
+    def forward(self, *args, **kwargs):
+        """Megatron's, with the methods below in the places that they name."""
+        in_layer = {
+            "_forward_attention": self.forward_attention,
+            "self_attn_bda": self.add_attention,
+            "mlp_bda": self.keep_partial_sum,
+            "_forward_mlp": self.forward_mlp,
+        }
+        # Without its reducer a linear returns its partial sum, which is summed, or kept, here.
+        in_proj: dict[str, object] = {"reducer": None} if self.drops or self.attention_reducer.predictor else {}
+        if self.overlaps and not self.drops:
+            in_proj["_forward_impl"] = partial(self.project, self.proj._forward_impl)
+        with _replaced(self.proj, **in_proj), _replaced(self.fc2, reducer=None), _replaced(self.layer, **in_layer):
+            return self.stock.forward(self.layer, *args, **kwargs)
+
+    def forward_attention(self, hidden_states: torch.Tensor, *rest, **more):
+        """In place of `layer._forward_attention`."""
+        if predict := self.attention_reducer.predictor_of(hidden_states):
+            self.known = predict(hidden_states)
+        return self.stock._forward_attention(self.layer, hidden_states, *rest, **more)
+
+    def project(self, sum_product: Callable, input: torch.Tensor, weight: torch.Tensor, **how) -> torch.Tensor:
+        """In place of `proj._forward_impl`, which is `sum_product`."""
+        rows = part_rows(self.proj, self.attention_reducer, input)
+        if len(rows) == 1:
             return sum_product(input, weight, **how)
-        on_the_wire = send_parts(proj, attention_reducer, rows, input, weight, known, **how)
-        return on_the_wire.out
+        self.on_the_wire = send_parts(self.proj, self.attention_reducer, rows, input, weight, self.known, **how)
+        return self.on_the_wire.out
 
-    def add_attention(training: bool, fused: bool):  # in place of layer.self_attn_bda
-        def add(output_with_bias: tuple, x: torch.Tensor, prob: float) -> torch.Tensor:
-            nonlocal dropped, residual
+    def add_attention(self, training: bool, fused: bool) -> Callable:
+        """In place of `layer.self_attn_bda`."""
+        add = self.attention_bda(training, fused)
+
+        def add_to(output_with_bias: tuple, x: torch.Tensor, prob: float) -> torch.Tensor:
             output, bias = output_with_bias
-            if on_the_wire is not None:
-                residual = x  # added to each part as it arrives
+            if self.on_the_wire is not None:
+                self.residual = x  # added to each part as it arrives
                 return output
-            if drops:
-                _drop(attention_reducer, output, training)
-                own = output.clone() if known is None else output - known.own  # Megatron adds in place
-                dropped = own, x if bias is None else x + bias
-                output = output if known is None else own + known.total
-            elif attention_reducer.predictor:
-                output = attention_reducer(output if known is None else output - known.own, training=training)
-                output = output if known is None else output + known.total
-            return attention_bda(training, fused)((output, bias), x, prob)
+            if self.drops:
+                output = self._drop(output, bias, x, training)
+            elif self.attention_reducer.predictor:
+                output = self._sum_attention(output, training)
+            return add((output, bias), x, prob)
 
-        return add
+        return add_to
 
-    def keep_partial_sum(training: bool, fused: bool):  # in place of layer.mlp_bda
+    def _drop(self, output: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, training: bool) -> torch.Tensor:
+        """What stands for a sum that is left out: the rank's partial sum, with the other ranks' predicted."""
+        _count_drop(self.attention_reducer, output, training)
+        own = output.clone() if self.known is None else output - self.known.own  # Megatron adds in place
+        self.dropped = own, x if bias is None else x + bias
+        return output if self.known is None else own + self.known.total
+
+    def _sum_attention(self, output: torch.Tensor, training: bool) -> torch.Tensor:
+        if self.known is None:  # the gate leaves so small a sum alone
+            return self.attention_reducer(output, training=training)
+        return self.attention_reducer(output - self.known.own, training=training) + self.known.total
+
+    def keep_partial_sum(self, training: bool, fused: bool) -> Callable:
+        """In place of `layer.mlp_bda`."""
+
         def keep(output_with_bias: tuple, _residual: torch.Tensor, prob: float) -> torch.Tensor:
-            nonlocal mlp_bias
-            partial_sum, mlp_bias = output_with_bias
+            partial_sum, self.mlp_bias = output_with_bias
             return partial_sum
 
         return keep
 
-    def forward_mlp(hidden: torch.Tensor, *rest, **more) -> torch.Tensor:  # in place of layer._forward_mlp
-        rows = mlp_reducer.part_rows(hidden.shape, hidden) if overlaps else [hidden.shape[:-1].numel()]
-        joined_sum = mlp_reducer.begin(torch.empty_like(hidden)) if len(rows) > 1 else None
-        complete, there, end = _complete_rows(hidden, on_the_wire, residual, known), 0, 0
-        own, base = dropped or (None, hidden)
+    def forward_mlp(self, hidden: torch.Tensor, *rest, **more) -> torch.Tensor:
+        """In place of `layer._forward_mlp`: part by part where that overlaps, otherwise all rows as one part."""
+        layer, reducer = self.layer, self.mlp_reducer
+        rows = reducer.part_rows(hidden.shape, hidden) if self.overlaps else [hidden.shape[:-1].numel()]
+        joined_sum = reducer.begin(torch.empty_like(hidden)) if len(rows) > 1 else None
+        complete, there, end = self._complete_rows(hidden), 0, 0
+        own, base = self.dropped or (None, hidden)
         own_parts = () if own is None else _parts(own, rows)
-        predict = None if drops else mlp_reducer.predictor_of(hidden)
-        totals = list(_parts(known.total, rows)) if drops and known else []
+        predict = None if self.drops else reducer.predictor_of(hidden)
+        totals = list(_parts(self.known.total, rows)) if self.drops and self.known else []
         for number, part in enumerate(_parts(hidden, rows)):
             end += rows[number]
             while there < end:
                 there = next(complete)
-            partial_sum = type(layer)._forward_mlp(layer, part, *rest, **more)
+            partial_sum = self.stock._forward_mlp(layer, part, *rest, **more)
             if own_parts:
                 partial_sum = own_parts[number] + partial_sum
             elif predict:
-                known_part = predict(part)
-                partial_sum = partial_sum - known_part.own
-                totals.append(known_part.total)
+                known = predict(part)
+                partial_sum = partial_sum - known.own
+                totals.append(known.total)
             if joined_sum is not None:
                 joined_sum.push(partial_sum)
-        sums = [mlp_reducer(partial_sum, training=layer.training)] if joined_sum is None else joined_sum
-        add = mlp_bda(layer.training, layer.config.bias_dropout_fusion)
+        sums = [reducer(partial_sum, training=layer.training)] if joined_sum is None else joined_sum
+        add = self.mlp_bda(layer.training, layer.config.bias_dropout_fusion)
         outputs = []
         for each, part, total in zip_longest(sums, _parts(base, rows), totals):
             each = each.view_as(part) if total is None else each.view_as(part) + total.view_as(part)
-            outputs.append(add((each, mlp_bias), part, layer.hidden_dropout))
+            outputs.append(add((each, self.mlp_bias), part, layer.hidden_dropout))
         return outputs[0] if len(rows) == 1 else torch.cat(outputs).view(hidden.shape)
 
-    # Without its reducer the linear returns its partial sum, which is summed, or kept, above.
-    in_proj: dict[str, object] = {"reducer": None} if drops or attention_reducer.predictor else {}
-    if overlaps and not drops:
-        in_proj["_forward_impl"] = partial(project, proj._forward_impl)
-    in_layer = {
-        "_forward_attention": forward_attention,
-        "self_attn_bda": add_attention,
-        "mlp_bda": keep_partial_sum,
-        "_forward_mlp": forward_mlp,
-    }
-    with _replaced(proj, **in_proj), _replaced(fc2, reducer=None), _replaced(layer, **in_layer):
-        return type(layer).forward(layer, *args, **kwargs)
+    def _complete_rows(self, hidden: torch.Tensor) -> Iterator[int]:
+        """How many rows of `hidden` are complete, each time that more are: sums that arrive, plus the residual."""
+        end = 0
+        for part in self.on_the_wire or ():
+            start, end = end, end + len(part)
+            if self.known is not None:
+                part += self.known.total.reshape(-1, part.shape[-1])[start:end]
+            part += self.residual.reshape(-1, part.shape[-1])[start:end]
+            yield end
+        yield hidden.shape[:-1].numel()
 
 
 @contextmanager
@@ -180,21 +216,7 @@ def _parts(x: torch.Tensor, rows: list[int]) -> Sequence[torch.Tensor]:
     return [x] if len(rows) == 1 else x.reshape(-1, 1, x.shape[-1]).split(rows)
 
 
-def _complete_rows(
-    hidden: torch.Tensor, on_the_wire: SumInParts | None, residual: torch.Tensor | None, known: Known | None
-) -> Iterator[int]:
-    """How many rows of `hidden` are complete, each time that more are: sums that arrive there, plus the residual."""
-    end = 0
-    for part in on_the_wire or ():
-        start, end = end, end + len(part)
-        if known is not None:
-            part += known.total.reshape(-1, part.shape[-1])[start:end]
-        part += residual.reshape(-1, part.shape[-1])[start:end]
-        yield end
-    yield hidden.shape[:-1].numel()
-
-
-def _drop(reducer: Reducer, partial_sum: torch.Tensor, training: bool) -> None:
+def _count_drop(reducer: Reducer, partial_sum: torch.Tensor, training: bool) -> None:
     """Counts a dropped sum. Raises RuntimeError where gradients would pass it."""
     if training or partial_sum.requires_grad:
         raise RuntimeError(
