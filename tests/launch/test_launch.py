@@ -107,7 +107,7 @@ def test_a_signal_for_the_script_reaches_torchrun(tmp_path):
 @pytest.mark.parametrize("cache", [None, "a folder's name"])
 def test_quickstart_ends_with_commands_to_copy(tmp_path, cache):
     """As a shell takes them apart, they are what the command line accepts."""
-    folder = tmp_path / cache if cache else ROOT / ".cache"
+    folder = (tmp_path / cache if cache else ROOT / ".cache").resolve()
     done = launch("launch/quickstart.sh", DRY_RUN=1, MEGATRON_COMP_CACHE=folder)
     assert done.returncode == 0, done.stderr
     activate, *commands = [shlex.split(line) for line in done.stdout.partition("\nNext, in ")[2].splitlines()[1:]]
