@@ -11,8 +11,8 @@ import multiprocessing
 import os
 import sys
 
+from .commands.rank_policy import read_policy
 from .layers.hook import Hook
-from .policy import CompressionPolicy
 
 VARIABLE = "MEGATRON_COMP_POLICY"
 
@@ -21,7 +21,7 @@ def _install() -> None:
     if not (path := os.environ.get(VARIABLE)):
         raise ValueError(f"megatron_comp.auto needs {VARIABLE}, the path of a policy file")
     try:
-        policy = CompressionPolicy.from_file(path)
+        policy = read_policy(path)
     except OSError as error:
         raise ValueError(f"megatron_comp.auto: {VARIABLE}={path}: {error.strerror}") from None
     hook = Hook(policy)

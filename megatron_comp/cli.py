@@ -8,15 +8,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from types import ModuleType
 
 from .commands.subcommands import Subcommands
 from .launcher import ranks
-from .notices import Notice
+from .notices import Notice, one_line
 from .version import __version__
-
-MOST_CHARACTERS = 1500  # of an error
 
 SUBCOMMANDS = Subcommands(
     "subcommand",
@@ -60,11 +59,13 @@ def carry_out(load: Callable[[], ModuleType], args: argparse.Namespace, program:
     """
     from .commands import preflight  # not for `--version` and `--help`, which are to answer at once
 
+    is_a_rank = False
     try:
         own_ranks = hasattr(args, "link")  # a bench that starts its ranks once per link
         if own_ranks or hasattr(args, "tp"):
             preflight.check_environment(args)
-        if ranks.joined() or not (hasattr(args, "tp") or own_ranks):  # one of the ranks, or a command of one process
+        is_a_rank = ranks.joined()
+        if is_a_rank or not (hasattr(args, "tp") or own_ranks):  # else a command of one process
             with _own_warnings():
                 load().run(args)
             return 0
@@ -79,8 +80,21 @@ def carry_out(load: Callable[[], ModuleType], args: argparse.Namespace, program:
     except Exception as error:
         if os.environ.get("MEGATRON_COMP_TRACEBACK"):
             raise
-        ranks.report(_one_line(error))
+        ranks.report(one_line(error))
+        if is_a_rank and not ranks.started_here():
+            _tell_others(error, args)
         return 2 if isinstance(error, (ValueError, OSError)) else 1
+
+
+def _tell_others(error: Exception, args: argparse.Namespace) -> None:
+    """Meets the other ranks, which else would wait for this one; all end then. A launcher of ours ends them itself."""
+    with suppress(Exception):  # the others know by then, or are not there
+        import torch.distributed as dist
+
+        from .wire.together import join_job
+
+        if hasattr(args, "timeout") and not dist.is_initialized():
+            join_job(timedelta(seconds=args.timeout), error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,17 +155,6 @@ class _Once(logging.Handler):
         if text not in self._seen:
             self._seen.add(text)
             print(f"megatron-comp: warning: {text}", file=sys.stderr, flush=True)
-
-
-def _one_line(error: Exception) -> str:
-    """What an error says, without the frames of C++ that torch adds, and cut where it is no text for people."""
-    said = str(error).partition("\nException raised from ")[0]
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        said = f"{error.filename}: {error.strerror}"
-    text = " ".join(said.split()) or type(error).__name__
-    if len(text) > MOST_CHARACTERS:
-        text = text[:MOST_CHARACTERS] + " ..."
-    return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
 
 
 if __name__ == "__main__":

@@ -11,3 +11,17 @@ class Notice(UserWarning):
 def notice(text: str, stacklevel: int = 2) -> None:
     """Warns of `text` at the caller, or at a frame further out."""
     warnings.warn(text, Notice, stacklevel=stacklevel + 1)
+
+
+MOST_CHARACTERS = 1500  # of an error
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without the frames of C++ that torch adds, and cut where it is no text for people."""
+    said = str(error).partition("\nException raised from ")[0]
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        said = f"{error.filename}: {error.strerror}"
+    text = " ".join(said.split()) or type(error).__name__
+    if len(text) > MOST_CHARACTERS:
+        text = text[:MOST_CHARACTERS] + " ..."
+    return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 
 from .commands.options import min_bytes
+from .commands.rank_policy import read_policy
+from .notices import one_line
 from .policy import CompressionPolicy
 
 
@@ -29,9 +31,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--min-bytes goes with --codec; a policy file has its own")
         if not args.module and not Path(target).is_file():
             raise ValueError(f"{target}: no such script")
-        policy = CompressionPolicy.from_file(args.policy) if args.policy else _policy(args)
+        policy = read_policy(args.policy) if args.policy else _policy(args)
     except (ValueError, OSError) as error:
-        print(f"megatron_comp.run: {error}", file=sys.stderr)
+        print(f"megatron_comp.run: {one_line(error)}", file=sys.stderr)
         return 2
 
     from .layers.hook import Hook

@@ -113,6 +113,27 @@ def test_a_policy_that_the_model_cannot_follow_ends_every_rank(tmp_path):
     assert "policy: layers: 7 is out of range; the model has layers 0 to 1" in result.stderr
 
 
+BY_RANK = "import os, sys; given = sys.argv.pop(1) if os.environ['RANK'] == '0' else 'absent.yaml'\n"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "from megatron_comp.run import main; sys.exit(main(['--policy', given, *sys.argv[-1:]]))",
+        "os.environ['MEGATRON_COMP_POLICY'] = given; import megatron_comp.auto, runpy\n"
+        "script, sys.argv = sys.argv[-1], ['']; runpy.run_path(script, run_name='__main__')",
+    ],
+    ids=["run", "auto"],
+)
+def test_a_policy_that_one_rank_cannot_read_ends_every_rank(policy, start):
+    """Left alone, the others would wait for the rank that has ended, in `init_process_group`."""
+    result = started("-c", BY_RANK + start, policy, SCRIPT, ranks=RANKS)
+    assert result.returncode != 0
+    assert "megatron_comp: rank 1: absent.yaml: No such file or directory; all ranks end" in result.stderr
+    ends = [line for line in result.stderr.splitlines() if line.startswith("ValueError: ")]
+    assert ends == ["ValueError: rank 1: absent.yaml: No such file or directory"] * RANKS, result.stderr
+
+
 ENDS = {
     "os._exit": "import os; os._exit(0)",
     "SIGTERM": "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",

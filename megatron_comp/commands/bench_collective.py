@@ -14,6 +14,7 @@ from ..bench.circumstances import circumstances
 from ..launcher import output
 from ..wire.codec import Codec, CodecPair, parse_codec
 from ..wire.cost import ALGORITHMS
+from ..wire.together import join_job
 from . import checks, links, setup
 from .arguments.bench_collective import CODECS, SHAPE
 
@@ -78,13 +79,8 @@ def start(args: argparse.Namespace, argv: list[str]) -> int:
 
 def run(args: argparse.Namespace) -> None:
     setting = check(args)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", init_method="env://", timeout=timedelta(seconds=args.timeout)
-    )
+    join_job(timedelta(seconds=args.timeout))
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     rows = []
     for count in setting.ranks:
         group = dist.new_group(list(range(count)))  # all ranks call this, also those that are not in it

@@ -13,6 +13,7 @@ from ..launcher import ranks
 from ..policy import CompressionPolicy
 from ..quality import origin
 from ..quality.windows import Text
+from ..wire.together import Together
 from .options import DTYPES
 
 if TYPE_CHECKING:
@@ -80,13 +81,15 @@ def opened(args: argparse.Namespace, weights: str | None = None):
     from ..inference.text import read_tokenizer
 
     init_parallel(args.tp, args.timeout, pipeline_parallel=getattr(args, "pp", 1))
-    model = build_model(
-        args.model,
-        dtype=getattr(torch, dtype_name(args)),
-        token_dispatcher=args.token_dispatcher,
-        extra_weights=weights,
-    )
-    yield model, read_tokenizer(args.model)
+    with Together():
+        model = build_model(
+            args.model,
+            dtype=getattr(torch, dtype_name(args)),
+            token_dispatcher=args.token_dispatcher,
+            extra_weights=weights,
+        )
+        tokenizer = read_tokenizer(args.model)
+    yield model, tokenizer
     destroy_parallel()
 
 

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..wire.together import join_job
 from . import checkpoint, cpu, environment, hf, model_files, shards
 from .attention import CausalAttention
 
@@ -60,10 +61,10 @@ def init_parallel(
         torch.cuda.set_device(local_rank)
     timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, init_method="env://", timeout=timeout)
+            join_job(timeout)
         else:
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if parallel_state.model_parallel_is_initialized():
         for name, size, standing in (

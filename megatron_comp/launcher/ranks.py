@@ -60,6 +60,11 @@ def joined() -> bool:
     return True
 
 
+def started_here() -> bool:
+    """Whether `start` started this process, which ends all ranks when one has failed."""
+    return _STARTER in os.environ
+
+
 def start(ranks: int, command: list[str], network: Network | None = None, **more: str) -> int:
     """Runs `command` once per rank, in the environment that torchrun would give; 0, or the first failing rank's status.
 

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all ranks of a group must agree on before sums are compressed: policy, version, links, and who is near whom."""
+"""What all ranks must agree on before sums are compressed: policy, version, links, and who is near whom."""
 
 import logging
 import os
 import socket
-from contextlib import suppress
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,115 +12,97 @@ import torch.distributed as dist
 from ..policy import CompressionPolicy
 from ..version import __version__
 from ..wire.calibration import ASSUMED, ASSUMED_PEERS, VARIABLE, Calibration, find_calibration
-from ..wire.topology import connect
+from ..wire.together import Together
+from ..wire.topology import Islands, Topology, connect
+
+Group = dist.ProcessGroup
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
 
-class _Said(NamedTuple):
-    """What a rank tells the others of its group. predicted: digest of its predictors and of what they compute there."""
+class Said(NamedTuple):
+    """What a rank tells all others of what it is about to compress."""
 
     version: str
-    digest: str
-    predicted: str
     policy: str
-    problem: str | None
+    digest: str
+    predictor: str
+    predicted: str
+    """Digest of its predictors and of what they compute on its device."""
     host: str
     has_levels: bool
+    groups: tuple[tuple[int, ...], ...]
+    """The ranks of each group that it sums over, in group order."""
 
-
-def compare_ranks(places: list, policy: CompressionPolicy, problem: str | None, predicted: str = "") -> dict:
-    """By group, the names of its ranks' machines. predicted: see `_Said`.
-
-    Raises on every rank if one of them found a problem, or if they do not all have one policy, version and digest.
-    """
-    said = _Said(__version__, policy.digest(), predicted, str(policy), problem, socket.gethostname(), policy.has_levels)
-    heard: dict = {}
-    # Every gather comes before any error, or other groups would wait for the ranks that left.
-    for group in dict.fromkeys(place.group for place in places):
-        everyone = [said] * group.size()
-        if group.size() > 1:
-            dist.all_gather_object(everyone, said, group=group)
-        heard[group] = everyone
-    by_level = any(each.has_levels for everyone in heard.values() for each in everyone)
-    if problem:
-        _refuse(problem, by_level)
-    for first, *others in heard.values():
-        for rank, each in enumerate(others, start=1):
-            if difference := _difference(first, rank, each, policy):
-                _refuse(difference, by_level)
-    return {group: [each.host for each in everyone] for group, everyone in heard.items()}
-
-
-def _difference(first: _Said, rank: int, said: _Said, policy: CompressionPolicy) -> str | None:
-    """Why a rank cannot go on with what rank 0 said."""
-    for number, each in ((0, first), (rank, said)):
-        if each.problem:
-            return f"rank {number}: {each.problem}"
-    if (said.version, said.digest) != (first.version, first.digest):
-        both = (f"rank {n}: version {each.version}, policy {each.policy}" for n, each in ((0, first), (rank, said)))
-        return "compression differs between tensor-parallel ranks: " + "; ".join(both)
-    if said.predicted != first.predicted:
-        return (
-            f"policy: predictor: {policy.predictor} predicts other bits on rank {rank} than on rank 0: their files "
-            "differ, or their devices or libraries round products otherwise"
+    @classmethod
+    def of(cls, policy: CompressionPolicy, groups: list[Group], predicted: str) -> "Said":
+        members = tuple(tuple(dist.get_process_group_ranks(group)) for group in groups)
+        has_levels, host = policy.has_levels, socket.gethostname()
+        return cls(
+            __version__, str(policy), policy.digest(), str(policy.predictor), predicted, host, has_levels, members
         )
-    return None
 
 
-def _refuse(problem: str, by_level: bool) -> NoReturn:
-    """Raises ValueError.
+def check_alike(everyone: list[Said]) -> None:
+    """Raises ValueError, the same one on every rank, if ranks that sum together are about to do different things.
 
-    by_level: sums of this group were to go by level. Ranks of other groups, which found nothing wrong, then wait for
-    all ranks of the job in `connect_islands`, and learn of the problem there.
+    everyone: what each rank of the job said.
     """
-    if by_level:
-        with suppress(ValueError):
-            connect({}, problem)
-    raise ValueError(problem)
+    for ranks in sorted({ranks for said in everyone for ranks in said.groups}):
+        first = everyone[ranks[0]]
+        for rank in ranks[1:]:
+            said = everyone[rank]
+            if (said.version, said.digest) != (first.version, first.digest):
+                both = ((ranks[0], first), (rank, said))
+                words = (f"rank {number}: version {each.version}, policy {each.policy}" for number, each in both)
+                raise ValueError("compression differs between tensor-parallel ranks: " + "; ".join(words))
+            if said.predicted != first.predicted:
+                raise ValueError(
+                    f"policy: predictor: {first.predictor} predicts other bits on rank {rank} than on rank "
+                    f"{ranks[0]}: their files differ, or their devices or libraries round products otherwise"
+                )
 
 
-def connect_islands(hosts: dict, policy: CompressionPolicy) -> dict:
-    """By group, which of its ranks are near one another; none where no sum asks.
+def agree_on_links(
+    groups: list[Group], everyone: list[Said], policy: CompressionPolicy, graphs: bool
+) -> tuple[dict[Group, Calibration], dict[Group | None, Topology]]:
+    """By group, its rank 0's calibration, and which of its ranks are near one another where sums may ask.
 
-    Raises ValueError on every rank of the job if one of them found a problem, here or earlier.
+    graphs: sums are captured in CUDA graphs.
+
+    Raises ValueError, on every rank if on one, for a calibration file that cannot be used, and for islands that do not
+    fit a group; OSError if no rank can read its file.
     """
-    if not policy.has_levels:
-        return {}
-    try:
-        islands = {group: policy.islands_of(names) for group, names in hosts.items() if group.size() > 1}
-    except ValueError as error:
-        _refuse(str(error), by_level=True)
-    return connect(islands)
-
-
-def agree_on_calibration(hosts: dict, policy: CompressionPolicy, graphs: bool = False) -> dict:
-    """By group, rank 0's calibration; what it failed with is raised on every rank of the group.
-
-    graphs: whether sums are captured in CUDA graphs.
-    """
-    agreed = {}
-    for group, machines in hosts.items():
-        found: list[Calibration | str] = [ASSUMED]
-        if group.size() > 1 and policy.predicts:
-            if group.rank() == 0:
-                device = "cuda" if torch.cuda.is_available() else "cpu"
-                try:
-                    found[0] = find_calibration(group.size(), machines, dist.get_backend(group), device, graphs)
-                    if found[0] is ASSUMED and device == "cuda" and machines == 1 and reach_one_another(group.size()):
-                        found[0] = ASSUMED_PEERS
-                except (ValueError, OSError) as error:
-                    found[0] = str(error)
-            dist.broadcast_object_list(found, dist.get_global_rank(group, 0), group=group)
-        agreed[group] = found[0]
-    # After the last broadcast, or other groups would wait for the ranks that left.
-    for group, calibration in agreed.items():
-        if isinstance(calibration, str):
-            _refuse(calibration, policy.has_levels)
-        if group.size() > 1 and policy.predicts and group.rank() == 0:
+    members = {group: tuple(dist.get_process_group_ranks(group)) for group in groups if group.size() > 1}
+    hosts = {group: [everyone[rank].host for rank in ranks] for group, ranks in members.items()}
+    with Together() as step:
+        islands: dict[Group | None, Islands] = {}
+        if policy.has_levels:
+            islands |= {group: policy.islands_of(names) for group, names in hosts.items()}
+        step.say(
+            {
+                ranks: _find_calibration(group, len(set(hosts[group])), graphs)
+                for group, ranks in members.items()
+                if policy.predicts and group.rank() == 0
+            }
+        )
+    found = {group: step.everyone[ranks[0]].get(ranks, ASSUMED) for group, ranks in members.items()}
+    for group, calibration in found.items():
+        if policy.predicts and group.rank() == 0:
             say_calibration(calibration, policy, group.size())
-    return agreed
+    # torch.distributed makes sub-groups on all ranks of the job: also on those of other groups, if one asks.
+    topologies = connect(islands) if any(said.has_levels for said in everyone) else {}
+    return {group: found.get(group, ASSUMED) for group in groups}, topologies
+
+
+def _find_calibration(group: Group, machines: int, graphs: bool) -> Calibration:
+    """What this rank knows of the link between the ranks of a group."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = find_calibration(group.size(), machines, dist.get_backend(group), device, graphs)
+    if found is ASSUMED and device == "cuda" and machines == 1 and reach_one_another(group.size()):
+        return ASSUMED_PEERS
+    return found
 
 
 def reach_one_another(ranks: int) -> bool:

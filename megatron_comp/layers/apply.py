@@ -10,9 +10,11 @@ import torch
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
+from ..notices import one_line
 from ..policy import CompressionPolicy
+from ..wire.together import Together
 from . import logits
-from .agreement import agree_on_calibration, compare_ranks, connect_islands, say_once
+from .agreement import Said, agree_on_links, check_alike, say_once
 from .compressed_layer import can_overlap, compress_layer, restore_layer
 from .meter import ModelStats, SiteStats
 from .not_recognised import find_not_recognised, find_without_policy, shortened
@@ -36,11 +38,14 @@ def apply_compression(
 ) -> torch.nn.Module:
     """Compresses the tensor-parallel reductions of a built Megatron model as `policy` says; returns the model.
 
+    model: bare, or inside of Megatron's `Float16Module` and `DistributedDataParallel`.
     policy: a `CompressionPolicy`, the path of a policy file, or a codec for every sum.
 
     Weights, state dict and modules stay what they are, with their classes. A model that is compressed already takes the
-    new policy, and its counters start again. Every rank must call it. Sums that no policy reaches are named in one
-    warning and in `stats`.
+    new policy, and its counters start again. Sums that no policy reaches are named in one warning and in `stats`.
+
+    Every rank of the job must call it, those of a pipeline stage without layers too. Tensor-parallel groups may have
+    different policies.
 
     Beside a language model, a vision tower stays uncompressed. A call for the tower alone compresses it, with a policy
     of its own; it must come after one for the whole model, which undoes it.
@@ -55,50 +60,30 @@ def apply_compression(
     timing: `stats` tells seconds too; every reduction then waits for the device.
     allow_training: let gradients pass compressed reductions in training mode.
 
-    Raises ValueError, before anything is changed, where the policy asks for what this model does not have or cannot do,
-    if a calibration file is not valid or was measured with another number of ranks, and on every rank if policies or
-    package versions differ between ranks; RuntimeError for a Megatron-Core that is too old. After any other error the
-    model is stock.
+    Raises, before anything is changed: ValueError where the policy is not valid, asks for what this model does not have
+    or cannot do, if a calibration file is not valid or was measured with another number of ranks, and if policies or
+    package versions differ between ranks that sum together; OSError for a file that cannot be read; RuntimeError for a
+    Megatron-Core that is too old. After any other error the model is stock. What one rank finds all ranks of the job
+    raise, as a ValueError that names the rank.
     """
-    check_megatron()
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"apply_compression takes one module, not {type(model).__name__}; call it for each model chunk")
-    policy = CompressionPolicy.of(policy)
-    places = list(find_places(model))
-    problem, predictors = _problem(model, places, policy), None
-    if policy.predictor and problem is None:
-        try:
-            predictors = _read_predictors(model, places, policy.predictor, allow_training)
-        except (OSError, ValueError) as error:
-            problem = f"policy: predictor: {error}"
-    hosts = compare_ranks(places, policy, problem, predictors.digest if predictors else "")
-    machines = {group: len(set(names)) for group, names in hosts.items()}
-    calibration = agree_on_calibration(machines, policy, _captures_graphs(places[0].module.config))
-    topologies = connect_islands(hosts, policy)
-    compile_kernels(model, places, policy, topologies)
-    remove_compression(model)
-    _warn_of_others(model, places)
-
-    phase = Phase()
-    plans = {group: Plans(policy, known, topologies.get(group)) for group, known in calibration.items()}
-    predicted_sites = predictors.sites if predictors else {}
-    predicted_layers = {layer for layer, _ in predicted_sites}
+    with Together() as step:
+        check_megatron()
+        _check_is_one(model, "apply_compression")
+        policy = CompressionPolicy.of(policy)
+        places = list(find_places(model))
+        _check(model, places, policy)
+        predictors = _read_predictors(model, places, policy, allow_training) if policy.predictor and places else None
+        groups = list(dict.fromkeys(place.group for place in places))
+        step.say(Said.of(policy, groups, predictors.digest if predictors else ""))
+    check_alike(step.everyone)
+    calibrations, topologies = agree_on_links(groups, step.everyone, policy, _captures_graphs(places))
     try:
-        for place in places:
-            at = policy, place.layer, place.site, place.group, phase
-            predictor = predicted_sites.get((place.layer, place.site))
-            its_plans = plans[place.group]
-            place.attach(
-                Reducer(*at, timing=timing, allow_training=allow_training, plans=its_plans, predictor=predictor)
-            )
-        if policy.logits is not None:
-            _gather_candidates(model, policy.logits, phase, timing)
-        dropped = dropped_blocks(model, policy)
-        predicted = {layer for layer, number in numbered_layers(model) if number in predicted_layers}
-        for layer in model.modules():
-            if layer in dropped or layer in predicted or can_overlap(layer):
-                compress_layer(layer)
-        _note_phases(model, phase)
+        with Together():
+            compile_kernels(model, places, policy, topologies)
+            remove_compression(model)
+            _warn_of_others(model, groups)
+            plans = {group: Plans(policy, calibrations[group], topologies.get(group)) for group in groups}
+            _attach(model, places, plans, policy, predictors, timing, allow_training)
     except BaseException:
         remove_compression(model)
         raise
@@ -112,6 +97,7 @@ def remove_compression(model: torch.nn.Module) -> torch.nn.Module:
     A model that is not compressed stays as it is. Returns the model. Raises ValueError if CUDA graphs of the model were
     captured: their replays would go on with the sums that they were captured with.
     """
+    _check_is_one(model, "remove_compression")
     _refuse_captured_graphs(model)
     for module in model.modules():
         restore_layer(module)
@@ -128,6 +114,7 @@ def stats(model: torch.nn.Module) -> ModelStats:
     Where the policy says how logits are gathered they are a site too, `logits`. Sums that are not counted, since no
     policy reaches them or nobody gave one, are named.
     """
+    _check_is_one(model, "stats")
     plans = [reducer.plans for reducer in reducers(model)]
     links = dict.fromkeys(each.calibration.source for each in plans if each.policy.predicts)
     return ModelStats(
@@ -140,32 +127,68 @@ def counters(model: torch.nn.Module) -> list[SiteStats]:
     return [each.meter.stats for each in reducers(model)] + [each.meter.stats for each in logits.gathers(model)]
 
 
-def _problem(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> str | None:
-    """Why this model cannot do what the policy asks; None if it can."""
+def _check_is_one(model: object, what: str) -> None:
+    """Megatron's `get_model` gives a list of chunks."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{what} takes one module, not {type(model).__name__}; call it for each model chunk")
+
+
+def _check(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> None:
+    """Raises ValueError if this model cannot do what the policy asks."""
+    _refuse_captured_graphs(model)
+    _check_model(model, places, policy)
+    _check_policy(policy, places)
+    if policy.logits is not None:
+        logits.check_output_layers(model, _stages(model, places))
+    for layer, number in dropped_blocks(model, policy).items():
+        check_block(layer, number)
+
+
+def _attach(
+    model: torch.nn.Module,
+    places: list,
+    plans: dict,
+    policy: CompressionPolicy,
+    predictors: Predictors | None,
+    timing: bool,
+    allow_training: bool,
+) -> None:
+    """Gives each sum of a stock model its reducer. plans: by group."""
+    phase = Phase()
+    predicted_sites = predictors.sites if predictors else {}
+    predicted_layers = {layer for layer, _ in predicted_sites}
+    for place in places:
+        at = policy, place.layer, place.site, place.group, phase
+        predictor = predicted_sites.get((place.layer, place.site))
+        its_plans = plans[place.group]
+        place.attach(Reducer(*at, timing=timing, allow_training=allow_training, plans=its_plans, predictor=predictor))
+    if policy.logits is not None:
+        _gather_candidates(model, policy.logits, phase, timing)
+    dropped = dropped_blocks(model, policy)
+    predicted = {layer for layer, number in numbered_layers(model) if number in predicted_layers}
+    for layer in model.modules():
+        if layer in dropped or layer in predicted or can_overlap(layer):
+            compress_layer(layer)
+    _note_phases(model, phase)
+
+
+def _read_predictors(
+    model: torch.nn.Module, places: list, policy: CompressionPolicy, allow_training: bool
+) -> Predictors:
+    """Raises ValueError for a file that cannot be read or is not of this model, or a model whose sums are not
+    predicted."""
     try:
-        _refuse_captured_graphs(model)
-        _check_model(model, places)
-        _check_policy(policy, places)
-        if policy.logits is not None:
-            logits.check_output_layers(model, places[0].module.config)
-        for layer, number in dropped_blocks(model, policy).items():
-            check_block(layer, number)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _read_predictors(model: torch.nn.Module, places: list, path: str | Path, allow_training: bool) -> Predictors:
-    """Raises OSError or ValueError for a file that is not of this model, or a model whose sums are not predicted."""
-    if allow_training:
-        raise ValueError("predicted sums are for inference; leave out allow_training=True")
-    group, config = places[0].group, places[0].module.config
-    read = read_predictors(path, group.rank(), group.size(), next(model.parameters()), config.hidden_size)
-    if unknown := [layer for layer in read.layers if layer >= config.num_layers]:
-        raise ValueError(f"{path} has layer {unknown[0]}; the model has layers 0 to {config.num_layers - 1}")
-    for layer, number in numbered_layers(model):
-        if number in read.layers and (problem := problem_of(layer)):
-            raise ValueError(f"layer {number}: its sums cannot be predicted: {problem}")
+        if allow_training:
+            raise ValueError("predicted sums are for inference; leave out allow_training=True")
+        path, group, config = str(policy.predictor), places[0].group, places[0].module.config
+        read = read_predictors(path, group.rank(), group.size(), next(model.parameters()), config.hidden_size)
+        if unknown := [layer for layer in read.layers if layer >= config.num_layers]:
+            raise ValueError(f"{path} has layer {unknown[0]}; the model has layers 0 to {config.num_layers - 1}")
+        for layer, number in numbered_layers(model):
+            if number in read.layers and (problem := problem_of(layer)):
+                raise ValueError(f"layer {number}: its sums cannot be predicted: {problem}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"policy: predictor: {one_line(error)}") from error
     return read
 
 
@@ -178,21 +201,29 @@ def _refuse_captured_graphs(model: torch.nn.Module) -> None:
         )
 
 
-def _captures_graphs(config) -> bool:
-    return getattr(config, "cuda_graph_impl", "none") != "none"
+def _captures_graphs(places: list) -> bool:
+    return any(getattr(place.module.config, "cuda_graph_impl", "none") != "none" for place in places)
 
 
-def _check_model(model: torch.nn.Module, places: list) -> None:
+def _check_model(model: torch.nn.Module, places: list, policy: CompressionPolicy) -> None:
     kinds = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
     if "TEFusedMLP" in kinds:
         raise ValueError("use_te_op_fuser=True fuses the reduction into the MLP: set it to False to compress")
-    if not places:
+    if not places and policy != CompressionPolicy() and (_stages(model, places) == 1 or any(numbered_layers(model))):
         raise ValueError(
             f"{type(model).__name__} has no row-parallel linear inside a transformer layer: nothing to compress"
         )
 
 
+def _stages(model: torch.nn.Module, places: list) -> int:
+    """Of the pipeline that the model is a part of; one that has no layers has an embedding or an output layer alone."""
+    config = places[0].module.config if places else getattr(model, "config", None)
+    return getattr(config, "pipeline_model_parallel_size", 1)
+
+
 def _check_policy(policy: CompressionPolicy, places: list) -> None:
+    if not places:
+        return
     policy.check_layers(max(_number_of_layers(place.module.config) for place in places))
     sites = {place.site for place in places} | _sites_of_other_stages(places[0].module.config)
     said = {f"layers: {key}": of for key, of in policy.layers.items() if isinstance(of, Mapping)}
@@ -217,9 +248,9 @@ def _sites_of_other_stages(config) -> set[str]:
     return {"attention", "mlp"} | experts | shared
 
 
-def _warn_of_others(model: torch.nn.Module, places: list) -> None:
+def _warn_of_others(model: torch.nn.Module, groups: list) -> None:
     """Names the sums that no policy reaches, on one rank of a tensor-parallel group."""
-    if (others := find_not_recognised(model)) and places[0].group.rank() == 0:
+    if (others := find_not_recognised(model)) and groups and groups[0].rank() == 0:
         say_once(
             logging.WARNING,
             f"{len(others)} sums of {type(model).__name__} are not recognised and stay uncompressed: "

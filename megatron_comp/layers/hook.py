@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -36,7 +37,8 @@ class Hook:
     What stands beside a language model is named and left: a policy is of one model's layers.
     """
 
-    def __init__(self, policy: CompressionPolicy) -> None:
+    def __init__(self, policy: CompressionPolicy | Path) -> None:
+        """policy: or its file, which `apply_compression` then reads."""
         self.policy = policy
         # Not the models themselves: they hold process groups, which a script that does not destroy them leaves to the
         # end of the interpreter. There a group that something of ours kept alive for longer aborts the process.
@@ -89,7 +91,9 @@ class Hook:
             return
         places = list(find_places(model))
         if not places:
-            if any(numbered_layers(model)):
+            has_layers = any(numbered_layers(model))
+            apply_compression(model, CompressionPolicy() if has_layers else self.policy)  # all ranks of the job must
+            if has_layers:
                 has = shortened(find_not_recognised(model)) or "no row-parallel linear at all"
                 self._unknown = (
                     f"{type(model).__name__} was built, but none of its sums is recognised: nothing was compressed. It "

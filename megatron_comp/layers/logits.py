@@ -123,13 +123,13 @@ def output_layers(model: torch.nn.Module) -> Iterator[tuple[ColumnParallelLinear
             yield layer, getattr(getattr(module, "hf_config", None), "vocab_size", None)
 
 
-def check_output_layers(model: torch.nn.Module, config) -> None:
+def check_output_layers(model: torch.nn.Module, stages: int) -> None:
     """Raises ValueError if candidates of this model's logits cannot be gathered.
 
-    In a pipeline one stage has logits, and the policy is one for all stages.
+    In a pipeline of several stages one has logits, and the policy is one for all stages.
     """
     layers = [layer for layer, _ in output_layers(model)]
-    if not layers and config.pipeline_model_parallel_size == 1:
+    if not layers and stages == 1:
         raise ValueError("policy: logits: the model has no output layer")
     for layer in layers:
         if not runs_forward_of(ColumnParallelLinear, layer):

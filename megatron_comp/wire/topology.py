@@ -10,7 +10,6 @@ of unequal size there are as many shares as the smallest has ranks, and ranks of
     island 1    rank 2 (place 0)    rank 3 (place 1)    rank 4 (place 2, no share)
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from typing import final
 
 import torch
 import torch.distributed as dist
+
+from .together import Together
 
 Group = dist.ProcessGroup
 
@@ -99,23 +100,22 @@ class Topology:
         return self.place < self.islands.shares
 
 
-def connect(islands: Mapping[Group | None, Islands], problem: str | None = None) -> dict[Group | None, Topology]:
+def connect(islands: Mapping[Group | None, Islands]) -> dict[Group | None, Topology]:
     """The topologies of groups that this rank is in, their sub-groups made where they were not yet.
 
     Every rank of the job must call it at the same time, since torch.distributed makes groups on all ranks in one order;
     ranks may name different groups, or none. None names the group of all ranks. Sub-groups have backend and timeout of
-    their group. problem: why this rank refuses.
+    their group.
 
-    Raises ValueError, on every rank if on one, for a problem, for islands of another number of ranks than their group
-    has, and for groups whose ranks do not ascend with those of the job.
+    Raises ValueError, on every rank if on one, for islands of another number of ranks than their group has, and for
+    groups whose ranks do not ascend with those of the job.
     """
-    problem = problem or next(filter(None, itertools.starmap(_problem, islands.items())), None)
-    wanted = [] if problem else [_sub_groups(group, its_islands) for group, its_islands in islands.items()]
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (problem, wanted))
-    if problems := [f"rank {rank}: {its_problem}" for rank, (its_problem, _) in enumerate(everyone) if its_problem]:
-        raise ValueError(problems[0])
-    for members, backend, timeout in sorted({one for _, subs in everyone for sub in subs for one in sub}, key=str):
+    with Together() as step:
+        for group, its_islands in islands.items():
+            _check(group, its_islands)
+        wanted = [_sub_groups(group, its_islands) for group, its_islands in islands.items()]
+        step.say(wanted)
+    for members, backend, timeout in sorted({one for subs in step.everyone for sub in subs for one in sub}, key=str):
         _made(dist.group.WORLD, members, backend, timeout)
     return {
         group: _topology(group, its_islands, subs)
@@ -123,13 +123,12 @@ def connect(islands: Mapping[Group | None, Islands], problem: str | None = None)
     }
 
 
-def _problem(group: Group | None, islands: Islands) -> str | None:
+def _check(group: Group | None, islands: Islands) -> None:
     of_job = dist.get_process_group_ranks(group)
     if of_job != sorted(of_job):  # torch.distributed puts the ranks of new groups in this order
-        return f"a hierarchical sum needs a group whose ranks ascend, not {of_job}"
+        raise ValueError(f"a hierarchical sum needs a group whose ranks ascend, not {of_job}")
     if islands.ranks != len(of_job):
-        return f"islands {islands} are of {islands.ranks} ranks, the group is of {len(of_job)}"
-    return None
+        raise ValueError(f"islands {islands} are of {islands.ranks} ranks, the group is of {len(of_job)}")
 
 
 def _sub_groups(group: Group | None, islands: Islands) -> tuple[tuple, ...]:

@@ -48,15 +48,46 @@ class MoEFlexTokenDispatcher(MoETokenDispatcher):
     """Stands for Megatron's, which needs libraries for GPUs."""
 
 
-def refused(rank, world_size, folder):
+# Files that one rank alone cannot use -> what all ranks must say of them; None is a file that is not there.
+ON_ONE_RANK = {
+    "missing.yaml": (None, "missing.yaml: No such file or directory"),
+    "folder.yaml": ("a folder", "folder.yaml: Is a directory"),
+    "not.yaml": ("codec: [mxfp4", "not.yaml is not YAML"),
+    "other.yaml": ("codec: mxfp4\nminbytes: 5\n", "other.yaml: policy: key: 'minbytes' is unknown"),
+    "lost.yaml": ("predictor: lost.safetensors\n", "lost.safetensors: No such file or directory"),
+    "cut.yaml": ("predictor: cut.yaml\n", "cut.yaml is not a valid safetensors file"),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "folder.yaml").mkdir()
+    for name, (content, _) in ON_ONE_RANK.items():
+        if content and name != "folder.yaml":
+            (folder / name).write_text(content)
+    return folder
+
+
+def refused(rank, world_size, folder, files):
     """name -> what was said, on a model that is as it was afterwards."""
     init_parallel(world_size)
     model, made = build_model(folder), {}
 
-    def attempt(name, words, model=model):
+    def attempt(name, given, model=model):
         before = inside_view(model)
-        made[name] = message_of(mc.apply_compression, model, policy(**words))
+        made[name] = message_of(mc.apply_compression, model, policy(**given) if isinstance(given, dict) else given)
         assert inside_view(model) == before, name
+
+    for name in ON_ONE_RANK:
+        attempt(name, files / name if rank == 1 else {})
+    attempt("levels", {"algorithm": "hierarchical"} if rank == 1 else {"algorithm": "two_step"})
+    attempt("islands", {"algorithm": "hierarchical", "islands": [[0], [1, 2]] if rank == 1 else [[0, 1], [2]]})
+    attempt("no policy", 5 if rank == 1 else {})
+    with patch("megatron.core.__version__", "0.15.0" if rank == 1 else "0.16.1"):
+        attempt("old Megatron", {})
+    with patch.object(apply, "compile_kernels", side_effect=RuntimeError("no compiler") if rank == 1 else None):
+        attempt("no compiler", {})
 
     attempt("layers", {"layers": {"2-4": "none"}})
     for site in KEPT_EXPERTS:
@@ -100,8 +131,8 @@ def refused(rank, world_size, folder):
 
 
 @pytest.fixture(scope="module")
-def refusals(llama):
-    return run_ranks(refused, RANKS, llama)
+def refusals(llama, files):
+    return run_ranks(refused, RANKS, llama, files)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +160,26 @@ def test_every_rank_says_what_cannot_be_done_and_nothing_changes(refusals, name,
             assert part in made[name]
 
 
-def test_the_rank_with_the_problem_is_named_to_the_others(refusals):
-    said = [made["one policy is wrong"] for made in refusals]
-    assert said[0] == said[2] == f"rank 1: {said[1]}"
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("one policy is wrong", "policy: layers: 4 is out of range"),
+        *((name, told) for name, (_, told) in ON_ONE_RANK.items()),
+        ("no policy", "TypeError: a policy is a CompressionPolicy, a policy file or a codec's name, not int"),
+        ("old Megatron", "RuntimeError: Megatron-Core 0.15.0: 0.16 to 0.19 are supported"),
+        ("no compiler", "RuntimeError: no compiler"),
+    ],
+)
+def test_what_one_rank_finds_all_ranks_say(refusals, name, told):
+    """One that left alone would have the others wait in their next collective, up to its timeout."""
+    (said,) = {made[name] for made in refusals}
+    assert said.startswith("rank 1: ") and told in said
+
+
+@pytest.mark.parametrize("name", ["levels", "islands"])
+def test_policies_that_ask_for_other_collectives_differ(refusals, name):
+    (said,) = {made[name] for made in refusals}
+    assert said.startswith("compression differs between tensor-parallel ranks: rank 0: ") and "; rank 1: " in said
 
 
 def test_a_refused_policy_leaves_the_old_one(refusals):

@@ -254,7 +254,7 @@ def mistakes(rank, ranks):
 
 def test_islands_of_another_group():
     assert run_ranks(mistakes, 2)[0] == [
-        "rank 0: islands [[0, 1], [2, 3]] are of 4 ranks, the group is of 2",
+        "islands [[0, 1], [2, 3]] are of 4 ranks, the group is of 2",
         "rank 1: islands [[0, 1, 2, 3, 4, 5]] are of 6 ranks, the group is of 2",
     ]
 
