@@ -4,12 +4,15 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.module import Float16Module
 from models import HIDDEN, IDS, LAYERS, all_logits, inside_view, message_of, policy
 from ranks import run_ranks
 
@@ -74,7 +77,38 @@ def there_and_back(rank, world_size, folder, sequence_parallel):
     made["refused pair"] = message_of(mc.apply_compression, model, policy(codec="none", layers={2: "mxfp4>mxfp8"}))
     made["refused pair of a phase"] = message_of(mc.apply_compression, model, policy(phases={"decode": "mxfp4>mxfp8"}))
     made["kept pair"] = message_of(mc.apply_compression, model, policy(codec="none", phases={"decode": "mxfp4>mxfp8"}))
+    made["wrapped"] = wrapped(mc.remove_compression(model))
     return made
+
+
+def wrapped(model):
+    """The same of what Megatron's `get_model` returns: a list of chunks, each in wrappers of Megatron's own."""
+    config = replace(model.config, bf16=True, params_dtype=torch.bfloat16)
+    chunks = [DistributedDataParallel(config, DistributedDataParallelConfig(), Float16Module(config, model))]
+    (chunk,) = chunks
+
+    @torch.no_grad()
+    def all_logits(chunk):
+        ids = IDS[:, :9]  # a multiple of the ranks, for sequence parallelism
+        return chunk(ids, torch.arange(9).expand_as(ids), None, runtime_gather_output=True)
+
+    made = {"stock": all_logits(chunk)}
+    made["list"] = [refusal(call, chunks) for call in (mc.remove_compression, mc.stats)]
+    made["list"].append(refusal(mc.apply_compression, chunks, policy()))
+    assert mc.apply_compression(chunk, policy(**POLICIES["gather_sum"])) is chunk
+    made["compressed"], made["stats"] = all_logits(chunk), mc.stats(chunk)
+    made["inner stats"] = mc.stats(chunk.module.module)
+    mc.remove_compression(chunk)
+    made["removed"] = all_logits(chunk)
+    mc.apply_compression(chunk.module.module, policy(**POLICIES["gather_sum"]))
+    made["inner"] = all_logits(chunk)
+    return made
+
+
+def refusal(call, *args):
+    with pytest.raises(TypeError) as said:
+        call(*args)
+    return str(said.value)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +144,19 @@ def test_every_rank_has_the_same_bits(either):
             assert [(site.layer, site.site) for site in made[f"{name} stats"].sites] == PLACES
             assert made[f"{name} stats"].compressed.calls == 2 * LAYERS
             assert made[f"{name} stats"].kept.calls == 0 and made[f"{name} stats"].compressed.seconds is None
+
+
+def test_wrappers_of_megatron_are_the_model(either):
+    for made in (each["wrapped"] for each in either[1]):
+        assert made["stats"].compressed.calls == made["inner stats"].compressed.calls == 2 * LAYERS
+        assert torch.equal(made["removed"], made["stock"]) and not torch.equal(made["compressed"], made["stock"])
+        assert torch.equal(made["inner"], made["compressed"])
+
+
+def test_a_list_of_chunks_is_refused(either):
+    for made in either[1]:
+        for said, name in zip(made["wrapped"]["list"], ("remove_compression", "stats", "apply_compression")):
+            assert said == f"{name} takes one module, not list; call it for each model chunk"
 
 
 def test_applying_again_takes_the_new_policy_and_starts_counting_again(either):
