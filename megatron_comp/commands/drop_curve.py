@@ -2,10 +2,12 @@
 """`megatron-comp drop curve`: quality and bytes against the share of dropped sums."""
 
 import argparse
+from pathlib import Path
 
+from ..inference import config
 from ..launcher import output
 from ..quality.metrics import increase_pct, perplexity
-from ..spd.blocks import layers_that_drop, read_rows, share_of
+from ..spd.blocks import layers_that_drop, read_order, share_of
 from . import drop_options, setup
 
 COLUMNS = {
@@ -27,7 +29,7 @@ def check(args: argparse.Namespace) -> list[str]:
     if outside := [percent for percent in args.percent if not 0 <= percent <= 100]:
         raise ValueError(f"--percent {outside[0]}: allowed are 0 to 100")
     if args.sensitivity:
-        read_rows(args.sensitivity)
+        read_order(args.sensitivity, config.read_raw(Path(args.model)).get("num_hidden_layers"))
     codecs = args.codec or ["none"]
     for codec in codecs:
         policy([], codec)
@@ -61,10 +63,7 @@ def measure(args: argparse.Namespace, judge, codecs: list[str]) -> list[dict]:
     in_order = list(range(judge.model.config.num_layers))
     orders: list[tuple[str, list[int], bool]] = []
     if args.sensitivity:
-        by_rank = [row["block"] for row in read_rows(args.sensitivity)]
-        if sorted(by_rank) != in_order:
-            raise ValueError(f"--sensitivity {args.sensitivity} is of a model of {len(by_rank)} layers")
-        orders.append(("sensitivity", by_rank, False))
+        orders.append(("sensitivity", read_order(args.sensitivity, len(in_order)), False))
     if args.in_order or not args.sensitivity:
         orders.insert(0, ("in order", in_order, False))
     if args.weights:

@@ -4,6 +4,7 @@
 import yaml
 
 from .. import files
+from ..files import shown
 from ..policy import CompressionPolicy
 
 CLASSES = ("insensitive", "sensitive", "extreme")
@@ -15,25 +16,39 @@ def parse_blocks(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
-            raise ValueError(f"blocks {text!r}: expected numbers and ranges, as in 0,3-5")
+            raise ValueError(f"blocks {shown(text)}: expected numbers and ranges, as in 0,3-5")
+        if max(len(first), len(last)) > 5:
+            raise ValueError(f"blocks {shown(text)}: {shown(part)} is beyond any model's number of layers")
         blocks |= set(range(int(first), int(last or first) + 1))
     return sorted(blocks)
 
 
-def read_rows(path: str) -> list[dict]:
-    """The rows of `megatron-comp drop sensitivity --json`, from the least sensitive block to the most.
+def read_order(path: str, layers: int | None) -> list[int]:
+    """All blocks of a model, from the least sensitive to the most, as `megatron-comp drop sensitivity --json` ranked
+    them. layers: of the model, if they are known.
 
-    Raises ValueError if the file is another one.
+    Raises ValueError that names file, key and value for another file, or one of another model.
     """
     content = files.read_json(path, "sensitivity file")
     rows = content.get("rows") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not all(map(_is_row, rows)):
-        raise ValueError(f"{path} is not what `megatron-comp drop sensitivity --json` writes")
-    return sorted(rows, key=lambda row: (row["rank"], row["block"]))
-
-
-def _is_row(row: object) -> bool:
-    return isinstance(row, dict) and all(type(row.get(key)) is int for key in ("rank", "block"))
+    try:
+        if not isinstance(rows, list) or not rows:
+            raise ValueError(f"rows: {shown(rows)} is not a list of blocks")
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise ValueError(f"rows: {number}: {shown(row)} is not a block's row")
+            for key in ("rank", "block"):
+                if type(row.get(key)) is not int:
+                    raise ValueError(f"rows: {number}: {key}: {shown(row.get(key))} is not a number")
+        order = [row["block"] for row in sorted(rows, key=lambda row: (row["rank"], row["block"]))]
+        if sorted(order) != list(range(len(order))):
+            raise ValueError(f"rows: blocks {shown(order)} are not each of 0 to {len(order) - 1} once")
+    except ValueError as error:
+        message = f"sensitivity file {path}: {error}; expected what `megatron-comp drop sensitivity --json` writes"
+        raise ValueError(message) from None
+    if layers is not None and len(order) != layers:
+        raise ValueError(f"sensitivity file {path} is of a model of {len(order)} layers; this one has {layers}")
+    return order
 
 
 def share_of(blocks: list[int], percent: float) -> list[int]:

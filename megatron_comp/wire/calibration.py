@@ -236,7 +236,7 @@ def find_calibration(ranks: int, hosts: int, backend: str, device: str, graphs: 
     """Those of a group: of the file that MEGATRON_COMP_CALIBRATION names, else of the default path, else assumed.
 
     The word `assumed` in that variable leaves every file unread. Raises ValueError for a file that is not there, cannot
-    be read, is no calibration, or is of another number of ranks.
+    be read, is no calibration, or is of another number of ranks or kind of device.
 
     graphs: sums are captured in CUDA graphs. Where nobody measured replays, what was measured without graphs holds.
     """
@@ -255,6 +255,11 @@ def find_calibration(ranks: int, hosts: int, backend: str, device: str, graphs: 
     if calibration.ranks != ranks:
         raise ValueError(
             f"calibration file {path} was measured with {calibration.ranks} ranks, this group has {ranks}: calibrate "
+            f"again, or set {VARIABLE}=assumed"
+        )
+    if calibration.device.type != device:
+        raise ValueError(
+            f"calibration file {path} was measured on {calibration.device.type}, this group is on {device}: calibrate "
             f"again, or set {VARIABLE}=assumed"
         )
     return calibration

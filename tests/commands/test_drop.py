@@ -107,9 +107,40 @@ def test_lists_of_blocks():
         (("curve", "--tp", 2, "--percent", 120), "--percent 120.0: allowed are 0 to 100"),
         (("curve", "--tp", 2, "--codec", "drop"), "only attention under layers"),
         (("curve", "--tp", 2, "--weights", "no"), "--weights no: no such file"),
+        (("distill", "--tp", 2, "--blocks", "0-999999999999", "--out", "w"), "beyond any model's number of layers"),
     ],
 )
 def test_mistakes_are_one_line(two_blocks, drop_text, tmp_path, monkeypatch, capsys, words, told):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["drop", *map(str, words), "--model", str(two_blocks), *map(str, drop_text)]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        ("", "s.json is not valid JSON: Expecting value: line 1 column 1"),
+        ("block,rank\n0,0\n1,1\n", "s.json is not valid JSON"),
+        ("[]", "s.json: rows: None is not a list of blocks; expected what `megatron-comp drop sensitivity --json`"),
+        ('{"rows": {"0": 1}}', "s.json: rows: {'0': 1} is not a list of blocks"),
+        ('{"rows": []}', "s.json: rows: [] is not a list of blocks"),
+        ('{"rows": [7]}', "s.json: rows: 0: 7 is not a block's row"),
+        (
+            '{"rows": [{"block": 0, "rank": 0}, {"block": 1}]}',
+            "s.json: rows: 1: rank: None is not a number",
+        ),
+        ('{"rows": [{"block": "0", "rank": 0}]}', "s.json: rows: 0: block: '0' is not a number"),
+        ('{"rows": [{"block": true, "rank": 0}]}', "s.json: rows: 0: block: True is not a number"),
+        ('{"rows": [{"block": 1, "rank": 0}, {"block": 1, "rank": 1}]}', "blocks [1, 1] are not each of 0 to 1 once"),
+        ('{"rows": [{"block": 0, "rank": NaN}]}', "s.json: rows: 0: rank: nan is not a number"),
+        ('{"rows": [{"block": 0, "rank": 0}]}', "s.json is of a model of 1 layers; this one has 2"),
+    ],
+)
+def test_a_sensitivity_file_of_another_kind(two_blocks, drop_text, tmp_path, monkeypatch, capsys, content, told):
+    """Said before any rank starts."""
+    monkeypatch.setattr(cli.ranks, "start", lambda *_: pytest.fail("ranks were started"))
+    (tmp_path / "s.json").write_text(content)
+    words = ("--tp", 2, "--model", two_blocks, *drop_text, "--sensitivity", tmp_path / "s.json")
+    assert cli.main(["drop", "curve", *map(str, words)]) == 2
+    error = capsys.readouterr().err
+    assert told in error and str(tmp_path) in error

@@ -202,11 +202,48 @@ def test_models_with_graphs_go_by_replays_where_they_were_measured(here):
     assert find_calibration(*group).source == str(default_path(*group)) != str(default_path(*group, graphs=True))
 
 
-def test_a_calibration_of_another_number_of_ranks_are_refused(here, tmp_path):
+@pytest.mark.parametrize(
+    "group, told",
+    [
+        ((4, 1, "gloo", "cpu"), r"three.yaml was measured with 3 ranks, this group has 4: calibrate again"),
+        ((3, 1, "nccl", "cuda"), r"three.yaml was measured on cpu, this group is on cuda: calibrate again"),
+    ],
+)
+def test_a_calibration_of_another_group_is_refused(here, tmp_path, group, told):
     EXAMPLE.write(tmp_path / "three.yaml")
     here.setenv(VARIABLE, str(tmp_path / "three.yaml"))
-    with pytest.raises(ValueError, match=r"three.yaml was measured with 3 ranks, this group has 4: calibrate again"):
-        find_calibration(4, 1, "gloo", "cpu")
+    with pytest.raises(ValueError, match=told):
+        find_calibration(*group)
+
+
+def as_a_folder(path):
+    path.mkdir()
+
+
+def as_a_policy(path):
+    path.write_text("codec: mxfp4\nmin_bytes: 0\n")
+
+
+def as_an_image(path):
+    path.write_bytes(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize(
+    "make, told",
+    [
+        (lambda path: None, f"calibration file .*given.yaml of {VARIABLE}: No such file or directory"),
+        (as_a_folder, f"calibration file .*given.yaml of {VARIABLE}: Is a directory"),
+        (as_a_policy, "calibration file .*given.yaml: 'codec' is unknown; allowed are schema, .*`megatron-comp calibr"),
+        (as_an_image, "calibration file .*given.yaml is not YAML: 'utf-8' codec can't decode byte 0x89"),
+        (lambda path: path.touch(), "calibration file .*given.yaml: expected names with values, got None"),
+    ],
+    ids=["missing", "a folder", "a policy", "an image", "empty"],
+)
+def test_a_named_file_that_is_no_calibration(here, tmp_path, make, told):
+    make(tmp_path / "given.yaml")
+    here.setenv(VARIABLE, str(tmp_path / "given.yaml"))
+    with pytest.raises(ValueError, match=told):
+        find_calibration(2, 1, "gloo", "cpu")
 
 
 def test_groups_that_differ_have_files_that_differ(here):
