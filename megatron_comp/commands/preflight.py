@@ -49,12 +49,15 @@ def _check_model(args: argparse.Namespace) -> None:
     raw = config.read_raw(folder)
     tp = getattr(args, "tp", getattr(args, "ranks", None))
     pp = getattr(args, "pp", 1)
-    if (sizes := config.sizes(raw)) is not None and isinstance(tp, int) and min(tp, pp) >= 1:
+    sizes = config.sizes(raw)
+    if sizes is not None and isinstance(tp, int) and min(tp, pp) >= 1:
         shards.check_tensor_parallel(sizes, tp)
         shards.check_pipeline_parallel(sizes, pp)
     if any(getattr(args, name, None) for name in ("blocks", "weights", "distilled")):
         model_files.check_read_by_layer(folder)
-    model_files.check_weights(folder)
+    found = model_files.check_weights(folder)
+    if sizes is not None and found:
+        shards.check_shapes(sizes, found, folder / "config.json")
     if {"token_dispatcher", "text"} & vars(args).keys():  # a command that runs the model, or reads a text
         model_files.check_tokenizer(folder)
         named_stops(folder)

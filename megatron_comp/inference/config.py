@@ -209,13 +209,15 @@ def check_sizes(config, path: Path) -> None:
 
 
 def sizes(raw: Mapping) -> SimpleNamespace | None:
-    """What splitting a model over ranks depends on; None where config.json leaves some of it to transformers."""
+    """What weights' sizes, and splitting them over ranks, depend on; None where config.json leaves some of it to
+    transformers."""
     heads = raw.get("num_attention_heads")
     given = {
         "model_type": raw["model_type"],
         "hidden_size": raw.get("hidden_size"),
         "intermediate_size": raw.get("intermediate_size"),
         "num_hidden_layers": raw.get("num_hidden_layers"),
+        "vocab_size": raw.get("vocab_size"),
         "num_attention_heads": heads,
         # transformers' own default for a Mixtral is 8, for a Llama the number of heads.
         "num_key_value_heads": raw.get("num_key_value_heads", None if raw["model_type"] == "llama" else 8) or heads,
@@ -223,7 +225,8 @@ def sizes(raw: Mapping) -> SimpleNamespace | None:
     if raw["model_type"] == "mixtral":
         given["num_local_experts"] = raw.get("num_experts", raw.get("num_local_experts", 8))
         given["num_experts_per_tok"] = raw.get("num_experts_per_tok", 2)
-    return SimpleNamespace(head_dim=raw.get("head_dim"), **given) if all(given.values()) else None
+    rest = {"head_dim": raw.get("head_dim"), "tie_word_embeddings": raw.get("tie_word_embeddings", False)}
+    return SimpleNamespace(**rest, **given) if all(given.values()) else None
 
 
 def _check(path: Path, key: str, value: object, rule: Rule) -> None:

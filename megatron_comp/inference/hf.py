@@ -18,10 +18,9 @@ from ..notices import notice
 from . import model_files
 from .config import check_sizes, read_raw, unknown_keys
 from .metadata import read_metadata
-from .shards import WHOLE, Piece, Share, plan
+from .shards import EMBEDDING, HEAD, WHOLE, Piece, Share, plan
 
 FLOAT_TYPES = ("F16", "BF16", "F32", "F64")
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHUNK_ROWS = 4096  # of an embedding, that are compared at a time
 
 

@@ -107,7 +107,7 @@ def shards(folder: Path) -> dict[str, str] | None:
     if not isinstance(files, dict) or not files:
         raise ValueError(f"{index} is not an index of safetensors shards: it has no weight_map of tensors and files")
     for tensor, file in files.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{index} is not an index of safetensors shards: {shown(tensor)} is in {shown(file)}")
     return files
 
@@ -165,16 +165,21 @@ def check_distributed(folder: Path) -> None:
             raise ValueError(f"{path} is empty")
 
 
-def check_weights(folder: Path) -> None:
-    """Raises FileNotFoundError or ValueError, naming a file, if weights are missing or cut short."""
+def check_weights(folder: Path) -> dict[str, tuple[Path, list[int]]]:
+    """Of each tensor in safetensors its file and shape; nothing of Megatron's checkpoints.
+
+    Raises FileNotFoundError or ValueError, naming a file, if weights are missing, cut short or quantized.
+    """
     if distributed := find_distributed(folder):
         check_distributed(distributed)
-        return
-    files = shards(folder)
+        return {}
+    files, found = shards(folder), {}
     for name in sorted({SINGLE} if files is None else set(files.values())):
-        for tensor in check_safetensors(folder / name):
+        for tensor, header in check_safetensors(folder / name).items():
             if method := quantized_by(tensor):
                 raise ValueError(f"{folder / name}: tensor {tensor}: {quantized(method)}")
+            found[tensor] = folder / name, header.get("shape")
+    return found
 
 
 def check_tokenizer(folder: Path) -> None:

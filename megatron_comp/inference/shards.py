@@ -4,7 +4,12 @@
 Names and slices alone: `hf.py` reads them.
 """
 
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Piece(NamedTuple):
@@ -81,6 +86,29 @@ def check_pipeline_parallel(config, stages: int) -> None:
         raise ValueError(f"pipeline_parallel is {stages}, but this model has {config.num_hidden_layers} layers")
 
 
+def check_shapes(config, found: Mapping[str, tuple[Path, list[int]]], path: Path) -> None:
+    """Raises ValueError if weights are missing, or of another size than the config says: before anything of that size
+    is made.
+
+    config: a checkpoint's sizes, in the file `path`. found: of each tensor that there is its file and shape.
+    """
+    layers = {int(name.split(".")[2]) for name in found if re.match(r"model\.layers\.[0-9]{1,9}\.", name)}
+    if layers and config.num_hidden_layers != max(layers) + 1:
+        raise ValueError(
+            f"{path}: num_hidden_layers is {config.num_hidden_layers}, but the weights are of {max(layers) + 1} layers"
+        )
+    fused = any(name.endswith("mlp.experts.gate_up_proj") for name in found)
+    pieces = (each for those in plan(config, WHOLE, fused).values() for each in those)
+    for name, expected in {piece.tensor: list(piece.shape) for piece in pieces}.items():
+        if name not in found:
+            if name == EMBEDDING and config.tie_word_embeddings and HEAD in found:
+                continue
+            raise ValueError(f"{path.parent}: tensor {name} is missing; expected one of shape {expected}")
+        file, shape = found[name]
+        if shape != expected:
+            raise ValueError(f"{file}: tensor {name} has shape {shape}, expected {expected}")
+
+
 def layers_of_stages(layers: int, stages: int) -> list[int]:
     """How many layers each stage has: as many in all stages but the first and the last, as Megatron wants it.
 
@@ -121,7 +149,7 @@ def plan(config, share: Share, fused_experts: bool = False) -> dict[str, list[Pi
         return [Piece(name, (config.vocab_size, hidden), rows, (0, hidden))] if rows[0] < rows[1] else []
 
     is_first, is_last = share.stage == 0, share.stage == share.stages - 1
-    parameters = {"embedding.word_embeddings.weight": vocabulary("model.embed_tokens.weight")} if is_first else {}
+    parameters = {"embedding.word_embeddings.weight": vocabulary(EMBEDDING)} if is_first else {}
     for place, layer in enumerate(share.layers(config.num_hidden_layers)):
         ours, theirs = f"decoder.layers.{place}.", f"model.layers.{layer}."
         parameters |= {
@@ -137,7 +165,7 @@ def plan(config, share: Share, fused_experts: bool = False) -> dict[str, list[Pi
     if is_last:
         parameters["decoder.final_layernorm.weight"] = vector("model.norm.weight")
     if is_last and not (config.tie_word_embeddings and is_first):
-        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        head = EMBEDDING if config.tie_word_embeddings else HEAD
         parameters["output_layer.weight"] = vocabulary(head)
     return parameters
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from characters import character_llama, character_tokenizer
 from checkpoints import tiny_mixtral
+from safetensors.torch import load_file, save_file
 
 from megatron_comp import cli
 
@@ -83,6 +84,14 @@ def tokenizer_model_alone(folder):
     (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
 
 
+def leave_out(folder, name):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    path = folder / index["weight_map"].pop(name)
+    tensors = {each: tensor for each, tensor in load_file(path).items() if each != name}
+    save_file(tensors, path, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def only_bin(folder):
     for file in [*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"]:
         file.unlink()
@@ -112,6 +121,22 @@ FOLDERS = {
     "no index": (
         lambda f: (f / "model.safetensors.index.json").write_text("null"),
         r"index.json is not an index of safetensors shards: it has no weight_map",
+    ),
+    "hidden size": (
+        lambda f: edit(f, hidden_size=10**12, head_dim=24),
+        r"tensor model.embed_tokens.weight has shape \[128, 96\], expected \[128, 1000000000000\]",
+    ),
+    "layers": (
+        lambda f: edit(f, num_hidden_layers=10**12),
+        r"config.json: num_hidden_layers is 1000000000000, but the weights are of 2 layers",
+    ),
+    "a tensor left out": (
+        lambda f: leave_out(f, "model.layers.1.mlp.up_proj.weight"),
+        r"model: tensor model.layers.1.mlp.up_proj.weight is missing; expected one of shape \[144, 96\]",
+    ),
+    "index to no file": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": ".."}}'),
+        r"index.json is not an index of safetensors shards: 'model.norm.weight' is in '..'",
     ),
     "page of a login": (lambda f: (f / "tokenizer.json").write_text("<html>"), r"tokenizer.json is not valid JSON"),
     "no model in the tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), r"tokenizer.json is not a tokeni"),
