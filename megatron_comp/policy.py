@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -90,7 +90,7 @@ class CompressionPolicy:
             raise ValueError(
                 f"policy: logits: {shown(self.logits)} is not a number >= 1 of candidates that each rank sends"
             )
-        if self.predictor is not None and not isinstance(self.predictor, str | Path):
+        if self.predictor is not None and not words.is_file_name(self.predictor):
             raise ValueError(f"policy: predictor: {shown(self.predictor)} is not a file's name")
         self._codecs_of_layers  # noqa: B018 - parsed now, so that mistakes are raised now
 
@@ -98,12 +98,13 @@ class CompressionPolicy:
     def from_file(cls, path: str | Path) -> "CompressionPolicy":
         """From a YAML file. Raises ValueError for anything that is not a policy, OSError if it cannot be read."""
         content = read_yaml(path, "policy file")
-        if isinstance(content, dict) and isinstance(given := content.get("predictor"), str):
-            content["predictor"] = str(Path(path).parent / given)
         try:
-            return cls.from_dict(content)
+            policy = cls.from_dict(content)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        if policy.predictor is None:
+            return policy
+        return replace(policy, predictor=str(Path(path).parent / policy.predictor))
 
     @classmethod
     def of(cls, given: "CompressionPolicy | str | Path") -> "CompressionPolicy":

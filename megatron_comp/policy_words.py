@@ -6,6 +6,7 @@ Everything here raises ValueError for that.
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from .files import shown
 from .wire.codec import CodecPair, parse_codec
@@ -94,6 +95,10 @@ def layer_range(key: int | str) -> range:
 
 def _is_decimal(text: str) -> bool:
     return text.isascii() and text.isdecimal()
+
+
+def is_file_name(value: object) -> bool:
+    return isinstance(value, Path) or (isinstance(value, str) and value.strip() != "" and "\0" not in value)
 
 
 def check_islands(islands: int | Sequence[Sequence[int]] | None) -> None:

@@ -191,6 +191,8 @@ MISTAKES = {
     "logits_bool": ("logits: true", ["logits: True", ">= 1"]),
     "logits_word": ("logits: all", ["logits: 'all'", ">= 1"]),
     "logits_float": ("logits: 4.0", ["logits: 4.0", ">= 1"]),
+    "predictor_empty": ("predictor: ' '", ["predictor: ' ' is not a file's name"]),
+    "predictor_nul": ('predictor: "a\\0b"', ["predictor: 'a\\x00b' is not a file's name"]),
     "phase": ("phases: {train: none}", ["phases: 'train' is unknown", "prefill, decode"]),
     "phase_codec": ("phases: {decode: mxfp5}", ["phases: decode: ", "'mxfp5'", "'none'"]),
     "phases_text": ("phases: none", ["phases: expected codecs by prefill, decode", "'none'"]),
@@ -243,6 +245,13 @@ def test_mistakes_name_the_file_the_key_and_what_is_allowed(tmp_path, text, told
         from_text(tmp_path, text)
     for part in [str(tmp_path / "policy.yaml"), *told]:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("codec", ["x" * 99999, "int4:32:" + "y" * 99999, f"int4:32:fp16:{'z' * 99999}"])
+def test_a_message_does_not_repeat_a_long_name(codec):
+    with pytest.raises(ValueError, match=r"\.\.\.") as error:
+        CompressionPolicy(codec=codec)
+    assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize("text, number", [("64k", 65536), ("64K", 65536), ("64 KiB", 65536), ("1M", 1 << 20), ("0", 0)])

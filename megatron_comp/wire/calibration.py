@@ -168,6 +168,8 @@ class Calibration:
             raise ValueError(f"measured: ranks: {shown(measured.get('ranks'))} is not a number of ranks above 1")
         if measured.get("device") not in DEVICES:
             raise ValueError(f"measured: device: {shown(measured.get('device'))} is not one of {', '.join(DEVICES)}")
+        if not isinstance(getattr(torch, str(measured.get("dtype")), torch.bfloat16), torch.dtype):
+            raise ValueError(f"measured: dtype: {shown(measured['dtype'])} is not a type of torch's, as float32 is")
         links = _links("links", content["links"], LINKS)
         if (content["inside"] is None) != (content["across"] is None):
             raise ValueError("inside, across: one of them is missing; they were measured together or not at all")

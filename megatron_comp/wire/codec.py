@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from ..files import shown
 from . import message
 from .backends import choose_backend
 from .formats import Format
@@ -181,7 +182,7 @@ class CodecPair:
 def parse_codec(text: str) -> Codec | CodecPair:
     """A codec's name, or two of them joined by `>`. Raises ValueError that names the wrong part."""
     if not isinstance(text, str):
-        raise ValueError(f"a codec is named by a string such as 'mxfp4', not {text!r}")
+        raise ValueError(f"a codec is named by a string such as 'mxfp4', not {shown(text)}")
     first, arrow, second = text.partition(">")
     return CodecPair(Codec.parse(first.strip()), Codec.parse(second.strip())) if arrow else Codec.parse(first.strip())
 

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..files import shown
+
 # The largest finite bf16. No block decodes beyond it, so that no finite block becomes infinite in a bf16 model.
 BF16_MAX = (2 - 2**-7) * 2.0**127
 # The smallest normal fp32 and bf16; smaller inputs count as zero.
@@ -234,32 +236,31 @@ class Format:
         parts = PRESETS.get(text, text).split(":")
         if len(parts) < 3:
             raise ValueError(
-                f"codec {text!r} is neither a preset ({', '.join(PRESETS)}) nor of the form "
+                f"codec {shown(text)} is neither a preset ({', '.join(PRESETS)}) nor of the form "
                 "element:block:scale[:option...], as in 'int4:32:fp16:hadamard'"
             )
         element, block, scale, *options = parts
         if element not in ELEMENTS:
-            raise ValueError(f"codec {text!r}: unknown element {element!r}; known are {', '.join(ELEMENTS)}")
+            raise ValueError(f"codec {shown(text)}: unknown element {shown(element)}; known are {', '.join(ELEMENTS)}")
         if block not in map(str, BLOCK_SIZES):
             raise ValueError(
-                f"codec {text!r}: unknown block size {block!r}; known are {', '.join(map(str, BLOCK_SIZES))}"
+                f"codec {shown(text)}: unknown block size {shown(block)}; known are {', '.join(map(str, BLOCK_SIZES))}"
             )
         if scale not in SCALES:
-            raise ValueError(f"codec {text!r}: unknown scale {scale!r}; known are {', '.join(SCALES)}")
-        if unknown := [o for o in options if o not in ROUNDING_RULES + FLAGS]:
-            raise ValueError(
-                f"codec {text!r}: unknown option {unknown[0]!r}; known are {', '.join(ROUNDING_RULES + FLAGS)}"
-            )
+            raise ValueError(f"codec {shown(text)}: unknown scale {shown(scale)}; known are {', '.join(SCALES)}")
+        known = ROUNDING_RULES + FLAGS
+        if unknown := [o for o in options if o not in known]:
+            raise ValueError(f"codec {shown(text)}: unknown option {shown(unknown[0])}; known are {', '.join(known)}")
         if repeated := [o for o in options if options.count(o) > 1]:
-            raise ValueError(f"codec {text!r}: option {repeated[0]!r} is given more than once")
+            raise ValueError(f"codec {shown(text)}: option {repeated[0]!r} is given more than once")
         rules = [o for o in options if o in ROUNDING_RULES]
         if len(rules) > 1:
-            raise ValueError(f"codec {text!r}: options {rules[0]!r} and {rules[1]!r} clash: give one of them")
+            raise ValueError(f"codec {shown(text)}: options {rules[0]!r} and {rules[1]!r} clash: give one of them")
         try:
             flags = {flag: flag in options for flag in FLAGS}
             return cls(ELEMENTS[element], int(block), SCALES[scale], rules[0] if rules else "", **flags)
         except ValueError as error:
-            raise ValueError(f"codec {text!r}: {error}") from None
+            raise ValueError(f"codec {shown(text)}: {error}") from None
 
     def __str__(self) -> str:
         options = [self.rule] if self.rule not in ("", "floor") else []

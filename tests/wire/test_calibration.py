@@ -96,6 +96,7 @@ def level():
         (content(speed=3), r"'speed' is unknown; allowed are schema, measured, links, inside, across, codecs, "),
         (content(measured=MEASURED | {"ranks": 1}), r"measured: ranks: 1 is not a number of ranks above 1"),
         (content(measured=MEASURED | {"device": "tpu"}), r"measured: device: 'tpu' is not one of cpu, cuda"),
+        (content(measured=MEASURED | {"dtype": "nn"}), r"measured: dtype: 'nn' is not a type of torch's"),
         (content(links=links(ring={})), r"links: 'ring' is unknown; allowed are all_reduce, "),
         (content(links=links(all_gather={"bytes_per_s": 1e9})), r"links: all_gather: latency_s is missing"),
         (
