@@ -4,6 +4,7 @@
 import argparse
 from collections.abc import Callable
 
+from ..files import shown
 from ..inference.text import check_prompt, encode, stop_tokens
 from ..launcher import output
 from ..launcher.progress import progress
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
         if overrides := setup.overrides(args, model, [setting]):
             overrides.use(overrides.blocks_for(setting.policy))
         prompts = [encode(tokenizer, prompt, args.chat) for prompt in args.prompt]
+        if not all(prompts):
+            raise ValueError(f"--prompt {shown(args.prompt[prompts.index([])])}: this tokenizer makes no token of it")
         stops = stop_tokens(args.model, model.hf_config, tokenizer)
         row = generate_row(model, tokenizer, setting, prompts, args.new_tokens, stops, args.engine)
     if output.is_first_rank():

@@ -45,14 +45,14 @@ def encode(tokenizer, prompt: str, chat: bool = False) -> list[int]:
         return ids
     if not tokenizer.chat_template:
         raise ValueError(f"--chat: the tokenizer in {tokenizer.name_or_path} has no chat template")
-    import jinja2
-
     try:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
-    except jinja2.TemplateError as error:
-        raise ValueError(f"--chat: the chat template in {tokenizer.name_or_path} fails: {error}") from None
+    except Exception as error:  # a template is a program
+        raise ValueError(
+            f"--chat: the chat template in {tokenizer.name_or_path} fails: {type(error).__name__}: {error}"
+        ) from None
     return tokenizer.encode(text, add_special_tokens=False)  # the template has written them
 
 

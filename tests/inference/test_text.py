@@ -63,6 +63,14 @@ def test_chat(tmp_path):
     assert "--chat: the chat template in" in (said := message_of(encode, bad, "hi", True)) and "two turns only" in said
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{% include 'a' %}", "{% for x in %}", "{% for _ in range(10**9) %}_{% endfor %}"]
+)
+def test_a_template_that_fails_is_one_error(tmp_path, template):
+    said = message_of(encode, tokenizer_in(tmp_path / "bad", chat_template=template), "hi", True)
+    assert f"--chat: the chat template in {tmp_path / 'bad'} fails: " in said
+
+
 def test_bytes_that_are_no_text():
     check_prompt("naïve 日本")
     assert "--prompt is not UTF-8 text: byte 0xff at character 3" in message_of(check_prompt, os.fsdecode(b"abc\xff"))
