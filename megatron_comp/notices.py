@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user should know of a run that goes on."""
 
+import re
 import warnings
 
 
@@ -21,6 +22,9 @@ def one_line(error: Exception) -> str:
     said = str(error).partition("\nException raised from ")[0]
     if isinstance(error, OSError) and error.strerror and error.filename:
         said = f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in said:
+        asked = re.search("allocate ([0-9]+) bytes", said)
+        return "not enough memory" + (f": {int(asked[1]):,} bytes were asked for" if asked else "")
     text = " ".join(said.split()) or type(error).__name__
     if len(text) > MOST_CHARACTERS:
         text = text[:MOST_CHARACTERS] + " ..."

@@ -5,13 +5,18 @@ import argparse
 import re
 from pathlib import Path
 
+from ..files import shown
 from ..launcher import output
 from .options import context_of
+
+MOST = 10**9  # of anything that is counted, so that what is computed from it stays within a float, and a list in memory
 
 
 def check_text(args: argparse.Namespace) -> None:
     """Settles --context where it is not given."""
     args.context = context_of(args)
+    if args.tokens < 2:
+        raise ValueError(f"--tokens {args.tokens}: two are needed at least, to predict the second")
     if not 2 <= args.context <= args.tokens:
         raise ValueError(f"--context {args.context}: allowed are 2 to --tokens {args.tokens}")
     if not Path(args.text).is_file():
@@ -36,16 +41,19 @@ def check_written(args: argparse.Namespace, *names: str) -> None:
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """Raises ValueError for the first of these options whose number is less."""
+    """Raises ValueError for the first of these options whose number is less, or beyond anything that can be meant."""
     for name in names:
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least one is needed")
+        option, number = f"--{name.replace('_', '-')}", getattr(args, name)
+        if number < 1:
+            raise ValueError(f"{option} {number}: at least one is needed")
+        if number > MOST:
+            raise ValueError(f"{option} {shown(number)}: at most {MOST:,} are allowed")
 
 
 def shape(text: str, example: str) -> tuple[int, int]:
     """Of `ROWSxHIDDEN`."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise ValueError(f"--shape {text}: expected ROWSxHIDDEN, both at least 1, as in {example}")
+    if not re.fullmatch(r"[1-9][0-9]{0,8}x[1-9][0-9]{0,8}", text):
+        raise ValueError(f"--shape {text}: expected ROWSxHIDDEN, both from 1 to 999999999, as in {example}")
     rows, hidden = text.split("x")
     return int(rows), int(hidden)
 

@@ -18,6 +18,7 @@ from .network import Network
 
 # How long the other ranks have, once one has failed, to notice and to say what they saw.
 GRACE_SECONDS = 15.0
+MOST_RANKS = 1024  # that this machine is asked to start
 
 # What srun numbers its tasks by: over all nodes, and on each.
 _SRUN = ("SLURM_PROCID", "SLURM_LOCALID")
@@ -73,8 +74,12 @@ def start(ranks: int, command: list[str], network: Network | None = None, **more
     What the rank reported that failed first is printed, once for all that said the same; of the others, which lost it,
     one line.
 
-    Raises ValueError for a network that cannot be made here.
+    Raises ValueError for a network that cannot be made here, and for more ranks than any machine runs.
     """
+    if ranks > MOST_RANKS:
+        raise ValueError(
+            f"{ranks} ranks: at most {MOST_RANKS} are started on one machine; torchrun starts them on several"
+        )
     processes: list[subprocess.Popen] = []
     previous = {s: signal.signal(s, lambda s, _: sys.exit(128 + s)) for s in (signal.SIGTERM, signal.SIGHUP)}
     try:

@@ -15,10 +15,10 @@ def parse_blocks(text: str) -> list[int]:
     blocks: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
-            raise ValueError(f"blocks {shown(text)}: expected numbers and ranges, as in 0,3-5")
         if max(len(first), len(last)) > 5:
             raise ValueError(f"blocks {shown(text)}: {shown(part)} is beyond any model's number of layers")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+            raise ValueError(f"blocks {shown(text)}: expected numbers and ranges, as in 0,3-5")
         blocks |= set(range(int(first), int(last or first) + 1))
     return sorted(blocks)
 

@@ -247,6 +247,7 @@ WHOLE = ["--model", "llama-2-7b", "--tp", "2"]
         ([*WHOLE, "--compute-ms", "5", "--link", "1gbit"], "--compute-ms needs --calibration"),
         ([*WHOLE, "--gpu", "L4", "--link", "1gbit", "--codec", "mxfp5"], "codec 'mxfp5'"),
         ([*WHOLE, "--gpu", "L4", "--link", "1gbit", "--batch", "0"], "--batch 0"),
+        ([*WHOLE, "--gpu", "L4", "--link", "1gbit", "--prompt-tokens", "9" * 400], "at most 1,000,000,000 are allowed"),
         ([*WHOLE, "--gpu", "L4", "--link", "1gbit", "--drop", "0"], "--drop 0: allowed are percents above 0"),
         (
             ["--model", "mixtral-8x7b", "--tp", "2", "--gpu", "L4", "--link", "1gbit", "--drop", "50"],

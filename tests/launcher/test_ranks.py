@@ -199,6 +199,11 @@ def listening_addresses(port):
     return [words[1].split(":")[0] for words in lines if int(words[1].split(":")[1], 16) == port and words[3] == "0A"]
 
 
+def test_no_machine_is_asked_for_too_many_ranks():
+    with pytest.raises(ValueError, match="99999999 ranks: at most 1024 are started on one machine"):
+        ranks.start(99999999, ["true"])
+
+
 def test_the_store_listens_on_this_machine_alone():
     """An object that ranks hand to one another is pickled: who reaches the store runs what they like."""
     with ranks._meeting(None) as (place, _):
