@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .blocks import hadamard
-from .format import TILE, WARPS, KernelFormat
+from .format import KernelFormat, tile_for
 from .numbers import FP16_MAX, element_values, store_rounded, to_float
 from .planes import load_field, places
 from .scales import scale_values
@@ -31,6 +31,7 @@ def decode_sum(
 
     clamp: to the largest fp16. first_rows: see `slices.py`. programs: of the longest slice.
     """
+    tile, warps, _ = tile_for(fmt.block, out.shape[1], flat)
     decode_sum_kernel[(programs, len(first_rows) - 1)](
         messages,
         messages.stride(0),
@@ -41,9 +42,9 @@ def decode_sum(
         ranks,
         flat,
         clamp,
-        TILE,
+        tile,
         align,
-        num_warps=WARPS,
+        num_warps=warps,
         enable_fp_fusion=fmt.exact_products,
     )
 

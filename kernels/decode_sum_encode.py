@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .decode_sum import sum_tile
-from .encode import clean, encode_tile, needs_of_row, store_row_scale
+from .encode import clean, encode_row
 from .format import KernelFormat, tile_for
 from .slices import row_and_tile, section_offsets, slice_rows
 
@@ -23,7 +23,7 @@ def decode_sum_encode(
     align: int,
 ) -> None:
     """uint8 `messages` [ranks, bytes] of `fmt` to the message `out` of `out_fmt`. first_rows: see `slices.py`."""
-    tile, warps, one_tile = tile_for(out_fmt, hidden)
+    tile, warps, one_tile = tile_for(max(fmt.block, out_fmt.block), hidden, flat, out_fmt.row_scaled)
     decode_sum_encode_kernel[(programs,)](
         messages,
         messages.stride(0),
@@ -59,49 +59,40 @@ def decode_sum_encode_kernel(
 ):
     _, rows, columns = slice_rows(first_rows, hidden, FLAT)
     at, out_at = section_offsets(rows, columns, F), section_offsets(rows, columns, OUT)
-    if OUT.row_scaled:
-        row = tl.program_id(0).to(tl.int64)
-        if ONE_TILE:
-            x_NB, left = load_sum(messages, message_stride, at, rows, columns, row, 0, F, OUT, RANKS, TILE, ALIGN)
-            scale = store_row_scale(needs_of_row(x_NB, left, OUT), out, out_at, rows, row, OUT)
-            encode_tile(x_NB, left, scale, out, out_at, rows, columns, row, 0, OUT, TILE, ALIGN)
-        else:
-            tiles = tl.cdiv(columns, TILE).to(tl.int32)
-            needs = tl.zeros((TILE // OUT.block,), tl.float32)
-            for tile in range(tiles):
-                x_NB, left = load_sum(
-                    messages, message_stride, at, rows, columns, row, tile, F, OUT, RANKS, TILE, ALIGN
-                )
-                needs = tl.maximum(needs, needs_of_row(x_NB, left, OUT))
-            scale = store_row_scale(needs, out, out_at, rows, row, OUT)
-            for tile in range(tiles):
-                x_NB, left = load_sum(
-                    messages, message_stride, at, rows, columns, row, tile, F, OUT, RANKS, TILE, ALIGN
-                )
-                encode_tile(x_NB, left, scale, out, out_at, rows, columns, row, tile, OUT, TILE, ALIGN)
-    else:
-        row, tile = row_and_tile(columns, FLAT, TILE)
-        x_NB, left = load_sum(messages, message_stride, at, rows, columns, row, tile, F, OUT, RANKS, TILE, ALIGN)
-        encode_tile(x_NB, left, 1.0, out, out_at, rows, columns, row, tile, OUT, TILE, ALIGN)
+    row, tile = row_and_tile(columns, FLAT, TILE, OUT.row_scaled)
+    encode_row(  # In a variable, a tuple would lose what it has of compile-time constants.
+        load_sum,
+        (columns, messages, message_stride, at, rows, row, F, RANKS, ALIGN),
+        out,
+        out_at,
+        rows,
+        columns,
+        row,
+        tile,
+        OUT,
+        ONE_TILE,
+        TILE,
+        ALIGN,
+    )
 
 
 @triton.jit
 def load_sum(
+    tile,
+    columns,
     messages,
     message_stride,
     at,
     rows,
-    hidden,
     row,
-    tile,
     F: tl.constexpr,
-    OUT: tl.constexpr,
     RANKS: tl.constexpr,
-    TILE: tl.constexpr,
     ALIGN: tl.constexpr,
+    OUT: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """(fp32 [N, B] in the blocks of OUT, how many of its values belong to the row): what `encode.load_tile` returns."""
-    total, left = sum_tile(messages, message_stride, at, rows, hidden, row, tile, F, RANKS, TILE, ALIGN)
+    total, left = sum_tile(messages, message_stride, at, rows, columns, row, tile, F, RANKS, TILE, ALIGN)
     B: tl.constexpr = OUT.block
     x_NB = total.reshape(TILE // B, B)
     if F.asym:  # past the row's end are zero points

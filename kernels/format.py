@@ -10,19 +10,24 @@ from triton.language import constexpr
 TILE = 4096
 WARPS = 4
 
-# Values of the longest row that is one tile, if its scale needs all of it: it is read once, by more warps.
+# Values of the longest row that is one tile, if its scale needs all of it: the row is read once.
 LONGEST_TILE = 16384
 
 # Every section of a message, and so every message, is padded to this many bytes.
 ALIGNMENT = constexpr(16)
 
 
-def tile_for(fmt: "KernelFormat", hidden: int) -> tuple[int, int, bool]:
-    """(values that a program encodes at a time, its warps, whether these are a whole row that has a scale)."""
-    if not fmt.row_scaled or hidden > LONGEST_TILE:
+def tile_for(block: int, hidden: int, flat: bool, row_scaled: bool = False) -> tuple[int, int, bool]:
+    """(values that a program works on at a time, its warps, whether these are a whole row that has a scale).
+
+    block: the larger one of the formats that it decodes and encodes. row_scaled: that it encodes a row with a scale.
+    """
+    longest = LONGEST_TILE if row_scaled else TILE
+    if flat or hidden > longest:
         return TILE, WARPS, False
-    tile = max(1 << (hidden - 1).bit_length(), TILE // WARPS)
-    return tile, tile * WARPS // TILE, True
+    # A warp at least, and so many blocks that their narrowest plane fills a byte.
+    tile = max(1 << (hidden - 1).bit_length(), TILE // WARPS, 8 * block)
+    return tile, tile * WARPS // TILE, row_scaled
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,13 @@ class KernelFormat:
         """
         powers = self.flushes_when_scaled and self.scale_kind == "power"
         return powers and self.element is not None and 11 - self.mantissa_bits + self.max_exponent <= 16
+
+    @property
+    def may_overflow(self) -> bool:
+        """Whether scaled values may lie orders of magnitude above the element's largest, as the scale saturates."""
+        if self.scale_kind == "power":
+            return self.scales_saturate
+        return self.scale_kind == "fp16" or (self.scale_kind == "small" and not self.row_scaled)
 
     @property
     def scales_saturate(self) -> bool:

@@ -186,31 +186,89 @@ def element_codes(y, F: tl.constexpr):
 
 
 @triton.jit
-def element_code_pairs(y, F: tl.constexpr):
-    """Scaled fp32 values [n] of a format that `rounds_in_fp16`, to codes [n / 2], two in each: from bits 0 and 16 up.
+def element_code_pairs(y_NB, bad, F: tl.constexpr, SHORT: tl.constexpr):
+    """Scaled fp32 values [N, B] to codes of minifloats [N * B / 2], two in each: from bits 0 and 16 up. NVIDIA only.
 
-    As fp16 all of them are exact but for those that round to zero anyway. NVIDIA only.
+    bad [N]: these blocks get zeros. SHORT: the values were bf16 or fp16 before they were scaled.
     """
-    low, high = tl.split(y.reshape(y.shape[0] // 2, 2))
-    ROUND: tl.constexpr = rounding_of_pairs(F)
-    return tl.inline_asm_elementwise(ROUND, "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1)
+    LARGEST: tl.constexpr = largest_pair(F, SHORT)
+    SIGNS: tl.constexpr = F.half * 0x10001
+    low, high = _pairs(y_NB)
+    limit, _ = _pairs(tl.broadcast_to(tl.where(bad, 0, LARGEST)[:, None], y_NB.shape))
+    signs, _ = _pairs(tl.broadcast_to(tl.where(bad, 0, SIGNS)[:, None], y_NB.shape))
+    PAIR: tl.constexpr = rounded_pair(F) if SHORT and F.rounds_in_fp16 else pair_of_codes(F)
+    return tl.inline_asm_elementwise(PAIR, "=r,f,f,r,r", [low, high, limit, signs], tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _pairs(x_NB):
+    """Every first and every second one of [N, B] values, both [N * B / 2]."""
+    return tl.split(x_NB.reshape(x_NB.shape[0] * x_NB.shape[1] // 2, 2))
 
 
 @constexpr_function
-def rounding_of_pairs(fmt):
-    """PTX that makes element codes of two fp32 numbers, as `_codes` makes them of one."""
+def largest_pair(fmt, short):
+    """Two of the element's largest value, in the halves of a register: as fp16 to `rounded_pair`, else as codes."""
+    if short and fmt.rounds_in_fp16:
+        return _two_halves(fmt.max_value)
+    return _bits_of(fmt.max_value, fmt.mantissa_bits, fmt.element.bias) * 0x10001
+
+
+@constexpr_function
+def pair_of_codes(fmt):
+    """PTX that makes element codes of two fp32 numbers."""
+    return f"""{{
+        .reg .b32 power, low, high, signs;
+        {_code_in_ptx(fmt, "low", "$1")}
+        {_code_in_ptx(fmt, "high", "$2")}
+        prmt.b32 low, low, high, 0x5410;
+        min.f16x2 low, low, $3;
+        prmt.b32 signs, $1, $2, 0xFFBB;
+        and.b32 signs, signs, $4;
+        or.b32 $0, low, signs;
+    }}"""
+
+
+@constexpr_function
+def _code_in_ptx(fmt, code, y):
+    """PTX that writes the code of |y| into the register `code`; bits 16 and up hold something else.
+
+    As in `_codes`, what is added has the value's own power of two, many binades up. In its low bits it has the number
+    that makes a code of the steps and of its own exponent. What is above the element's largest value gets a code above
+    the largest one, which is limited for two codes at once: as fp16, their bits have the order of integers.
+    """
+    mantissa, bias = fmt.mantissa_bits, fmt.element.bias
+    lift = ((23 - mantissa) << 23) + (-((23 - mantissa + 128 - bias) << mantissa) & 0xFFFF)
+    magnitude, limit = y, ""
+    if fmt.may_overflow:  # so far up there is no float
+        magnitude, limit = code, f"min.f32 {code}, {code}, 0f{_bits_of(fmt.max_value, 23, 127):08X};"
+    return f"""abs.f32 {code}, {y};
+        {limit}
+        and.b32 power, {magnitude}, 0x7F800000;
+        add.s32 power, power, {lift:#x};
+        max.s32 power, power, {((128 - bias) << 23) + lift:#x};
+        add.rn.f32 {code}, {code}, power;
+        shr.u32 power, power, {23 - mantissa};
+        add.u32 {code}, {code}, power;"""
+
+
+@constexpr_function
+def rounded_pair(fmt):
+    """PTX that makes element codes of two fp32 numbers, which are rounded as fp16.
+
+    Exact but for what rounds to zero anyway.
+    """
     mantissa, bias, sign = fmt.mantissa_bits, fmt.element.bias, 1 << fmt.bits - 1
     smallest_normal = 2.0 ** (1 - bias)
     # Rounding leaves the steps in the sum's mantissa; fp16's exponent of the smallest normal is 16 - bias.
     offset = 2.0 ** (10 - mantissa) + (-((16 - bias) << mantissa) & (sign - 1)) * 2.0**-mantissa
     return f"""{{
-        .reg .b32 value, power, code, limit, smallest, offset;
-        mov.b32 limit, {_two_halves(fmt.max_value):#x};
+        .reg .b32 value, power, code, smallest, offset;
         mov.b32 smallest, {_two_halves(smallest_normal):#x};
         mov.b32 offset, {_two_halves(offset):#x};
         cvt.rn.f16x2.f32 value, $2, $1;
         and.b32 code, value, 0x7FFF7FFF;
-        min.f16x2 code, code, limit;
+        min.f16x2 code, code, $3;
         and.b32 power, code, 0x7C007C00;
         max.f16x2 power, power, smallest;
         fma.rn.f16x2 code, power, offset, code;
@@ -218,7 +276,7 @@ def rounding_of_pairs(fmt):
         add.u32 code, code, power;
         and.b32 code, code, {(sign - 1) * 0x10001:#x};
         shr.u32 value, value, {16 - fmt.bits};
-        and.b32 value, value, {sign * 0x10001:#x};
+        and.b32 value, value, $4;
         or.b32 $0, code, value;
     }}"""
 
@@ -226,8 +284,14 @@ def rounding_of_pairs(fmt):
 @constexpr_function
 def _two_halves(x):
     """The bits of two fp16 numbers x, normal and positive."""
+    return _bits_of(x, 10, 15) * 0x10001
+
+
+@constexpr_function
+def _bits_of(x, mantissa_bits, bias):
+    """A normal and positive number in a binary format."""
     fraction, exponent = math.frexp(x)
-    return int((exponent + 13 << 10) + fraction * 2048) * 0x10001
+    return int((exponent - 2 + bias + 2 * fraction) * 2**mantissa_bits)
 
 
 @triton.jit

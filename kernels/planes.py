@@ -73,7 +73,7 @@ def store_field(codes, place, FIELD: tl.constexpr, ALIGN: tl.constexpr, keep=Non
     """Stores int32 codes [n], of which those past the place's count must be 0; what their bits 22 and up hold is lost.
 
     keep [n]: 0 for the codes of a block of which zeros are stored instead, otherwise -1.
-    PAIRS: the codes are [n / 2] pairs, from bits 0 and 16 up, with zeros above each; ALIGN is 4 or more.
+    PAIRS: the codes are [n / 2] pairs, from bits 0 and 16 up, with zeros above each; ALIGN is 4 or more, `keep` None.
     """
     for plane in tl.static_range(len(FIELD.planes)):
         _store_plane(codes, place, FIELD, plane, ALIGN, keep, PAIRS)
@@ -111,20 +111,21 @@ def _store_plane(
     PER_UNIT: tl.constexpr = BITS // WIDTH
     if len(FIELD.planes) > 1:
         codes = (codes >> SHIFT) & repeated((1 << WIDTH) - 1, PER_CODE, 16)
-    # Several codes at a time, all of one block, are cleared of what is above them and of what is not to be kept.
-    GROUP: tl.constexpr = group_of(PER_UNIT)
-    groups = gather_codes(codes, GROUP // PER_CODE, WIDTH * PER_CODE)
-    if PAIRS:  # the upper half holds each second code of the group
-        groups |= groups >> (16 - WIDTH)
-    if FIELD.flip:
-        groups ^= repeated(FIELD.flip >> SHIFT, GROUP, WIDTH)
-    if GROUP * WIDTH < 32:
-        groups &= (1 << (GROUP * WIDTH)) - 1
-    if keep is not None:
-        for _level in tl.static_range(GROUP.bit_length() - 1):
-            keep, _ = tl.split(keep.reshape(keep.shape[0] // 2, 2))
-        groups &= keep
-    units = gather_codes(groups, PER_UNIT // GROUP, WIDTH * GROUP)
+    if PAIRS:
+        units = gather_pairs(codes, WIDTH)
+    else:
+        # Several codes at a time, all of one block, are cleared of what is above them and of what is not to be kept.
+        GROUP: tl.constexpr = group_of(PER_UNIT)
+        groups = gather_codes(codes, GROUP, WIDTH)
+        if FIELD.flip:
+            groups ^= repeated(FIELD.flip >> SHIFT, GROUP, WIDTH)
+        if GROUP * WIDTH < 32:
+            groups &= (1 << (GROUP * WIDTH)) - 1
+        if keep is not None:
+            for _level in tl.static_range(GROUP.bit_length() - 1):
+                keep, _ = tl.split(keep.reshape(keep.shape[0] // 2, 2))
+            groups &= keep
+        units = gather_codes(groups, PER_UNIT // GROUP, WIDTH * GROUP)
     ptr, row_bytes = _pointer(place, SECTION, WIDTH, BITS, ALIGN)
     index = tl.arange(0, COUNT // PER_UNIT)
     mask = _first_of_chunk(index, COUNT, WIDTH, ALIGN) * PER_UNIT < place[6]
@@ -173,6 +174,29 @@ def gather_codes(codes, PER_UNIT: tl.constexpr, WIDTH: tl.constexpr):
         low, high = tl.split(units.reshape(units.shape[0] // 2, 2))
         units = low + (high << (WIDTH << level))
     return units
+
+
+@triton.jit
+def gather_pairs(pairs, WIDTH: tl.constexpr):
+    """[n] pairs of codes of WIDTH bits, from bits 0 and 16 up, to words [n * WIDTH / 16], the first code lowest.
+
+    NVIDIA only. The halves of two registers are exchanged: even codes go to the one, odd codes to the other.
+    """
+    halves = gather_codes(pairs, 8 // WIDTH, 2 * WIDTH)
+    first, second = tl.split(halves.reshape(halves.shape[0] // 2, 2))
+    WORD: tl.constexpr = word_of_halves(WIDTH)
+    return tl.inline_asm_elementwise(WORD, "=r,r,r", [first, second], tl.int32, is_pure=True, pack=1)
+
+
+@constexpr_function
+def word_of_halves(width):
+    """PTX that puts the codes in the upper halves of two registers between those in the lower ones."""
+    return f"""{{
+        .reg .b32 even, odd;
+        prmt.b32 even, $1, $2, 0x5410;
+        prmt.b32 odd, $1, $2, 0x7632;
+        mad.lo.u32 $0, odd, {1 << width}, even;
+    }}"""
 
 
 @triton.jit

@@ -39,7 +39,7 @@ def divide(x, DIVISOR: tl.constexpr):
     else:
         RECIPROCAL: tl.constexpr = 1.0 / DIVISOR
         quotient = x * RECIPROCAL
-        return tl.fma(tl.fma(-quotient, DIVISOR, x), RECIPROCAL, quotient)
+        return tl.fma(tl.fma(quotient, -DIVISOR, x), RECIPROCAL, quotient)
 
 
 @triton.jit
@@ -53,10 +53,10 @@ def reciprocal(scales, F: tl.constexpr):
     if INTERPRETED or (F.scale_kind != "fp16" and F.scale_kind != "small"):
         return tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), scales)
     else:
-        near = near_reciprocal(scales)
-        near = tl.fma(tl.fma(-scales, near, 1.0), near, near)
+        near, minus = near_reciprocal(scales), scales * -1.0
+        near = tl.fma(tl.fma(minus, near, 1.0), near, near)
         if F.scale_kind == "small":
-            near = tl.fma(tl.fma(-scales, near, 1.0), near, near)
+            near = tl.fma(tl.fma(minus, near, 1.0), near, near)
             bits = to_bits(scales)
             near = tl.where((bits & MANTISSA) == MANTISSA, to_float((254 << 23) - bits), near)
         return near
@@ -77,8 +77,8 @@ def divide_by_row(x, row, F: tl.constexpr):
         x *= raised
         inverse = reciprocal(row, F)
         quotient = x * inverse
-        quotient = tl.fma(tl.fma(-quotient, row, x), inverse, quotient)
-        return tl.fma(tl.fma(-quotient, row, x), inverse, quotient)
+        quotient = tl.fma(tl.fma(quotient, row * -1.0, x), inverse, quotient)
+        return tl.fma(tl.fma(quotient, row * -1.0, x), inverse, quotient)
 
 
 @triton.jit
@@ -116,14 +116,14 @@ def scale_codes(need, bad, row, F: tl.constexpr, WHICH: tl.constexpr):
         if F.scale_underflow_to_zero:
             reciprocals = tl.where(exponent + F.scale_bias >= 0, reciprocals, 0.0)
     else:
-        scales = scale_values(codes, row, F)
+        scales = scale_values(codes, row, F, FINITE=True)
         reciprocals = tl.where(scales == 0.0, 0.0, reciprocal(scales, F))
     return codes, reciprocals
 
 
 @triton.jit
-def scale_values(codes, row, F: tl.constexpr):
-    """fp32 scales [N] of the codes."""
+def scale_values(codes, row, F: tl.constexpr, FINITE: tl.constexpr = False):
+    """fp32 scales [N] of the codes. FINITE: those of the code for NaN are not needed."""
     if F.scale_kind == "power":
         # Below fp32's normal numbers there is one more power to reach: 2^-127, which has bit 22 alone.
         bits = tl.maximum((codes + (127 - F.scale_bias)) << 23, 1 << 22)
@@ -131,7 +131,8 @@ def scale_values(codes, row, F: tl.constexpr):
     elif F.scale_kind == "small":
         FLOAT: tl.constexpr = F.scale_float
         values = small_float_values(codes, FLOAT)
-        values = tl.where(codes >= F.scale_nan_code, float("nan"), values)
+        if not FINITE:
+            values = tl.where(codes >= F.scale_nan_code, float("nan"), values)
         if F.row_scaled:
             values = values * row
     elif F.scale_kind == "fp16":

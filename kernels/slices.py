@@ -44,11 +44,13 @@ def slice_rows(first_rows, hidden, FLAT: tl.constexpr):
 
 
 @triton.jit
-def row_and_tile(columns, FLAT: tl.constexpr, TILE: tl.constexpr):
-    """(row, int64, and tile of this program)."""
+def row_and_tile(columns, FLAT: tl.constexpr, TILE: tl.constexpr, BY_ROW: tl.constexpr = False):
+    """(row, int64, and tile of this program). BY_ROW: there is a program for each row, which begins with tile 0."""
     program = tl.program_id(0)
     if FLAT:
         row, tile = tl.cast(program * 0, tl.int64), program
+    elif BY_ROW:
+        row, tile = program.to(tl.int64), 0
     else:
         # 32-bit: a 64-bit division takes a hundred instructions.
         tiles = tl.cdiv(columns, TILE).to(tl.int32)

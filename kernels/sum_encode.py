@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .encode import clean, encode_tile, needs_of_row, store_row_scale
+from .encode import clean, encode_row, load_neighbours
 from .format import ALIGNMENT, KernelFormat, tile_for
 from .numbers import widened
 from .slices import row_and_tile, section_offsets, slice_rows, take
@@ -28,7 +28,7 @@ def sum_encode(
 
     Other arguments: as of `encode.encode`.
     """
-    tile, warps, one_tile = tile_for(fmt, parts.shape[2])
+    tile, warps, one_tile = tile_for(fmt.block, parts.shape[2], flat, fmt.row_scaled)
     sum_encode_kernel[(programs, len(starts))](
         parts,
         messages,
@@ -65,42 +65,35 @@ def sum_encode_kernel(
     apart = take(first_rows, 0, len(first_rows) - 1) * hidden
     part = parts + first_row * hidden
     at = section_offsets(rows, columns, F)
-    if F.row_scaled:
-        row = tl.program_id(0).to(tl.int64)
-        if row < rows:
-            if ONE_TILE:
-                x_NB, left = load_sum(part + row * hidden, apart, 0, columns, F, RANKS, TILE)
-                scale = store_row_scale(needs_of_row(x_NB, left, F), message, at, rows, row, F)
-                encode_tile(x_NB, left, scale, message, at, rows, columns, row, 0, F, TILE, ALIGN)
-            else:
-                tiles = tl.cdiv(columns, TILE).to(tl.int32)
-                needs = tl.zeros((TILE // F.block,), tl.float32)
-                for tile in range(tiles):
-                    x_NB, left = load_sum(part + row * hidden, apart, tile, columns, F, RANKS, TILE)
-                    needs = tl.maximum(needs, needs_of_row(x_NB, left, F))
-                scale = store_row_scale(needs, message, at, rows, row, F)
-                for tile in range(tiles):
-                    x_NB, left = load_sum(part + row * hidden, apart, tile, columns, F, RANKS, TILE)
-                    encode_tile(x_NB, left, scale, message, at, rows, columns, row, tile, F, TILE, ALIGN)
-    else:
-        row, tile = row_and_tile(columns, FLAT, TILE)
-        if (row < rows) & (tl.cast(tile, tl.int64) * TILE < columns):
-            x_NB, left = load_sum(part + row * hidden, apart, tile, columns, F, RANKS, TILE)
-            encode_tile(x_NB, left, 1.0, message, at, rows, columns, row, tile, F, TILE, ALIGN)
+    row, tile = row_and_tile(columns, FLAT, TILE, F.row_scaled)
+    if (row < rows) & (tl.cast(tile, tl.int64) * TILE < columns):
+        encode_row(
+            load_sum,
+            (part + row * hidden, columns, apart, RANKS),
+            message,
+            at,
+            rows,
+            columns,
+            row,
+            tile,
+            F,
+            ONE_TILE,
+            TILE,
+            ALIGN,
+        )
 
 
 @triton.jit
-def load_sum(row, apart, tile, columns, F: tl.constexpr, RANKS: tl.constexpr, TILE: tl.constexpr):
+def load_sum(tile, row, columns, apart, RANKS: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr):
     """(fp32 [N, B], how many of its values belong to the row): what `encode.load_tile` returns, of a sum.
 
     row: where the first rank's row starts. apart: values from there to the next rank's.
     """
     first = tl.cast(tile, tl.int64) * TILE
     left = tl.minimum(columns - first, TILE).to(tl.int32)
-    place_NB = tl.arange(0, TILE // F.block)[:, None] * F.block + tl.arange(0, F.block)[None, :]
-    part = row + first + place_NB
-    total_NB = widened(tl.load(part, mask=place_NB < left, other=0.0))
+    part = row + first
+    total = widened(load_neighbours(part, left, TILE))
     for _ in tl.range(1, RANKS, loop_unroll_factor=4):  # more at a time would spill registers
         part += apart
-        total_NB += widened(tl.load(part, mask=place_NB < left, other=0.0))
-    return clean(total_NB, F), left
+        total += widened(load_neighbours(part, left, TILE))
+    return clean(total.reshape(TILE // F.block, F.block), F), left

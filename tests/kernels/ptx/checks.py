@@ -173,6 +173,8 @@ IN_TURN = list(OPERATIONS)[:4]
 SLICES = [(2, 2, 1), (1, 1, 1, 0, 0), (0, 3, 1)]
 # Rows of 16384 values are taken as one long row; longer by 8, they are no number of whole blocks, and stay rows.
 FAR = [Case(how, "int8:32:fp32", (140_002, 16_384 + more), "bf16") for how in ("far", "far slices") for more in (0, 8)]
+# Rows with a scale of their own that are too long for one tile.
+LONG = [Case(how, "nvfp4", (2, 16_384 + 33), "bf16") for how in ("encode", "decode_sum_encode", "sum_encode")]
 
 
 def _filled(nbytes):
@@ -204,7 +206,7 @@ def whole_matrix() -> list[Case]:
     A way is left out where another one launches the same kernels: the middle of a sum knows no type of number, slices
     are launched by the kernels of whole tensors, and their rows are their own. In both, the types take turns.
     """
-    cases = [*FAR]
+    cases = [*FAR, *LONG]
     for codec in kernel_cases.MIXED:
         shapes = [*kernel_cases.shapes(Format.parse(codec)).values(), (1, 4096), (4, 4096)]
         combinations = itertools.product(("encode", "decode_sum"), shapes, DTYPES)
@@ -221,7 +223,7 @@ def every_shape() -> list[Case]:
     by_level = [Case("sum_encode", "mxfp4", (3, 1023), "bf16"), Case("sum_encode", "nvfp4", (3, 64), "bf16")]
     every_value = [Case("every value", "mxfp4", (1, 0), dtype) for dtype in ("bf16", "fp16")]
     in_turn = (Case(op, "mxfp4", shape, "bf16") for op in IN_TURN for shape in shapes)
-    return [*in_turn, *by_level, *every_value, *FAR]
+    return [*in_turn, *by_level, *every_value, *FAR, *LONG]
 
 
 # What the test suite runs.

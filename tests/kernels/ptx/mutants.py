@@ -57,7 +57,7 @@ MUTANTS = {
     ),
     "reciprocals as they are approximated": Mutant(
         Case("encode", "int8:32:fp16", (3, 1024), "bf16"),
-        source=(r"tl\.fma\(tl\.fma\(-scales, near, 1\.0\), near, near\)", "near"),
+        source=(r"tl\.fma\(tl\.fma\(minus, near, 1\.0\), near, near\)", "near"),
     ),
     "subnormals that are not flushed": Mutant(
         Case("encode", "mxfp4", (3, 1024), "bf16"), ptx=(r"mul\.ftz\.f32", "mul.f32")
@@ -65,8 +65,15 @@ MUTANTS = {
     "small elements rounded as normal ones": Mutant(
         Case("encode", "mxfp4", (3, 1024), "bf16"), ptx=(r"max\.f16x2 power, power, smallest;", "")
     ),
+    "codes above the largest one": Mutant(
+        Case("encode", "nvfp4", (3, 1024), "bf16"), ptx=(r"min\.f16x2 low, low, [^;]*;", "")
+    ),
     "blocks of NaN with codes": Mutant(
-        Case("encode", "mxfp4", (3, 1024), "bf16"), source=(r"groups &= keep", "groups &= -1")
+        Case("encode", "int4:32:fp16", (3, 1024), "bf16"), source=(r"groups &= keep", "groups &= -1")
+    ),
+    "blocks of NaN with pairs of codes": Mutant(
+        Case("encode", "mxfp4", (3, 1024), "bf16"),
+        source=(r"tl\.where\(bad, 0, (LARGEST|SIGNS)\)", r"tl.where(bad, \1, \1)"),
     ),
     "input addresses of 32 bits": Mutant(
         FAR[0], source=(r"first = tl\.cast\(tile, tl\.int64\) \* TILE", "first = tile * TILE")
