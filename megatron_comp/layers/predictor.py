@@ -16,6 +16,8 @@ device. `Predictors.digest` holds the bytes that a rank's own device makes of a 
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -54,8 +56,11 @@ class SitePredictor:
 
     def __call__(self, x: torch.Tensor) -> Known:
         """Of a block's input `[..., hidden]`: for attention what its layer is given, for the MLP what follows
-        attention, both before their norms."""
-        small = normalized(x).reshape(-1, x.shape[-1]) @ self.down
+        attention, both before their norms.
+
+        No gradient passes: what ranks take off and what they add are equal.
+        """
+        small = normalized(x.detach()).reshape(-1, x.shape[-1]) @ self.down
         own = torch.addmm(self.own_bias, small, self.own_up)
         total = torch.addmm(self.total_bias, small, self.total_up)
         return Known(own.view_as(x), total.view_as(x))
@@ -77,14 +82,8 @@ class Predictors:
     def __init__(self, path: Path, rank: int, ranks: int, like: torch.Tensor, hidden: int) -> None:
         """like: of the type and device that the predictors get."""
         self.path = path
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                made_for = (file.metadata() or {}).get(TENSOR_PARALLEL)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-        except SafetensorError as error:
-            raise ValueError(f"predictor {path} is not a valid safetensors file: {error}") from None
-        if made_for != str(ranks):
-            raise ValueError(f"predictor {path} is for {made_for or 'an unknown number of'} ranks, not for {ranks}")
+        with _opened(path, ranks) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
         self.sites = {
             where: self._of_rank([tensors.get(f"{name(*where)}.{part}") for part in PARTS], where, rank, ranks, hidden)
             for where in sorted({_where(each, path) for each in tensors})
@@ -125,6 +124,28 @@ def read_predictors(path: str | Path, rank: int, ranks: int, like: torch.Tensor,
 @lru_cache(maxsize=1)
 def _read(path: Path, _written: int, rank: int, ranks: int, dtype, device, hidden: int) -> Predictors:
     return Predictors(path, rank, ranks, torch.empty(0, dtype=dtype, device=device), hidden)
+
+
+def inner_sizes(path: str | Path, ranks: int, hidden: int) -> list[int]:
+    """K of each sum's predictor, without reading weights. Raises OSError or ValueError as `Predictors` does."""
+    with _opened(path, ranks) as file:
+        shapes = {each: file.get_slice(each).get_shape() for each in file.keys() if each.endswith(".down")}  # noqa: SIM118
+    for tensor, shape in shapes.items():
+        if len(shape) != 2 or shape[0] != hidden:
+            raise ValueError(f"predictor {path}: {tensor} has shape {shape}; the model has {hidden} values per token")
+    return [k for _, k in shapes.values()]
+
+
+@contextmanager
+def _opened(path: str | Path, ranks: int) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            made_for = (file.metadata() or {}).get(TENSOR_PARALLEL)
+            if made_for != str(ranks):
+                raise ValueError(f"predictor {path} is for {made_for or 'an unknown number of'} ranks, not for {ranks}")
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"predictor {path} is not a valid safetensors file: {error}") from None
 
 
 def name(layer: int, site: str) -> str:

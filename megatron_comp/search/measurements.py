@@ -16,7 +16,7 @@ SENSITIVITY = "sensitivity"
 class Measurements:
     """Of the judge's model and text, kept in its journal.
 
-    predictor: a file that all policies use. Sensitivities are those without it; what is measured of a policy has it.
+    predictor: a file that all policies use, and with which sensitivities are measured.
     """
 
     def __init__(self, judge: Judge, predictor: str | None = None) -> None:
@@ -30,7 +30,7 @@ class Measurements:
         done = seen["windows"]
         if done == len(windows):
             return seen["rows"]
-        probes = attach_probes(model, candidates, joined)
+        probes = attach_probes(model, candidates, joined, self.predictor)
         for probe, row in zip(probes, seen["rows"]):
             probe.go_on(row)
         for number in progress(range(done, len(windows)), "sensitivity", len(windows), initial=done):

@@ -67,3 +67,4 @@ def test_a_search_writes_a_policy_that_predicts(fitted, llama, text, tmp_path):
     assert (tmp_path / policy.predictor).samefile(fitted / "p.safetensors")
     (chosen,) = (row for row in rows_of(tmp_path) if row["chosen"])
     assert 0 < float(chosen["kl"]) <= 0.05
+    assert float(chosen["predicted_kl"]) == pytest.approx(float(chosen["kl"]), rel=0.3)

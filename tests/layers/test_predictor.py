@@ -11,7 +11,9 @@ import megatron_comp as mc
 from megatron_comp.inference.generate import generate, logits
 from megatron_comp.inference.model import build_model, init_parallel
 from megatron_comp.layers.predictor import EPSILON
+from megatron_comp.search.sensitivity import attach_probes, measure_window
 from megatron_comp.wire import exchange
+from megatron_comp.wire.codec import parse_codec
 
 RANKS, K = 2, 3
 INT8 = "int8:32:fp16"
@@ -134,18 +136,22 @@ def test_what_is_predicted_and_what_is_sent_add_up(ranks, name):
 def test_the_prediction_is_taken_off_what_is_sent(llama, tmp_path):
     """With predictions far larger than the sums, what int8 rounds is far larger, too: they do travel less them."""
     far = write(tmp_path / "far", tensors(scale=2.0))
-    error = run_ranks(errors, RANKS, llama, far)[0]
+    error, damage = run_ranks(errors, RANKS, llama, far)[0]
     assert error["far"] > 5 * error["plain"]
+    assert damage["far"] > 25 * damage["plain"] > 0  # which a search's sensitivities tell of too
 
 
 def errors(rank, world_size, folder, far):
     init_parallel(world_size)
     model = build_model(folder)
-    stock, made = all_logits(model), {}
-    for name, words in {"plain": {}, "far": {"predictor": far}}.items():
-        mc.apply_compression(model, policy(codec=INT8, **words))
+    stock, made, damage = all_logits(model), {}, {}
+    for name, file in {"plain": None, "far": far}.items():
+        mc.apply_compression(model, policy(codec=INT8, predictor=file))
         made[name] = (all_logits(model) - stock).abs().mean()
-    return made
+        probes = attach_probes(model, (parse_codec(INT8),), predictor=file)
+        measure_window(model, IDS[0], 0)
+        damage[name] = sum(float(probe.damage[0]) for probe in probes)
+    return made, damage
 
 
 def test_a_dropped_sum_gets_the_other_ranks_predictions(ranks):
