@@ -19,6 +19,7 @@ from ..predict.advice import (
     layouts_advice,
     logits_advice,
     memory_advice,
+    predictor_advice,
     recommended,
 )
 from ..predict.calibrations import calibration_of
@@ -122,6 +123,7 @@ def _plan(args: argparse.Namespace) -> list[dict]:
     policy = CompressionPolicy.from_file(args.policy) if args.policy else None
     if policy:
         policy.check_layers(job.model.layers)
+    predicted = predictor_advice(policy.predictor, job) if policy and policy.predictor else None
     dropped = blocks_to_drop(job.model, args.drop) if args.drop else []
     if job.model.experts and (dropped or policy and dropped_blocks(policy)):
         raise ValueError(f"--model {args.model}: a mixture of experts cannot do without attention's sums")
@@ -151,6 +153,8 @@ def _plan(args: argparse.Namespace) -> list[dict]:
     if gpu is not None and args.ranks > 1:
         output.say(decode_advice(rows))
         output.say(logits_advice(replace(job, phase="decode"), rows[0]["decode_ms"], policy, layouts[0].calibration))
+    if predicted:
+        output.say(predicted)
     _show(args, rows, with_drops, others)
     if machines is not None:
         output.say(memory_advice(layouts, job, gpu))

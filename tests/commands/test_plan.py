@@ -5,6 +5,8 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from megatron_comp import cli
 from megatron_comp.policy import CompressionPolicy
@@ -139,6 +141,22 @@ def test_slow_links_should_compress_and_fast_ones_not(capsys, tmp_path):
     made = json.loads(rows.read_text())["rows"]
     assert [row["codec"] for row in made] == ["none", "mxfp4>mxfp8", str(policy)]
     assert (made[2]["dropped"], made[2]["compressed"]) == (7, 57)
+
+
+def test_what_a_predictor_adds(capsys, tmp_path):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("codec: mxfp4\npredictor: p.safetensors\n")
+    sums = {f"layers.{layer}.{site}.down" for layer in range(32) for site in ("attention", "mlp")}
+    weights = {name: torch.zeros(4096, 64, dtype=torch.uint8) for name in sums}
+    save_file(weights, tmp_path / "p.safetensors", metadata={"tensor_parallel": "4"})
+    where = ("--gpu", "A100", "--link", "10gbit", "--policy", policy)
+    # 64 x 3 x 64 x 4096 products, of 32 x (4 x 4096 x 4096 + 3 x 4096 x 11008) / 4
+    out = run(capsys, "--model", "llama-2-7b", "--tp", 4, *where)
+    assert "64 of 64 sums; adds 101.7 MB of weights to each rank, and 3.1% to its layers' multiplications" in out
+    for model, message in {"llama-2-7b": "is for 4 ranks, not for 8", "llama-2-13b": "5120 values per token"}.items():
+        ranks = 8 if model == "llama-2-7b" else 4
+        assert cli.main(["plan", *map(str, ("--model", model, "--tp", ranks, *where))]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_what_has_moved_is_told(capsys):
