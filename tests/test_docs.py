@@ -101,7 +101,11 @@ def test_the_code_of_readme():
     compile(code, "README.md", "exec")
     used = set(re.findall(r"\bmc\.(\w+)", (REPO / "README.md").read_text()))
     assert len(used) >= 6 and used <= set(mc.__all__)
-    assert f"dist/megatron_comp-{mc.__version__}-py3-none-any.whl" in (REPO / "README.md").read_text()
+
+
+def test_the_wheel_of_the_recipe():
+    name = f"dist/megatron_comp-{mc.__version__}-py3-none-any.whl"
+    assert name in (REPO / "docs/machines-and-slurm.md").read_text()
 
 
 def test_the_table_of_readme_is_that_of_the_results():
