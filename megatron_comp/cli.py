@@ -25,7 +25,7 @@ SUBCOMMANDS = Subcommands(
         "search": ("search", "Find the policy of fewest bits that keeps a bound on KL or perplexity."),
         "report": ("report", "Put on one page what other commands measured, with intervals and figures."),
         "drop": ("drop", "Leave out the sum after attention: in which blocks, and how to make up for it."),
-        "predictor": ("predictor", "Send only what the other ranks cannot predict: fit what predicts the rest."),
+        "predictor": ("predictor", "Fit predictors, so that sums need fewer bits."),
         "bench": ("bench", "Measure speed, beside an uncompressed baseline of the same run."),
         "plan": ("plan", "Predict time to first token on a GPU and link, and whether to compress; needs no GPU."),
         "calibrate": (
@@ -38,7 +38,7 @@ SUBCOMMANDS = Subcommands(
 
 EPILOG = """\
 A codec is a preset (mxfp4, mxfp6, mxfp8, nvfp4, ...) or element:block:scale[:option...], for instance
-int4:32:fp16:hadamard; two of them joined by '>' serve the two phases of two_step; none is the stock collective.
+int4:32:fp16:hadamard; two of them joined by '>' serve the two steps of two_step; none is the stock collective.
 Without WORLD_SIZE in the environment the ranks are started on this machine; under torchrun or srun they are joined.
 """
 

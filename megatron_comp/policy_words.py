@@ -35,7 +35,7 @@ def check_choice(where: str, given: object, allowed: Sequence[str]) -> None:
 
 
 def check_codec(where: str, name: str, algorithm: str) -> None:
-    """A codec, two of them where the algorithm has two phases, or `none`."""
+    """A codec, two of them where the algorithm has two steps, or `none`."""
     if name == "none":
         return
     if name == DROP:

@@ -89,7 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--policy", metavar="FILE", help="a policy file")
     what.add_argument("--codec", metavar="C", help="a codec for every sum, with a policy's defaults")
     parser.add_argument(
-        "--min-bytes", type=min_bytes, metavar="BYTES", help="of --codec: smaller messages stay uncompressed"
+        "--min-bytes",
+        type=min_bytes,
+        metavar="BYTES",
+        help="of --codec: smaller messages stay uncompressed (default auto: those that are predicted to gain nothing)",
     )
     parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module in place of a script")
     parser.add_argument("script", nargs="?", metavar="script.py ...", help="the script and its own arguments")

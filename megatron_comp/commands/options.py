@@ -61,8 +61,8 @@ def add_pp(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="P",
-        help="Number of pipeline stages (default 1), each of --tp ranks that hold a share of the layers. Consecutive "
-        "ranks are of one stage: with --tp ranks per machine, sums stay inside machines.",
+        help="Number of pipeline stages (default 1). --tp is the number of ranks in each stage. Consecutive ranks form "
+        "a stage: with --tp ranks per machine, sums stay inside machines.",
     )
 
 
@@ -71,8 +71,11 @@ def layout(tp: int, pp: int) -> str:
     return f"TP={tp}" + (f", PP={pp}" if pp > 1 else "")
 
 
-def add_arguments(parser: argparse.ArgumentParser, **dtype: str) -> None:
-    """Of a subcommand that runs a model under codecs and policies. dtype: what `add_dtype` is told."""
+def add_arguments(parser: argparse.ArgumentParser, min_bytes_of: str = "--codec", **dtype: str) -> None:
+    """Of a subcommand that runs a model under codecs and policies.
+
+    min_bytes_of: whose messages `--min-bytes` is about. dtype: what `add_dtype` is told.
+    """
     add_model(parser)
     add_tp(parser)
     add_pp(parser)
@@ -81,28 +84,29 @@ def add_arguments(parser: argparse.ArgumentParser, **dtype: str) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="A YAML policy: codecs by site, layer and phase. Where the output has rows, repeat it for more of them.",
+        help="A YAML policy: codecs by site, layer and phase (prefill or decode). generate takes one --codec or one "
+        "--policy; evaluate and bench ttft take any number of both, and show one row for each.",
     )
     parser.add_argument(
         "--algorithm",
         choices=ALGORITHMS,
-        help="How the codecs of --codec are summed: gather_sum quantizes once and sends N-1 messages to each rank, "
-        "two_step quantizes twice and sends 2(N-1)/N of a message, hierarchical adds up inside machines first, auto "
-        "(the default) takes what is predicted faster.",
+        help="How the codecs of --codec are summed (a policy says its own): gather_sum quantizes once and sends N-1 "
+        "messages to each rank, two_step quantizes twice and sends 2(N-1)/N of a message, hierarchical adds up inside "
+        "machines first, auto (the default) takes what is predicted faster.",
     )
     parser.add_argument(
         "--min-bytes",
         type=min_bytes,
         metavar="BYTES",
-        help="With --codec: leave smaller messages uncompressed. The default, 0, compresses every message; auto leaves "
-        "those uncompressed that are predicted to gain nothing, as a policy file does that says nothing of it.",
+        help=f"Of {min_bytes_of}: leave smaller messages uncompressed. The default, 0, compresses every message. auto "
+        "leaves those uncompressed that are predicted to gain nothing.",
     )
     add_token_dispatcher(parser)
     parser.add_argument(
         "--weights",
         metavar="FILE",
         help="Distilled weights, as `megatron-comp drop distill` writes them for one number of ranks. They replace the "
-        "model's own in the blocks whose attention sum a policy drops.",
+        "model's own in the layers whose attention sum a policy drops.",
     )
     add_dtype(parser, **dtype)
     add_run_arguments(parser)

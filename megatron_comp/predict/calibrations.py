@@ -26,7 +26,7 @@ def calibration_of(
     assert wire is not None
     link = wire_of(wire)
     if gpu is None:
-        return Calibration(links_of(link, ranks), {}, MARGIN, {"ranks": ranks}, f"{wire}, codecs not counted")
+        return Calibration(links_of(link, ranks), {}, MARGIN, {"ranks": ranks}, f"{wire}, codecs take no time")
     return assumed_calibration(gpu_of(gpu), link, Shares(), codecs, ranks, itemsize)
 
 

@@ -51,7 +51,7 @@ def choose_backend(device_type: str) -> ModuleType:
 class SumKind:
     """What decides which kernels run in sums of `[..., hidden]` tensors.
 
-    first, second: formats of the two phases of `two_step`; `gather_sum` and `reduce_scatter` have only the first.
+    first, second: formats of the two steps of `two_step`; `gather_sum` and `reduce_scatter` have only the first.
     algorithm, ranks: of the flat sum; of a hierarchical one, those across islands.
     mates, shares: of a hierarchical sum, the ranks of this rank's island, and of the smallest one.
     """

@@ -78,9 +78,9 @@ class CodecCost:
     decode_s_per_value: float = 0.0
 
 
-# What `auto` assumes of a link that nobody has measured: 25 Gbit/s each way, 50 us for a phase to start.
+# What `auto` assumes of a link that nobody has measured: 25 Gbit/s each way, 50 us for a collective to start.
 ASSUMED_LINK = Link(25e9 / 8, 50e-6)
-# And between ranks of one machine: half of what 16 lanes of PCIe 4.0 carry, 20 us for a phase to start.
+# And between ranks of one machine: half of what 16 lanes of PCIe 4.0 carry, 20 us for a collective to start.
 ASSUMED_INSIDE = Link(16e9, 20e-6)
 LINKS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 # The collectives of one level of a hierarchical sum.
@@ -99,7 +99,7 @@ class Calibration:
     margin: float = MARGIN
     measured: Mapping[str, Any] = field(default_factory=dict)
     """When, where and in what; empty: nothing was."""
-    source: str = "assumed: 25 Gbit/s, 50 us a phase, codecs not counted"
+    source: str = "assumed: 25 Gbit/s, 50 us per collective, codecs take no time"
     hidden: float = 1.0
     """Share of the shorter of codec and wire that many chunks hide: 1 where they run side by side, 0 where they share
     a processor that is busy already."""

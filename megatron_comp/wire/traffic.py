@@ -13,7 +13,7 @@ from .topology import Islands
 
 
 def step_codecs(codec: Codec | CodecPair) -> tuple[Codec, Codec]:
-    """The codecs of the two phases of a two-step sum."""
+    """The codecs of the two steps of a two-step sum."""
     return (codec.first, codec.second) if isinstance(codec, CodecPair) else (codec, codec)
 
 
@@ -46,7 +46,7 @@ def ring_bytes(nbytes: int, ranks: int, passes: int = 2) -> int:
 
 
 def two_step_bytes(shape: Sequence[int], codec: Codec | CodecPair, ranks: int) -> tuple[int, int]:
-    """What the rank with the longest slice receives in each of the two phases."""
+    """What the rank with the longest slice receives in each of the two steps."""
     rows = (slice_rows(shape, ranks)[0], shape[-1])
     first, second = step_codecs(codec)
     return (ranks - 1) * first.message_bytes(rows), (ranks - 1) * second.message_bytes(rows)

@@ -34,14 +34,14 @@ One row per measurement, in the table and in the files:
   bytes_moved    each byte that must be read or written, once: tensor and message for encode, the messages and the
                  tensor for decode_sum, the messages and one more for decode_sum_encode, two tensors for copy
   median_ms, p20_ms, p80_ms
-                 milliseconds per call: half of the rounds took less than the median, a fifth less than p20
+                 milliseconds per call: half of the runs took less than the median, a fifth less than p20
   gb_per_s       bytes_moved over the median, in 1e9 bytes per second
   times_copy     the median over that of the copy of the same tensor in the same run
   share_of_copy  gb_per_s over that of the copy: 1 is as fast as memory allows to move these bytes
   times_empty    on a GPU, the median over that of empty: near 1 the launch is the cost, not the work
 The CSV file adds device, torch, triton, megatron_comp and date to every row.
 
-How: a round is one measurement of every row of a shape in turn; calls rotate over buffers larger than the cache
+How: a run is one measurement of every row of a shape in turn; calls rotate over buffers larger than the cache
 (small tensors may stay in it). On a CPU a measurement is one call by the wall clock, Python's share included. On a GPU
 it is the replay of a CUDA graph of many calls between two events.
 

@@ -46,7 +46,7 @@ One row per measurement, in the table and in the files:
   relative_error of the sum: root of the mean square of what differs from the fp32 sum in rank order, over that sum's
 The CSV file adds rows, hidden and dtype of the tensor, device, torch, triton, megatron_comp and date.
 
-How: a round is one call of every row in turn, after a call of each that is not counted.
+How: a run is one call of every row in turn, after a call of each that is not counted.
 
 {options.LINKS}
 What the figures do not show: computation that runs meanwhile, and latency, which matters for small messages. Errors are

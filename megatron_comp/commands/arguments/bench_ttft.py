@@ -16,7 +16,7 @@ RENAMED = {"--tokens": "--prompt-tokens"}
 
 EPILOG = f"""\
 Example:
-  megatron-comp bench ttft --model llama --tp 2 --codec mxfp4 --link 100mbit
+  megatron-comp bench ttft --model /models/llama --tp 2 --codec mxfp4 --link 100mbit
 
 One row per layout and setting, in the table and in the files; the first of a layout is the model with stock sums:
   layout         tensor-parallel ranks and pipeline stages; --layout adds more, which run after the first
@@ -43,7 +43,8 @@ How: the prompt is random tokens of the vocabulary, as a dense model's time does
 turn, so that a slow moment hits all alike, another one first every time, each once before anything counts.
 
 {options.LINKS}
-A policy file's `min_bytes: auto` goes by `megatron-comp calibrate`; a codec compresses every message (--min-bytes 0).
+A policy file has its own min_bytes, and `auto` goes by `megatron-comp calibrate`. --codec compresses every message,
+unless --min-bytes says otherwise.
 
 --weights are in all rows of layouts with --tp ranks, stock ones included: the time does not depend on them.
 

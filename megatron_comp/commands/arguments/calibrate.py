@@ -21,7 +21,7 @@ EPILOG = """\
 Example:
   megatron-comp calibrate --tp 2 --codec mxfp4
 
-Each round times, in turn and from a common start, stock all-reduce and reduce-scatter, all-gather and all-to-all of
+Each run times, in turn and from a common start, stock all-reduce and reduce-scatter, all-gather and all-to-all of
 bytes, and every codec's encode and decode, at tensors of [tokens, hidden] for each --tokens; and whole compressed sums,
 which the predictions are held against. A sample is the time of the slowest rank. Between the medians of collectives
 times are interpolated, beyond the largest they grow by a line; a codec's line (fixed cost, cost per value) is that of
@@ -52,14 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="C",
-        help=f"A codec to measure. {again} (default, without --policy: {' '.join(CODECS)}).",
+        help=f"A codec to measure. {again} (default, without --policy: {' '.join(CODECS)}). A run with another codec "
+        "counts it as slow as the slowest of these.",
     )
     add(
         "--policy",
         action="append",
         default=[],
         metavar="FILE",
-        help=f"A YAML policy, all codecs of which are measured. {again}.",
+        help=f"A YAML policy, all codecs of which are measured, beside those of --codec. {again}.",
     )
     add(
         "--tokens",

@@ -10,7 +10,7 @@ DESCRIPTION = "Write a Hugging Face checkpoint as a distributed checkpoint of Me
 
 EPILOG = """\
 Example:
-  megatron-comp convert --model llama --out llama-megatron
+  megatron-comp convert --model /models/llama --out llama-megatron
 """
 
 

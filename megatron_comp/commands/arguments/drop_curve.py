@@ -7,9 +7,9 @@ from .. import options
 from . import drop_options
 
 DESCRIPTION = """\
-Measure quality and bytes against the share of dropped sums, on a text that nothing was tuned on. Blocks are dropped in
-the model's order and, with --sensitivity, from the least sensitive on; with --weights also with those weights in the
-dropped blocks; each with every --codec for the sums that are left. All are compared to the full, uncompressed model.
+Measure quality and bytes against the share of dropped sums, on a text that nothing was tuned on. Layers drop their sum
+in the model's order and, with --sensitivity, from the least sensitive on; with --weights also with those weights in the
+layers that drop; each with every --codec for the sums that are left. All are compared to the full, uncompressed model.
 """
 
 
@@ -18,7 +18,7 @@ RENAMED = {"--distilled": "--weights"}
 
 EPILOG = """\
 Example:
-  megatron-comp drop curve --model llama --tp 2 --text prose.txt --sensitivity sensitivity.json --csv curve.csv
+  megatron-comp drop curve --model /models/llama --tp 2 --text prose.txt --sensitivity sensitivity.json --csv curve.csv
 """
 
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[0, 25, 50, 75, 100],
         metavar="P",
-        help="Shares of the blocks, in percent (default 0 25 50 75 100).",
+        help="Shares of the layers, in percent (default 0 25 50 75 100).",
     )
     add(
         "--codec",
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="C",
         help="A codec or preset for the sums that are left. Repeat it for more rows (default none).",
     )
-    add("--in-order", action="store_true", help="With --sensitivity, also drop blocks in the model's order.")
+    add("--in-order", action="store_true", help="With --sensitivity, also drop in the model's order.")
     options.add_state(parser)
     options.add_csv(parser)
     options.add_figure(parser, "the increase of perplexity by share")

@@ -7,15 +7,15 @@ from ...spd.criteria import CRITERIA
 from . import drop_options
 
 DESCRIPTION = """\
-Assign heads to ranks anew, in blocks that cannot do without attention's sum as they are. Without the sum each rank's
+Assign heads to ranks anew, in layers that cannot do without attention's sum as they are. Without the sum each rank's
 part of the MLP sees its own heads only, so it matters which heads stand together, and beside which part. Only the order
-of heads changes: with the sum, the block computes what it did.
+of heads changes: with the sum, the layer computes what it did.
 """
 
 
 EPILOG = """\
 Example:
-  megatron-comp drop group --model llama --tp 2 --text calibration.txt --blocks 0 --out grouped.safetensors
+  megatron-comp drop group --model /models/llama --tp 2 --text calibration.txt --blocks 0 --out grouped.safetensors
 
 `megatron-comp drop distill --start FILE` goes on from these weights.
 """

@@ -18,11 +18,11 @@ def add_ranks(parser: argparse.ArgumentParser, tokens: int, text: str = CALIBRAT
     options.add_text(parser, tokens, text)
     options.add_dtype(parser)
     options.add_run_arguments(parser)
-    parser.set_defaults(token_dispatcher="allgather")  # of a mixture of experts, whose blocks drop nothing
+    parser.set_defaults(token_dispatcher="allgather")  # of a mixture of experts, whose layers drop nothing
 
 
 def add_blocks(parser: argparse.ArgumentParser, tokens: int) -> None:
-    """Of a step that writes weights of blocks, in one process."""
+    """Of a step that writes weights of layers, in one process."""
     options.add_model(parser, MODEL)
     options.add_tp(parser, "ranks", "Number of tensor-parallel ranks that the weights are for.")
     options.add_text(parser, tokens, CALIBRATION_TEXT)

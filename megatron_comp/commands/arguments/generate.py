@@ -16,10 +16,11 @@ RENAMED = {"--max-new-tokens": "--new-tokens"}
 
 EPILOG = """\
 Example:
-  megatron-comp generate --model llama --tp 2 --prompt "The capital of France is" --codec mxfp4
+  megatron-comp generate --model /models/llama --tp 2 --prompt "The capital of France is" --codec mxfp4
 
 --codec compresses every message, however small, so that its effect can be seen. `apply_compression(model, "mxfp4")`
-and a policy file leave messages uncompressed that are predicted to gain nothing; here --min-bytes auto does the same.
+and a policy file leave messages uncompressed that are predicted to gain nothing; --codec with --min-bytes auto does the
+same. Give one --codec or one --policy, not both.
 """
 
 

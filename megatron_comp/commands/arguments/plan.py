@@ -21,18 +21,22 @@ RENAMED = {"--tokens": "--prompt-tokens"}
 
 
 EPILOG = f"""\
+models: {", ".join(MODELS)}
+GPUs:   {", ".join(GPUS)}
+links:  {", ".join(WIRES)} or a rate, as in 100mbit
+
 Example:
   megatron-comp plan --model llama-2-70b --tp 8 --gpu L4 --link pcie4x16
   megatron-comp plan --model llama-3-70b --gpu A100-PCIe --machines 2 --gpus-per-machine 8 --link 100gbit \\
       --inside pcie4x16-p2p
 
-models: {", ".join(MODELS)}
-GPUs:   {", ".join(GPUS)}
-links:  {", ".join(WIRES)} or a rate, as in 100mbit
+Another GPU: take the nearest in flops and memory rate, or measure there and give --calibration and --compute-ms. The
+latter is the stock row of `bench ttft --tp N` less its sums: two per layer, each as long as the all_reduce in
+`calibrate --tp N --hidden H --tokens 1 --tokens 1024`.
 
 The model of cost: compute is the larger of flops over 60 % of the GPU's peak and bytes of weights over 80 % of its
 memory's rate; a sum takes its bytes over what is reached of the link (NVLink 80 %, a network 90 %, PCIe through the
-host's memory 20 %, PCIe from card to card 60 %: give a rate where your cards reach more), and a codec moves its bytes
+host's memory 20 %, PCIe from GPU to GPU 60 %: give a rate where your GPUs reach more), and a codec moves its bytes
 at half of the memory's rate. The last two are assumptions: nobody has measured them here. --calibration takes link and
 codecs from a file of `megatron-comp calibrate` instead. Decoding is that of one token after the prompt, without CUDA
 graphs. Quality is not predicted: `megatron-comp evaluate` measures that.
@@ -65,22 +69,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--link",
         dest="wire",
-        metavar="L",
+        metavar="LINK",
         help="The link of each rank, with --machines of each network card: a name below or a rate, such as 10gbit.",
     )
     add(
         "--machines",
         type=int,
         metavar="M",
-        help="Number of machines, each with --gpus-per-machine GPUs. Without both, every rank has a --link of its own.",
+        help="Number of machines. Give --machines and --gpus-per-machine. If you give neither, plan assumes one link "
+        "per GPU.",
     )
     add(
         "--gpus-per-machine",
         type=int,
-        metavar="L",
+        metavar="G",
         help="GPUs of each machine (default: --tp over --machines, or 1). With --tp alone, it tells how many machines.",
     )
-    add("--inside", metavar="L", help="With --machines: the link of each GPU inside its machine, named as --link.")
+    add("--inside", metavar="LINK", help="With --machines: the link of each GPU inside its machine, named as --link.")
     add("--cards", type=int, default=1, metavar="K", help="With --machines: network cards per machine (default 1).")
     add("--rtt", default="0", metavar="TIME", help="With --machines: a round trip's time on the wire, such as 1ms.")
     add("--calibration", metavar="FILE", help="Link and codecs as `megatron-comp calibrate` measured them.")
@@ -95,7 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drop",
         type=float,
         metavar="PERCENT",
-        help="Add two rows with this share of attention's sums dropped, alone and beside the best codec.",
+        help="Add two rows, alone and beside the best codec, in which this share of the layers, above 0 and up to 100, "
+        "leave out attention's sum.",
     )
     add(
         "--measured",

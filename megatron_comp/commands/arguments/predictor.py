@@ -6,12 +6,12 @@ import argparse
 from ..subcommands import Subcommands
 
 DESCRIPTION = """\
-All ranks hold the input of a block, and part of every rank's partial sum follows from it. With a predictor each rank
+All ranks hold the input of a layer, and part of every rank's partial sum follows from it. With a predictor each rank
 computes that part of all ranks' sums by itself, and only the rest is compressed and sent: the same bytes lose less.
 """
 EPILOG = """\
 Example:
-  megatron-comp predictor fit --model llama --tp 4 --text calibration.txt --out llama-tp4.predictor.safetensors
+  megatron-comp predictor fit --model /models/llama --tp 4 --text calibration.txt --out llama-tp4.predictor.safetensors
 """
 
 SUBCOMMANDS = Subcommands(

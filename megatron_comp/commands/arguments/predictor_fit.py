@@ -7,15 +7,16 @@ from .. import options
 from . import drop_options
 
 DESCRIPTION = """\
-Find, for each sum of a Llama, which part of it follows from the block's input: least squares of low rank on a
-calibration text. Each predictor is checked on the last windows of the text, which the regression does not see; one that
-leaves more than --most-left of a sum's energy is not written. This runs in one process: the model's layers pass through
+Find, for each sum of a Llama, which part of it follows from the layer's input: least squares of low rank on a
+calibration text. Each predictor is checked on the last windows of the text, which the regression does not see. What it
+leaves of a sum is a share of the sum's energy (the sum of squares): 0 is predicted fully, 1 not at all. A predictor
+that leaves more than --most-left is not written. This runs in one process: the model's layers pass through
 memory one by one, with the activations of the whole text. Every finished layer is written; after an interruption the
 same command goes on after the last one.
 """
 EPILOG = """\
 Example:
-  megatron-comp predictor fit --model llama --tp 4 --text calibration.txt --out llama-tp4.predictor.safetensors
+  megatron-comp predictor fit --model /models/llama --tp 4 --text calibration.txt --out llama-tp4.predictor.safetensors
 
 A policy uses the file with `predictor: llama-tp4.predictor.safetensors`. Judge it by `megatron-comp evaluate --policy`,
 on a text of another kind.
@@ -31,15 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank",
         type=int,
         default=64,
-        metavar="K",
-        help="Values per token that predict a sum (default 64). Prefill pays 3 x K x hidden multiplications for each.",
+        metavar="R",
+        help="Values per token that predict a sum (default 64). A token pays 3 x R x hidden multiplications per sum.",
     )
     add(
         "--most-left",
         type=float,
         default=0.95,
         metavar="SHARE",
-        help="Write a predictor only if at most this share of its sum's energy is left (default 0.95).",
+        help="Write a predictor only if it leaves at most this share of its sum's energy (default 0.95).",
     )
     add(
         "--unseen", type=float, default=0.2, metavar="SHARE", help="Share of the windows that only check (default 0.2)."

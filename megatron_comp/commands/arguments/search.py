@@ -16,14 +16,14 @@ Find the policy that sends the fewest bits and keeps a bound on what it costs in
     3. Check: the chosen policy runs on the text with real compressed sums. The budget is moved until what is measured
        is just within the bound.
 
-two_step rounds twice, and each phase of each place may have a codec of its own. --with-drop may also leave out the sum
-after attention, and minimises predicted time on a link instead of bits.
+two_step quantizes twice, and each of its steps may have a codec of its own in each place. --with-drop may also leave
+out the sum after attention, and minimises predicted time on a link instead of bits.
 """
 
 
 EPILOG = """\
 Example:
-  megatron-comp search --model llama --tp 2 --text calibration.txt --max-kl 0.03 --out policy.yaml
+  megatron-comp search --model /models/llama --tp 2 --text calibration.txt --max-kl 0.03 --out policy.yaml
 
 With --state, searches with another bound, algorithm, link or distilled weights use the same measurements.
 """

@@ -24,20 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--with-drop",
         action="store_true",
-        help="For each block, also consider leaving attention's sum out; find the least predicted time of all sums.",
+        help="For each layer, also consider leaving attention's sum out; find the least predicted time of all sums.",
     )
     # Not where other subcommands leave --weights and --link: the model is built with its own, and no links are made.
     add(
         "--weights",
         dest="distilled",
         metavar="FILE",
-        help="Weights of `megatron-comp drop distill`: blocks may be dropped with these too.",
+        help="Weights of `megatron-comp drop distill`: a layer's sum may be dropped with these too.",
     )
-    add("--weights-out", metavar="FILE", help="The safetensors file to write the weights of the chosen blocks to.")
+    add("--weights-out", metavar="FILE", help="The safetensors file to write the weights of the chosen layers to.")
     add(
         "--link",
         dest="wire",
-        metavar="L",
+        metavar="LINK",
         help=f"The link of each rank: a rate, such as 100mbit, or one of {', '.join(WIRES)}. Without --gpu and "
         "--calibration codecs take no time.",
     )
