@@ -4,6 +4,7 @@
 import logging
 import os
 import socket
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -36,20 +37,20 @@ class Said(NamedTuple):
     """The ranks of each group that it sums over, in group order."""
 
     @classmethod
-    def of(cls, policy: CompressionPolicy, groups: list[Group], predicted: str) -> "Said":
+    def of(cls, policy: CompressionPolicy, groups: list[Group], predicted: str, has_levels: bool) -> "Said":
         members = tuple(tuple(dist.get_process_group_ranks(group)) for group in groups)
-        has_levels, host = policy.has_levels, socket.gethostname()
-        return cls(
-            __version__, str(policy), policy.digest(), str(policy.predictor), predicted, host, has_levels, members
-        )
+        its = str(policy), policy.digest(), str(policy.predictor)
+        return cls(__version__, *its, predicted, socket.gethostname(), has_levels, members)
 
 
-def check_alike(everyone: list[Said]) -> None:
+def check_alike(everyone: Mapping[int, Said]) -> None:
     """Raises ValueError, the same one on every rank, if ranks that sum together are about to do different things.
 
-    everyone: what each rank of the job said.
+    everyone: what each rank said, by its number in the job.
     """
-    for ranks in sorted({ranks for said in everyone for ranks in said.groups}):
+    for ranks in sorted({ranks for said in everyone.values() for ranks in said.groups}):
+        if absent := [rank for rank in ranks if rank not in everyone]:
+            raise ValueError(f"rank {absent[0]} sums with others of the model, but is not in the group that was given")
         first = everyone[ranks[0]]
         for rank in ranks[1:]:
             said = everyone[rank]
@@ -65,20 +66,25 @@ def check_alike(everyone: list[Said]) -> None:
 
 
 def agree_on_links(
-    groups: list[Group], everyone: list[Said], policy: CompressionPolicy, graphs: bool
+    groups: list[Group],
+    everyone: Mapping[int, Said],
+    policy: CompressionPolicy,
+    graphs: bool,
+    together: Group | None = None,
 ) -> tuple[dict[Group, Calibration], dict[Group | None, Topology]]:
     """By group, its rank 0's calibration, and which of its ranks are near one another where sums may ask.
 
-    graphs: sums are captured in CUDA graphs.
+    graphs: sums are captured in CUDA graphs. together: the ranks that call this, by default all of the job; sums go by
+    level only then.
 
     Raises ValueError, on every rank if on one, for a calibration file that cannot be used, and for islands that do not
     fit a group; OSError if no rank can read its file.
     """
     members = {group: tuple(dist.get_process_group_ranks(group)) for group in groups if group.size() > 1}
     hosts = {group: [everyone[rank].host for rank in ranks] for group, ranks in members.items()}
-    with Together() as step:
+    with Together(together) as step:
         islands: dict[Group | None, Islands] = {}
-        if policy.has_levels:
+        if policy.has_levels and together is None:
             islands |= {group: policy.islands_of(names) for group, names in hosts.items()}
         step.say(
             {
@@ -92,7 +98,7 @@ def agree_on_links(
         if policy.predicts and group.rank() == 0:
             say_calibration(calibration, policy, group.size())
     # torch.distributed makes sub-groups on all ranks of the job: also on those of other groups, if one asks.
-    topologies = connect(islands) if any(said.has_levels for said in everyone) else {}
+    topologies = connect(islands) if any(said.has_levels for said in everyone.values()) else {}
     return {group: found.get(group, ASSUMED) for group in groups}, topologies
 
 

@@ -7,6 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
@@ -35,6 +36,7 @@ def apply_compression(
     *,
     timing: bool = False,
     allow_training: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> torch.nn.Module:
     """Compresses the tensor-parallel reductions of a built Megatron model as `policy` says; returns the model.
 
@@ -44,8 +46,8 @@ def apply_compression(
     Weights, state dict and modules stay what they are, with their classes. A model that is compressed already takes the
     new policy, and its counters start again. Sums that no policy reaches are named in one warning and in `stats`.
 
-    Every rank of the job must call it, those of a pipeline stage without layers too. Tensor-parallel groups may have
-    different policies.
+    Every rank of the job must call it, those of a pipeline stage without layers too; where some ranks have no such
+    model, `group` is of those that do. Tensor-parallel groups may have different policies.
 
     Beside a language model, a vision tower stays uncompressed. A call for the tower alone compresses it, with a policy
     of its own; it must come after one for the whole model, which undoes it.
@@ -59,30 +61,34 @@ def apply_compression(
 
     timing: `stats` tells seconds too; every reduction then waits for the device.
     allow_training: let gradients pass compressed reductions in training mode.
+    group: the ranks that call this together, by default all of the job. With a group, `auto` leaves `hierarchical` out.
 
     Raises, before anything is changed: ValueError where the policy is not valid, asks for what this model does not have
     or cannot do, if a calibration file is not valid or was measured with another number of ranks, and if policies or
     package versions differ between ranks that sum together; OSError for a file that cannot be read; RuntimeError for a
-    Megatron-Core that is too old. After any other error the model is stock. What one rank finds all ranks of the job
+    Megatron-Core that is too old. After any other error the model is stock. What one rank finds all of them
     raise, as a ValueError that names the rank.
     """
-    with Together() as step:
+    with Together(group) as step:
         check_megatron()
         _check_is_one(model, "apply_compression")
         policy = CompressionPolicy.of(policy)
+        if group is not None and (policy.algorithm == "hierarchical" or policy.islands is not None):
+            raise ValueError("group: `hierarchical` and `islands` need a call without it, on all ranks of the job")
         places = list(find_places(model))
         _check(model, places, policy)
         predictors = _read_predictors(model, places, policy, allow_training) if policy.predictor and places else None
         groups = list(dict.fromkeys(place.group for place in places))
-        step.say(Said.of(policy, groups, predictors.digest if predictors else ""))
+        has_levels = policy.has_levels and group is None
+        step.say(Said.of(policy, groups, predictors.digest if predictors else "", has_levels))
     check_alike(step.everyone)
-    calibrations, topologies = agree_on_links(groups, step.everyone, policy, _captures_graphs(places))
+    calibrations, topologies = agree_on_links(groups, step.everyone, policy, _captures_graphs(places), group)
     try:
-        with Together():
+        with Together(group):
             compile_kernels(model, places, policy, topologies)
             remove_compression(model)
             _warn_of_others(model, groups)
-            plans = {group: Plans(policy, calibrations[group], topologies.get(group)) for group in groups}
+            plans = {each: Plans(policy, calibrations[each], topologies.get(each)) for each in groups}
             _attach(model, places, plans, policy, predictors, timing, allow_training)
     except BaseException:
         remove_compression(model)

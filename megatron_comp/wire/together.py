@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work that succeeds on all ranks of a job, or fails on all of them with one error."""
+"""Work that succeeds on all ranks, or fails on all of them with one error."""
 
 import os
 from datetime import timedelta
@@ -19,12 +19,12 @@ class _Heard(NamedTuple):
 
 
 class Together:
-    """A step that every rank of the job does at the same time:
+    """A step that the ranks of a group, by default all of the job, do at the same time:
 
         with Together() as step:
             policy = CompressionPolicy.from_file(path)
             step.say(policy.digest())
-        compare(step.everyone)          # what was said, by rank
+        compare(step.everyone)          # what was said, by rank of the job
 
     An error of one rank would leave the others to wait in the next collective. Here they learn of it at the end of the
     block: if every rank has the same error, each raises its own; else all raise a ValueError that begins with the
@@ -33,8 +33,9 @@ class Together:
     What is not an `Exception`, as KeyboardInterrupt, ends this rank alone.
     """
 
-    def __init__(self) -> None:
-        self.everyone: list[Any] = []
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.everyone: dict[int, Any] = {}
+        self._group = group
         self._said: Any = None
 
     def say(self, value: object) -> None:
@@ -48,14 +49,14 @@ class Together:
         if error is not None and not isinstance(error, Exception):
             return
         mine = _Heard(self._said, None if error is None else one_line(error))
-        heard = [mine]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            heard *= dist.get_world_size()
-            dist.all_gather_object(heard, mine)
+        ranks = dist.get_process_group_ranks(self._group) if dist.is_initialized() else [0]
+        heard = [mine] * len(ranks)
+        if len(ranks) > 1:
+            dist.all_gather_object(heard, mine, group=self._group)
         if len({each.problem for each in heard}) > 1:
-            rank, problem = next((rank, each.problem) for rank, each in enumerate(heard) if each.problem)
+            rank, problem = next((rank, each.problem) for rank, each in zip(ranks, heard, strict=True) if each.problem)
             raise ValueError(f"rank {rank}: {problem}") from error
-        self.everyone = [each.said for each in heard]
+        self.everyone = {rank: each.said for rank, each in zip(ranks, heard, strict=True)}
 
 
 def join_job(timeout: timedelta, failed: Exception | None = None) -> None:

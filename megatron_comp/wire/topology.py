@@ -115,7 +115,9 @@ def connect(islands: Mapping[Group | None, Islands]) -> dict[Group | None, Topol
             _check(group, its_islands)
         wanted = [_sub_groups(group, its_islands) for group, its_islands in islands.items()]
         step.say(wanted)
-    for members, backend, timeout in sorted({one for subs in step.everyone for sub in subs for one in sub}, key=str):
+    for members, backend, timeout in sorted(
+        {one for subs in step.everyone.values() for sub in subs for one in sub}, key=str
+    ):
         _made(dist.group.WORLD, members, backend, timeout)
     return {
         group: _topology(group, its_islands, subs)
