@@ -17,6 +17,8 @@ from .launcher import ranks
 from .notices import Notice, one_line
 from .version import __version__
 
+LONGEST_WAIT = 60  # seconds, for ranks that are to be told of an error
+
 SUBCOMMANDS = Subcommands(
     "subcommand",
     {
@@ -94,7 +96,7 @@ def _tell_others(error: Exception, args: argparse.Namespace) -> None:
         from .wire.together import join_job
 
         if hasattr(args, "timeout") and not dist.is_initialized():
-            join_job(timedelta(seconds=args.timeout), error)
+            join_job(timedelta(seconds=min(args.timeout, LONGEST_WAIT)), error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -286,7 +286,7 @@ def test_what_ranks_that_stand_cannot_do(monkeypatch, capsys, arguments, message
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", **place}.items():
         monkeypatch.setenv(name, value)
-    assert bench(*arguments) == 2
+    assert bench(*arguments, "--timeout", "1") == 2  # so long it waits for the other rank, to tell it
     assert re.search(f"megatron-comp: error on rank 0: {message}", capsys.readouterr().err)
 
 

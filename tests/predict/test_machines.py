@@ -95,8 +95,8 @@ def test_a_hierarchical_sum_by_hand():
 
 
 def test_the_bytes_beside_distributed_llama():
-    """The table of docs/machines-and-slurm.md: (N - 1) rows of 34 bytes per 32 values, 64 sums of 4096, and ours."""
-    page = (Path(__file__).parents[2] / "docs/machines-and-slurm.md").read_text()
+    """The table of docs/distributed-llama.md: (N - 1) rows of 34 bytes per 32 values, 64 sums of 4096, and ours."""
+    page = (Path(__file__).parents[2] / "docs/distributed-llama.md").read_text()
     table = re.findall(r"^\| (.+?) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.M)
     sums, prompt, tokens = 64, (1024, 4096), 1024
 

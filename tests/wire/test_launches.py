@@ -113,7 +113,7 @@ BY_LEVEL = {
 def counted_by_level(rank, ranks):
     """{case: (counts, shape)} of hierarchical sums."""
     made = {}
-    dist.all_gather_object = lambda everyone, own: everyone.__setitem__(slice(None), [own] * len(everyone))
+    dist.all_gather_object = lambda everyone, own, group: everyone.__setitem__(slice(None), [own] * len(everyone))
     for name, (members, as_rank) in BY_LEVEL.items():
         islands = Islands(members)
         start(as_rank, islands.ranks)
