@@ -3,8 +3,10 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 from ..files import shown
+from ..inference import config
 from ..inference.text import check_prompt, encode, stop_tokens
 from ..launcher import output
 from ..launcher.progress import progress
@@ -36,6 +38,9 @@ def check(args: argparse.Namespace) -> list[setup.Setting]:
     for prompt in args.prompt:
         check_prompt(prompt)
     checks.check_files(args)
+    most = config.read_raw(Path(args.model)).get("max_position_embeddings")
+    if isinstance(most, int) and args.new_tokens >= most:
+        raise ValueError(f"--new-tokens {args.new_tokens}: {args.model} holds {most} tokens, the prompt's among them")
     return setup.settings(args, [] if args.codec is None else [args.codec]) or [setup.NONE]
 
 

@@ -36,6 +36,7 @@ def tiny(tmp_path_factory):
         (["--tp", "0"], r"--tp 0: at least one rank"),
         (["--model", "nowhere"], r"--model nowhere: no such folder"),
         (["--new-tokens", "0"], r"--new-tokens 0: at least one"),
+        (["--new-tokens", "256"], r"--new-tokens 256: .* holds 256 tokens, the prompt's among them"),
         (["--max-new-tokens", "0"], r"--new-tokens 0: at least one"),
         (["--min-bytes", "-1", "--codec", "mxfp4"], r"min_bytes: -1 is neither 'auto' nor a number of bytes"),
         (["--min-bytes", "1e3", "--codec", "mxfp4"], r"min_bytes: '1e3' is neither"),
