@@ -9,7 +9,7 @@ from ..files import shown
 from ..launcher import output
 from .options import context_of
 
-MOST = 10**9  # of anything that is counted, so that what is computed from it stays within a float, and a list in memory
+MOST = 10**9  # of anything that is counted: products of such numbers still fit a float
 
 
 def check_text(args: argparse.Namespace) -> None:
@@ -41,7 +41,7 @@ def check_written(args: argparse.Namespace, *names: str) -> None:
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """Raises ValueError for the first of these options whose number is less, or beyond anything that can be meant."""
+    """Raises ValueError for the first of these options whose number is below 1 or above MOST."""
     for name in names:
         option, number = f"--{name.replace('_', '-')}", getattr(args, name)
         if number < 1:

@@ -21,8 +21,12 @@ COLUMNS = {
 
 def check(args: argparse.Namespace) -> None:
     drop_options.check(args)
-    if args.thresholds and not args.thresholds[0] <= args.thresholds[1]:
-        raise ValueError(f"--thresholds {args.thresholds[0]} {args.thresholds[1]}: the first must not be the larger")
+    if args.thresholds:
+        first, second = args.thresholds
+        if not first <= second:  # as it is not where one of them is nan
+            raise ValueError(
+                f"--thresholds {first} {second}: expected two numbers, of which the first is not the larger"
+            )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -47,7 +47,11 @@ def _one_of(*words: str) -> Rule:
 COUNT = Rule("an integer of at least 1", lambda value: _is_integer(value) and value >= 1)
 EVEN = Rule("an even integer of at least 2", lambda value: _is_integer(value) and value >= 2 and value % 2 == 0)
 POSITIVE = Rule("a number above 0", lambda value: _is_number(value) and value > 0)
-NOT_NEGATIVE = Rule("a number of at least 0", lambda value: _is_number(value) and value >= 0)
+# transformers takes no integer for it.
+EPSILON = Rule(
+    "a number of at least 0, written with a point or an exponent",
+    lambda value: type(value) is float and math.isfinite(value) and value >= 0,
+)
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 TOKEN = Rule("a token's number", _is_integer).or_null()
 TOKENS = Rule(
@@ -67,7 +71,7 @@ USED = {
     "head_dim": EVEN.or_null(),
     "hidden_act": _one_of(*ACTIVATIONS),
     "max_position_embeddings": COUNT,
-    "rms_norm_eps": NOT_NEGATIVE,
+    "rms_norm_eps": EPSILON,
     "tie_word_embeddings": FLAG,
     "rope_parameters": MAPPING,
     "rope_scaling": MAPPING,  # its older name

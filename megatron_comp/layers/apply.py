@@ -66,8 +66,8 @@ def apply_compression(
     Raises, before anything is changed: ValueError where the policy is not valid, asks for what this model does not have
     or cannot do, if a calibration file is not valid or was measured with another number of ranks, and if policies or
     package versions differ between ranks that sum together; OSError for a file that cannot be read; RuntimeError for a
-    Megatron-Core that is too old. After any other error the model is stock. What one rank finds all of them
-    raise, as a ValueError that names the rank.
+    Megatron-Core that is too old. After any other error the model is stock. What one rank finds, all of them raise, as
+    a ValueError that names the rank.
     """
     with Together(group) as step:
         check_megatron()
@@ -222,7 +222,7 @@ def _check_model(model: torch.nn.Module, places: list, policy: CompressionPolicy
 
 
 def _stages(model: torch.nn.Module, places: list) -> int:
-    """Of the pipeline that the model is a part of; one that has no layers has an embedding or an output layer alone."""
+    """The number of pipeline stages that the model is split into. A stage may have no layers, and so no places."""
     config = places[0].module.config if places else getattr(model, "config", None)
     return getattr(config, "pipeline_model_parallel_size", 1)
 

@@ -92,7 +92,8 @@ class Hook:
         places = list(find_places(model))
         if not places:
             has_layers = any(numbered_layers(model))
-            apply_compression(model, CompressionPolicy() if has_layers else self.policy)  # all ranks of the job must
+            # Every rank of the job takes part. `CompressionPolicy()` asks nothing of a model that is not recognised.
+            apply_compression(model, CompressionPolicy() if has_layers else self.policy)
             if has_layers:
                 has = shortened(find_not_recognised(model)) or "no row-parallel linear at all"
                 self._unknown = (

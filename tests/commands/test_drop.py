@@ -103,7 +103,11 @@ def test_lists_of_blocks():
         (("distill", "--tp", 2, "--blocks", "0", "--out", "w", "--start", "no"), "--start no: no such file"),
         (("group", "--tp", 2, "--blocks", "x", "--out", "w"), "expected numbers and ranges"),
         (("sensitivity", "--tp", 1), "--tp 1: one rank sums nothing"),
-        (("sensitivity", "--tp", 2, "--thresholds", 2, 1), "the first must not be the larger"),
+        (
+            ("sensitivity", "--tp", 2, "--thresholds", 2, 1),
+            "2.0 1.0: expected two numbers, of which the first is not the larger",
+        ),
+        (("sensitivity", "--tp", 2, "--thresholds", "nan", "nan"), "nan nan: expected two numbers"),
         (("curve", "--tp", 2, "--percent", 120), "--percent 120.0: allowed are 0 to 100"),
         (("curve", "--tp", 2, "--codec", "drop"), "only attention under layers"),
         (("curve", "--tp", 2, "--weights", "no"), "--weights no: no such file"),

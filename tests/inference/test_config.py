@@ -112,6 +112,7 @@ REFUSED = [
     ("head_dim", 0, "head_dim is 0; allowed: an even integer of at least 2"),
     ("head_dim", 15, "head_dim is 15; allowed: an even integer"),
     ("rms_norm_eps", "1e-5", "rms_norm_eps is '1e-5'; allowed: a number of at least 0"),
+    ("rms_norm_eps", 0, "rms_norm_eps is 0; allowed: a number of at least 0, written with a point or an exponent"),
     ("rms_norm_eps", -1e-5, "rms_norm_eps is -1e-05; allowed: a number of at least 0"),
     ("tie_word_embeddings", "true", "tie_word_embeddings is 'true'; allowed: true or false"),
     ("dtype", "int8", "dtype is 'int8'; allowed: 'float32'"),
