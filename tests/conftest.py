@@ -80,23 +80,42 @@ def smollm2_padded(smollm2):
     return cached("smollm2_padded", lambda path: pad_heads(smollm2, path))
 
 
-@pytest.fixture(scope="session")
-def mixtral_copy(smollm2_padded, sotu_text):
-    """That model as a mixture of four equal experts: it computes the same, whichever experts a token goes to."""
-    return upcycled("copy", smollm2_padded, sotu_text)
+SHORT = 6  # layers
 
 
 @pytest.fixture(scope="session")
-def mixtral_split(smollm2_padded, sotu_text):
-    """That model as a mixture of eight different experts, in pairs: it computes the same if all tokens go right."""
-    return upcycled("split", smollm2_padded, sotu_text)
+def smollm2_short(smollm2):
+    """Its first layers alone: for what needs real weights and a real tokenizer, but no sensible text."""
+    from checkpoints import first_layers
+
+    return cached(f"smollm2_short_{SHORT}", lambda path: first_layers(smollm2, path, SHORT))
+
+
+@pytest.fixture(scope="session")
+def smollm2_short_padded(smollm2_short):
+    """Those with 12 query and 4 key-value heads."""
+    from checkpoints import pad_heads
+
+    return cached(f"smollm2_short_{SHORT}_padded", lambda path: pad_heads(smollm2_short, path))
+
+
+@pytest.fixture(scope="session")
+def mixtral_copy(smollm2_short_padded, sotu_text):
+    """That as a mixture of four equal experts: it computes the same, whichever experts a token goes to."""
+    return upcycled("copy", smollm2_short_padded, sotu_text)
+
+
+@pytest.fixture(scope="session")
+def mixtral_split(smollm2_short_padded, sotu_text):
+    """That as a mixture of eight different experts, in pairs: it computes the same if all tokens go right."""
+    return upcycled("split", smollm2_short_padded, sotu_text)
 
 
 def upcycled(kind, source, text):
     from checkpoints import upcycle
 
     end = text.read_text(encoding="utf-8")[-4000:]  # tests read the beginning
-    return cached(f"mixtral_{kind}", lambda path: upcycle(source, path, kind, end))
+    return cached(f"mixtral_{kind}_{SHORT}", lambda path: upcycle(source, path, kind, end))
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def policy(tmp_path):
 
 
 def test_a_script_is_compressed_as_it_is(stock, policy):
-    result = really_started(*TORCHRUN, "-m", "megatron_comp.run", "--policy", policy, SCRIPT, "--new-tokens", "8")
+    result = started("-m", "megatron_comp.run", "--policy", policy, SCRIPT, "--new-tokens", "8", ranks=RANKS)
     assert tokens(result) == stock  # int8 leaves the greedy tokens of this model alone
     built, sent = said(result)
     assert built.startswith("megatron_comp: GPTModel: 3 of 4 sums have a codec, policy {")
@@ -148,7 +148,7 @@ ENDS = {
     ),
     "groups that are left as they are": "",
 }
-IN_NEW_PROCESSES = "SIGTERM", "groups that are left as they are"
+IN_NEW_PROCESSES = "groups that are left as they are"  # under torchrun, as users start them
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -164,7 +164,7 @@ def test_what_was_sent_is_said_however_the_script_ends(policy, tmp_path, end):
     main = SCRIPT.read_text().replace("    parallel_state.destroy_model_parallel()\n", "")
     script.write_text(main.replace("    dist.destroy_process_group()\n", "") + ENDS[end])
     command = ["-m", "megatron_comp.run", "--policy", policy, script, "--new-tokens", "2"]
-    result = really_started(*TORCHRUN, *command) if end in IN_NEW_PROCESSES else started(*command, ranks=RANKS)
+    result = really_started(*TORCHRUN, *command) if end == IN_NEW_PROCESSES else started(*command, ranks=RANKS)
     assert (result.returncode == 0) == (end not in ("SIGTERM", "SIGINT")), result.stderr
     sent = [line for line in said(result) if line.startswith("megatron_comp: ")][-1]  # torchrun has a line, too
     assert sent.startswith("megatron_comp: GPTModel: 6 sums compressed (gather_sum 6), 2 uncompressed (policy 2)")
@@ -187,6 +187,7 @@ def test_a_model_that_is_gone_is_still_counted(policy, tmp_path):
 
 
 def test_a_helper_that_a_program_spawns_may_build_no_model(tmp_path, policy):
+    """The program itself may not. Both are new processes: where nothing is forked the import sees how Python ends."""
     script = tmp_path / "spawns.py"
     script.write_text(
         "import multiprocessing, sys\n"
@@ -197,8 +198,8 @@ def test_a_helper_that_a_program_spawns_may_build_no_model(tmp_path, policy):
         "    process.start(); process.join(); print(process.exitcode)\n"
     )
     result = really_started(sys.executable, script, MEGATRON_COMP_POLICY=str(policy))
-    assert result.stdout.split() == ["helped", "0"]
-    assert said(result) == [f"megatron_comp.auto: {NOTHING}"]  # of the program itself
+    assert (result.returncode, result.stdout.split()) == (1, ["helped", "0"])
+    assert said(result) == [f"megatron_comp.auto: {NOTHING}"]
 
 
 NOTHING = "no Megatron language model was built in this process: nothing was compressed"
@@ -211,15 +212,6 @@ def test_a_script_without_a_model_is_an_error(tmp_path):
     assert result.returncode == 1
     assert result.stdout.strip() == str([str(script), "--codec", "its own"])
     assert said(result) == [f"megatron_comp.run: {script}: {NOTHING}"]
-
-
-def test_an_import_without_a_model_is_an_error(tmp_path, policy):
-    script = tmp_path / "idle.py"
-    script.write_text("import megatron_comp.auto\nprint('done')\n")
-    result = really_started(sys.executable, script, MEGATRON_COMP_POLICY=str(policy))
-    assert result.returncode == 1
-    assert result.stdout.strip() == "done"
-    assert said(result) == [f"megatron_comp.auto: {NOTHING}"]
 
 
 def test_a_script_keeps_its_own_exit_status(tmp_path):

@@ -114,8 +114,8 @@ def test_seen_by_the_ranks(command, tiny, tmp_path, damage, tp, message):
     assert_one_line(done.stderr, message)
 
 
-def test_prompt_longer_than_the_context(command, smollm2):
-    done = command("generate", "--model", smollm2, "--tp", 1, "--prompt", "Hello " * 9000)
+def test_prompt_longer_than_the_context(command, smollm2_short):
+    done = command("generate", "--model", smollm2_short, "--tp", 1, "--prompt", "Hello " * 9000)
     assert done.returncode == 2
     assert_one_line(done.stderr, r"prompt of \d+ tokens and 32 new ones exceed the model's context of 8192")
 
@@ -127,13 +127,13 @@ def test_prompt_longer_than_the_context(command, smollm2):
         (("mxfp4", "mxfp4", "mxfp5"), "rank 2: codec 'mxfp5' is neither a preset"),
     ],
 )
-def test_ranks_with_different_policies(command, smollm2, unused_port, codecs, expected):
+def test_ranks_with_different_policies(command, smollm2_short, unused_port, codecs, expected):
     """Each rank started by hand, as a wrong job script would: all say what is wrong, also what one alone has seen."""
 
     def start(rank, codec):
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port), "GLOO_SOCKET_IFNAME": "lo"}
         place |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3"}
-        return command("generate", "--model", smollm2, "--tp", 3, *GENERATE, "--codec", codec, **place)
+        return command("generate", "--model", smollm2_short, "--tp", 3, *GENERATE, "--codec", codec, **place)
 
     with ThreadPoolExecutor(3) as threads:
         ranks = list(threads.map(start, range(3), codecs))
@@ -142,16 +142,17 @@ def test_ranks_with_different_policies(command, smollm2, unused_port, codecs, ex
         assert_one_line(done.stderr, rf"error on rank {rank}: .*{expected}" if rank < 2 else expected.split(": ")[-1])
 
 
-def test_killed_rank(start_command, smollm2):
-    """One rank dies in the middle of a forward: the others say so, the command fails, and nobody is left behind."""
-    process = start_command("generate", "--model", smollm2, "--tp", 3, *GENERATE, "--new-tokens", 5000)
+def test_killed_rank(start_command, tmp_path):
+    """One rank dies in the middle of a forward: the other says so, the command fails, and nobody is left behind."""
+    folder = character_llama(tmp_path / "model", max_position_embeddings=6000)
+    process = start_command("generate", "--model", folder, "--tp", 2, *GENERATE, "--new-tokens", 5000)
     deadline = time.monotonic() + 120
     seen = ""
     while not re.search(r"[1-9]\d*/5000", seen):
         assert time.monotonic() < deadline and process.poll() is None, seen
         seen += process.stderr.readline()
     children = children_of(process.pid)
-    assert len(children) == 3
+    assert len(children) == 2
     killed = time.monotonic()
     os.kill(children[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
@@ -160,7 +161,7 @@ def test_killed_rank(start_command, smollm2):
     assert "\r" not in seen
     first, then = [line for line in errors.splitlines() if line.startswith("megatron-comp: ")]
     assert first.startswith("megatron-comp: error on rank 1: was killed")
-    assert re.match(r"megatron-comp: then an error on rank (0, 2|0|2): \w*Error", then), errors
+    assert re.match(r"megatron-comp: then an error on rank 0: \w*Error", then), errors
     assert not [child for child in children if Path(f"/proc/{child}").exists()]
 
 

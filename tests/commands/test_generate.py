@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 from characters import character_llama
 from command_line import COMMAND, command_environment
@@ -15,21 +16,16 @@ PROMPT = "The three branches of the government of the United States are"
 ARGUMENTS = ("--tp", 3, "--prompt", PROMPT, "--new-tokens", NEW)
 
 
-def test_own_ranks_and_torchrun_give_one_text(command, real_command, smollm2, tmp_path):
-    """Also: what the JSON holds, and that every reduction was compressed."""
-    arguments = ("generate", "--model", smollm2, *ARGUMENTS, "--codec", "mxfp4", "--json")
-    own = command(*arguments, tmp_path / "own.json")
-    assert own.returncode == 0, own.stderr
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    torchrun = real_command(*arguments, tmp_path / "torchrun.json", launcher=[*torchrun, "-m", "megatron_comp.cli"])
-    assert torchrun.returncode == 0, torchrun.stderr
+def test_a_text_of_a_real_model(command, smollm2, tmp_path):
+    """What the JSON holds, and that every reduction was compressed."""
+    done = command("generate", "--model", smollm2, *ARGUMENTS, "--codec", "mxfp4", "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
 
-    content = json.loads((tmp_path / "own.json").read_text())
+    content = json.loads((tmp_path / "out.json").read_text())
     assert set(content) == {"command", "config", "versions", "rows"}
     assert {"megatron_comp", "torch", "megatron-core"} <= set(content["versions"])
     (row,) = content["rows"]
-    assert row["text"].startswith(PROMPT) and row["text"] in own.stdout
-    assert row["text"] == json.loads((tmp_path / "torchrun.json").read_text())["rows"][0]["text"]
+    assert row["text"].startswith(PROMPT) and row["text"] in done.stdout
 
     # Two reductions in each of 30 layers, in the prefill and for each token after the first.
     assert (row["new_tokens"], row["compressed_calls"], row["kept_calls"]) == (NEW, 60 * NEW, 0)
@@ -39,14 +35,27 @@ def test_own_ranks_and_torchrun_give_one_text(command, real_command, smollm2, tm
     assert row["decode_bytes_per_rank"] == 60 * (NEW - 1) * 2 * (288 + 32)
 
 
-def test_policy_file_keeps_decode(command, smollm2, tmp_path):
+def test_own_ranks_and_torchrun_give_one_text(command, real_command, characters, tmp_path):
+    arguments = ("generate", "--model", characters, "--tp", 2, "--prompt", "hello", "--new-tokens", NEW)
+    arguments += ("--codec", "mxfp4", "--json")
+    own = command(*arguments, tmp_path / "own.json")
+    assert own.returncode == 0, own.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = real_command(*arguments, tmp_path / "torchrun.json", launcher=[*torchrun, "-m", "megatron_comp.cli"])
+    assert torchrun.returncode == 0, torchrun.stderr
+    texts = [json.loads((tmp_path / name).read_text())["rows"][0]["text"] for name in ("own.json", "torchrun.json")]
+    assert texts[0] == texts[1] != "h e l l o"
+
+
+def test_policy_file_keeps_decode(command, characters, tmp_path):
     policy = tmp_path / "policy.yaml"
     policy.write_text("codec: int8:32:fp16\nmin_bytes: 0\nphases: {decode: none}\n")
-    done = command("generate", "--model", smollm2, "--policy", policy, "--json", tmp_path / "out.json", *ARGUMENTS)
+    arguments = ("--tp", 2, "--prompt", "hello", "--new-tokens", NEW, "--json", tmp_path / "out.json")
+    done = command("generate", "--model", characters, "--policy", policy, *arguments)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert row["compressed_calls"] == 60
-    assert row["kept_calls"] == 60 * (row["new_tokens"] - 1)
+    assert row["compressed_calls"] == 2  # sums of its one layer
+    assert row["kept_calls"] == 2 * (NEW - 1)
     assert row["kept_because"] == {"policy": row["kept_calls"]}
 
 
@@ -82,11 +91,11 @@ def short(model, prompt, *more):
     return ("generate", "--model", model, "--tp", 1, "--prompt", prompt, "--max-new-tokens", 2, *more)
 
 
-def test_a_terminal_without_the_characters(smollm2, tmp_path):
+def test_a_terminal_without_the_characters(smollm2_short, tmp_path):
     """What it cannot show is replaced there, and nothing is lost in the file. In a process of its own, whose Python
     reads the variable when it starts."""
     arguments = ("--tp", 1, "--prompt", "naïve 日本", "--max-new-tokens", 1, "--json", tmp_path / "out.json")
-    argv = [*COMMAND, "generate", "--model", smollm2, *arguments]
+    argv = [*COMMAND, "generate", "--model", smollm2_short, *arguments]
     environment = command_environment(PYTHONIOENCODING="ascii")
     done = subprocess.run(list(map(str, argv)), capture_output=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -156,7 +165,7 @@ def test_warnings_of_the_loader(command, characters, tmp_path):
     ]
 
 
-def test_several_prompts(command, real_command, characters, tmp_path):
+def test_several_prompts(command, characters, tmp_path):
     """With the dynamic engine, whose attention is plain torch here: the texts of each prompt alone."""
     alone = []
     for prompt in ("hello", "ab"):
@@ -164,8 +173,8 @@ def test_several_prompts(command, real_command, characters, tmp_path):
         assert done.returncode == 0, done.stderr
         alone += json.loads((tmp_path / "out.json").read_text())["rows"]
     arguments = short(characters, "hello", "--prompt", "ab", "--engine", "dynamic", "--json", tmp_path / "out.json")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    done = real_command(*arguments, launcher=[*torchrun, STOOD_IN, "megatron_comp.cli"])
+    stood_in = commands.on_ranks(1, [sys.executable, STOOD_IN, "megatron_comp.cli", *arguments])
+    done = commands.run(stood_in, command_environment())
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert row["text"] == "\n\n".join(each["text"] for each in alone)

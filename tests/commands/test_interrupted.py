@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from checkpoints import tiny_llama
@@ -36,7 +37,7 @@ def wait_for(condition, process, seconds=120):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
-def test_an_interrupted_conversion(start_command, large, tmp_path, number):
+def test_an_interrupted_conversion(start_command, command, large, tmp_path, number):
     """Leaves nothing; after SIGKILL, which nobody can answer, the same command goes on as if nothing had been."""
     out = tmp_path / "out"
     process = start_command("convert", "--model", large, "--out", out)
@@ -48,20 +49,19 @@ def test_an_interrupted_conversion(start_command, large, tmp_path, number):
         assert not list(tmp_path.iterdir())
         return
     time.sleep(1)  # the ranks end with their starter
-    again = start_command("convert", "--model", large, "--out", out)
-    output, errors = again.communicate(timeout=120)
-    assert again.returncode == 0, errors
+    again = command("convert", "--model", large, "--out", out)
+    assert again.returncode == 0, again.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
-def test_two_conversions_to_one_folder(start_command, large, tmp_path):
+def test_two_conversions_to_one_folder(command, large, tmp_path):
     """One of them is refused, and its end takes nothing from the other."""
     out = tmp_path / "out"
-    processes = [start_command("convert", "--model", large, "--out", out) for _ in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    statuses = [process.returncode for process in processes]
-    assert sorted(statuses) == [0, 2], errors
-    refused = errors[statuses.index(2)]
+    with ThreadPoolExecutor(2) as threads:
+        done = list(threads.map(lambda _: command("convert", "--model", large, "--out", out), range(2)))
+    statuses = [each.returncode for each in done]
+    assert sorted(statuses) == [0, 2], done
+    refused = done[statuses.index(2)].stderr
     assert "is at work on it" in refused or "is not an empty folder" in refused
     assert [file.name for file in tmp_path.iterdir()] == ["out"] and (
         out / "latest_checkpointed_iteration.txt"

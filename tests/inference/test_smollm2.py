@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real pretrained Llama on real Megatron-Core: SmolLM2-135M-Instruct at TP 1, 2, 3 and 4."""
+"""A real pretrained Llama on real Megatron-Core: SmolLM2-135M-Instruct at TP 3, and with padded heads at 4."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def run(rank, world_size, ref):
     return made.tokens, (out - ref.logits).abs().max().item()
 
 
-@pytest.mark.parametrize("tp, name", [(1, "plain"), (3, "plain"), (2, "padded"), (4, "padded")])
+@pytest.mark.parametrize("tp, name", [(3, "plain"), (4, "padded")])
 def test_equals_hugging_face(references, record_property, tp, name):
     ref = references[name]
     results = run_ranks(run, tp, ref, timeout=300)

@@ -22,7 +22,7 @@ def check(codec, shape, dtype, ranks=2, seed=0):
 @pytest.mark.parametrize("codec", CODECS)
 def test_elements_scales_and_options(codec):
     turn = CODECS.index(codec)
-    check(codec, (2, 3000 + turn), DTYPES[turn % 3], seed=turn)
+    check(codec, cases.flat_or_ragged(Format.parse(codec), turn), DTYPES[turn % 3], seed=turn)
 
 
 @pytest.mark.parametrize("codec", cases.MIXED)
@@ -33,20 +33,20 @@ def test_shapes(codec):
 
 @pytest.mark.parametrize("codec", ["mxfp6", "nvfp4", "int4:32:fp16"])
 def test_many_rows(codec):
-    check(codec, (12, 72), "bf16")
+    check(codec, (6, 72), "bf16")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("codec", ["mxfp4", "mxfp8", "nvfp4", "flash-int4", "int4:32:fp16:hadamard"])
 def test_every_type(codec, dtype):
-    check(codec, (4, 2048 + 8), dtype, seed=1)
+    check(codec, (2, 2048 + 8), dtype, seed=1)
 
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("options", ["", ":hadamard", ":asym"])
 def test_damaged_scales(scale, options):
     """Messages of random bytes: whatever stands in the place of a scale, it means what the reference says."""
-    fmt, shape = Format.parse(f"int4:16:{scale}{options}"), (2, 8 * 16 * 256)
+    fmt, shape = Format.parse(f"int4:8:{scale}{options}"), (2, 4096)
     nbytes = message.layout(fmt, *shape).nbytes
     generator = torch.Generator().manual_seed(nbytes)
     messages = torch.randint(0, 256, (2, nbytes), generator=generator, dtype=torch.uint8).to(cases.DEVICE)
@@ -54,10 +54,10 @@ def test_damaged_scales(scale, options):
         cases.check_decode_sum(fmt, messages[:ranks], shape, dtype)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("ranks", [3, 4, 5])
 @pytest.mark.parametrize("codec", ["mxfp4", "int8:32:fp32", "int5:16:fp16:asym:spike"])
 def test_any_number_of_ranks(codec, ranks):
-    """Their numbers differ in size, so that the order of the additions shows in fp32."""
+    """Their numbers differ in size, so that the order of the additions shows in fp32. One and two: test_shapes."""
     check(codec, (2, 1999), "fp32", ranks, seed=3)
 
 

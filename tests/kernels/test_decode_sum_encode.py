@@ -9,6 +9,8 @@ import pytest
 from megatron_comp.wire.formats import SCALES, Format
 
 DTYPES = [*cases.DTYPES]
+# Every scale after itself and after three or four others.
+PAIRS = [*itertools.product(SCALES, SCALES)][::2]
 
 
 def check(first, second, shape, ranks=2, seed=0):
@@ -29,19 +31,20 @@ def test_options(codec):
     check(codec, codec, (2, 2048 + 8))
 
 
-@pytest.mark.parametrize("pair", itertools.product(SCALES, SCALES), ids=">".join)
+@pytest.mark.parametrize("pair", PAIRS, ids=">".join)
 def test_two_codecs(pair):
-    """Every scale after every scale, with elements, blocks and options of their own and shapes that fit one or both."""
-    turn = [*itertools.product(SCALES, SCALES)].index(pair)
+    """Elements, blocks and options of their own, and shapes that fit one or both."""
+    turn = PAIRS.index(pair)
     flags = ["", "asym", "hadamard", "spike"]
     first, second = (
         cases.name(f"int{2 + (turn + 3 * i) % 7}", 8 << (turn + 2 * i) % 6, scale, flags[(turn + i) % 4])
         for i, scale in enumerate(pair)
     )
-    check(first, second, [(2, 512), (2, 513), (3, 328)][turn % 3], ranks=1 + turn % 3, seed=turn)
+    check(first, second, [(2, 512), (2, 513), (2, 328)][turn % 3], ranks=1 + turn % 3, seed=turn)
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 4, 5])
+@pytest.mark.parametrize("ranks", [4, 5])
 @pytest.mark.parametrize("pair", ["mxfp4>mxfp8", "int4:32:fp16>int8:32:fp16", "nvfp4>nvfp4"])
 def test_any_number_of_ranks(pair, ranks):
+    """Fewer: test_two_codecs."""
     check(*pair.split(">"), (2, 999), ranks, seed=4)

@@ -19,7 +19,7 @@ def check(codec, shape, dtype, seed=0):
 @pytest.mark.parametrize("codec", cases.TO_ENCODE)
 def test_elements_scales_and_options(codec):
     turn = cases.TO_ENCODE.index(codec)
-    check(codec, (2, 3000 + turn), DTYPES[turn % 3], turn)
+    check(codec, cases.flat_or_ragged(Format.parse(codec), turn), DTYPES[turn % 3], turn)
 
 
 @pytest.mark.parametrize("codec", cases.MIXED)
@@ -40,13 +40,13 @@ def test_shapes_take_every_way(kernel):
 
 @pytest.mark.parametrize("codec", ["mxfp6", "nvfp4", "int4:32:fp16"])
 def test_many_rows(codec):
-    check(codec, (12, 72), "bf16")
+    check(codec, (6, 72), "bf16")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("codec", ["mxfp4", "mxfp8", "nvfp4", "flash-int4", "int4:32:fp16:hadamard"])
 def test_every_type(codec, dtype):
-    check(codec, (4, 2048 + 8), dtype, seed=1)
+    check(codec, (2, 2048 + 8), dtype, seed=1)
 
 
 @pytest.mark.parametrize("codec", ["mxfp4", "nvfp4", "int3:8:fp32:hadamard:spike"])

@@ -11,13 +11,15 @@ from megatron_comp.wire.formats import Format
 DTYPES = [*cases.DTYPES.values()]
 # As all-reduces and reduce-scatters cut: evenly, long slices before short ones, few rows, and as experts do.
 ROWS = [(2, 2), (2, 2, 1), (1,) * 8, (1, 1, 1, 0, 0), (1,) * 5 + (0,) * 11, (0, 3, 1), (1, 0, 4, 2), (0, 2, 0)]
+# Where it is the codec that matters: with every row and slice the interpreter runs more programs.
+FEW_ROWS = [(1, 1), (2, 1), (1, 1, 0), (0, 2, 1), (0, 2, 0)]
 
 
 @pytest.mark.parametrize("codec", cases.MIXED)
 def test_shapes(codec):
     fmt, turn = Format.parse(codec), cases.MIXED.index(codec)
     for i, hidden in [*enumerate([1, fmt.block * 4, 33, 4096 + 40])][turn % 2 :: 2]:
-        cases.check_slices(fmt, ROWS[(turn + 3 * i) % len(ROWS)], hidden, DTYPES[(turn + i) % 3], seed=turn)
+        cases.check_slices(fmt, FEW_ROWS[(turn + 3 * i) % len(FEW_ROWS)], hidden, DTYPES[(turn + i) % 3], seed=turn)
 
 
 @pytest.mark.parametrize("rows", ROWS, ids=str)

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 
+import commands
 import pytest
 import torch
 from slurm import ROOT
@@ -112,7 +113,7 @@ def test_whole_sums_without_the_wire(tmp_path):
     command = [sys.executable, ROOT / "tests" / "kernels" / "chain.py", "--rows=8", "--hidden=256", "--codec=mxfp4"]
     command += ["--ranks=4", "--calls=2", "--rounds=1", "--csv", tmp_path / "sums.csv"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = commands.run(command, environment)
     assert done.returncode == 0, done.stderr
     with (tmp_path / "sums.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -128,6 +129,7 @@ def test_layers_with_a_wire_of_pauses(tmp_path):
     sizes = {"ranks": ranks, "tokens": tokens, "hidden": hidden, "layers": layers, "ffn": 128, "heads": 4, "rounds": 1}
     command += [f"--{name}={value}" for name, value in {**sizes, "link": link}.items()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # In a process of its own, since its pauses have to be in place before anything takes torch's collectives over.
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     stock, compressed = csv.DictReader((tmp_path / "layers.csv").open())

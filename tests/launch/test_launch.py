@@ -184,11 +184,20 @@ def test_scripts_parse_and_say_how_they_are_used(script):
         assert word in header
 
 
-def test_two_nodes_without_slurm(smollm2_padded, generate, row_of, row_of_one_node, tmp_path):
-    """Both are this machine: a rank each gives the text of two ranks on one node."""
+def test_two_ranks_on_one_node(model, generate, row_of, row_of_command, tmp_path):
+    out = tmp_path / "out.json"
+    command = ["bash", ROOT / "launch/model.sh", *generate(out)]
+    env = launch_environment(MODEL=model, NPROC_PER_NODE=2)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert row_of(out) == row_of_command
+
+
+def test_two_nodes_without_slurm(model, generate, row_of, row_of_command, tmp_path):
+    """Both are this machine, with a rank each."""
     out = tmp_path / "out.json"
     (port,) = unused_ports(1)
-    place = {"NNODES": 2, "NPROC_PER_NODE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "MODEL": smollm2_padded}
+    place = {"NNODES": 2, "NPROC_PER_NODE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "MODEL": model}
     nodes = [
         subprocess.Popen(
             ["bash", ROOT / "launch/model.sh", *generate(out)],
@@ -206,4 +215,4 @@ def test_two_nodes_without_slurm(smollm2_padded, generate, row_of, row_of_one_no
         for node in nodes:
             node.terminate()  # torchrun ends its rank
             node.wait(60)
-    assert row_of(out) == row_of_one_node
+    assert row_of(out) == row_of_command

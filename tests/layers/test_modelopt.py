@@ -2,10 +2,10 @@
 """Quantization by NVIDIA's ModelOpt and compressed sums in one model, whichever of the two comes first."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 
@@ -18,16 +18,10 @@ ORDERS = ["compressed, then quantized", "compressed, then restored", "quantized,
 def results(modelopt_packages, tmp_path_factory):
     """What each rank saw."""
     out = tmp_path_factory.mktemp("modelopt")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = os.pathsep.join([str(REPO / "examples"), *sys.path])
-    ranks = subprocess.run(
-        [*torchrun, REPO / "tests" / "support" / "modelopt_ranks.py", modelopt_packages, out],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert ranks.returncode == 0, ranks.stderr.split("torch.distributed.elastic")[0][-5000:]
+    environment = {**os.environ, "PYTHONPATH": str(REPO / "examples"), "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, REPO / "tests" / "support" / "modelopt_ranks.py", modelopt_packages, out]
+    ranks = commands.run(commands.on_ranks(2, script), environment)
+    assert ranks.returncode == 0, ranks.stderr[-5000:]
     return [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
 
 

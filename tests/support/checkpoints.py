@@ -97,10 +97,22 @@ def _head_rows(weight, heads, dim):
     return torch.cat([padding if h is None else weight[h * dim : (h + 1) * dim] for h in heads])
 
 
+def first_layers(source, folder, count):
+    """Writes the Llama in `source` with its first `count` layers alone: real weights, quick to load and to run."""
+    source, folder = Path(source), Path(folder)
+    shutil.copytree(source, folder)
+    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": count}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    tensors = load_file(source / "model.safetensors")
+    kept = {name: each for name, each in tensors.items() if ".layers." not in name or int(name.split(".")[2]) < count}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 ROUTES = 4  # router rows that can be told apart
 
 
-def upcycle(source, folder, kind, text, layers=None):
+def upcycle(source, folder, kind, text):
     """Writes the Llama in `source` as a Mixtral, two experts to a token, that computes the same function.
 
     copy: four experts, each the whole MLP. Any two of them, with weights that sum to one, give the MLP.
@@ -108,22 +120,16 @@ def upcycle(source, folder, kind, text, layers=None):
     one router row: their logits tie, so the best two are such a pair, at weights of one half.
 
     text: prose, from whose hidden states the router rows are made so that all experts get their share of tokens.
-    layers: only so many of the first layers.
     """
     source, folder = Path(source), Path(folder)
     folder.mkdir(parents=True)
     config = json.loads((source / "config.json").read_text())
-    layers = layers or config["num_hidden_layers"]
     ffn, hidden = config["intermediate_size"], config["hidden_size"]
     tensors = load_file(source / "model.safetensors")
     generator = torch.Generator().manual_seed(1234)
-    states = _mlp_inputs(source, text, layers)
+    states = _mlp_inputs(source, text)
     for layer in range(config["num_hidden_layers"]):
         mlp = [tensors.pop(f"model.layers.{layer}.mlp.{part}_proj.weight") for part in ("gate", "down", "up")]
-        if layer >= layers:
-            for name in [name for name in tensors if name.startswith(f"model.layers.{layer}.")]:
-                del tensors[name]
-            continue
         router = _router_rows(states[layer], hidden, generator)
         if kind == "copy":
             experts = [torch.arange(ffn)] * ROUTES
@@ -141,7 +147,6 @@ def upcycle(source, folder, kind, text, layers=None):
     config.update(
         architectures=["MixtralForCausalLM"],
         model_type="mixtral",
-        num_hidden_layers=layers,
         num_local_experts=ROUTES if kind == "copy" else 2 * ROUTES,
         num_experts_per_tok=2,
         intermediate_size=ffn if kind == "copy" else ffn // 2,
@@ -155,7 +160,7 @@ def upcycle(source, folder, kind, text, layers=None):
 
 
 @torch.no_grad()
-def _mlp_inputs(source, text, layers):
+def _mlp_inputs(source, text):
     """By layer, what the MLP sees `[tokens, hidden]` of the first 512 tokens; the very first, which are unlike all
     others, left out."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -163,7 +168,7 @@ def _mlp_inputs(source, text, layers):
     ids = AutoTokenizer.from_pretrained(source)(text)["input_ids"][:512]
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     seen = []
-    for layer in model.model.layers[:layers]:
+    for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0][0, 4:].clone()))
     model(torch.tensor([ids]))
     return seen

@@ -10,6 +10,7 @@ import itertools
 import math
 import random
 
+import interpreter
 import torch
 
 from megatron_comp.wire import gpu, message, reference
@@ -24,6 +25,8 @@ from megatron_comp.wire.formats import (
     Integer,
     PowerOfTwo,
 )
+
+interpreter.quicken()
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Values a program, where a test wraps parts of a kernel: few programs for the interpreter, not too much for a thread.
@@ -113,6 +116,14 @@ def turns(codec: str, kernel: int) -> list[tuple[int, tuple[int, int]]]:
     """Every second shape with its number: what kernel 0 leaves kernel 1 takes, and the codecs of MIXED take turns."""
     numbered = [*enumerate(shapes(Format.parse(codec)).values())]
     return numbered[(MIXED.index(codec) + kernel) % 2 :: 2]
+
+
+def flat_or_ragged(fmt: Format, turn: int) -> tuple[int, int]:
+    """Two rows: in one program where the format allows it, or in two, with an end amid a block.
+
+    A search costs the interpreter most, so that fewer of them are ragged.
+    """
+    return (2, 3000 + turn // 4) if turn % (4 if fmt.search else 2) == 0 else (2, 1024 + turn % 5 * 256)
 
 
 def path(fmt: Format, shape: tuple[int, int]) -> tuple[bool, int]:

@@ -58,6 +58,22 @@ def flag_sets(element: str) -> list[tuple[str, ...]]:
     return [chosen for count in range(len(flags) + 1) for chosen in itertools.combinations(flags, count)]
 
 
+def some_options(element: str, scale: str, shares: int) -> list[tuple[str, ...]]:
+    """One of so many shares of all rules with all sets of flags.
+
+    Shares go around with elements and scales, so that every element and every scale meets every set of flags, and
+    every scale every rule with each of them.
+    """
+    every = [(rule, *flags) for rule in rules(scale) for flags in flag_sets(element)]
+    share = ELEMENTS.index(element) + SCALES.index(scale)
+    return [options for number, options in enumerate(every) if (number + share) % shares == 0]
+
+
+def some_blocks(element: str, scale: str) -> list[int]:
+    """Every second size of blocks; with the next element or scale, the others."""
+    return BLOCKS[(ELEMENTS.index(element) + SCALES.index(scale)) % 2 :: 2]
+
+
 def name(element, block, scale, *options) -> str:
     return ":".join([element, str(block), scale, *filter(None, options)])
 

@@ -9,8 +9,10 @@ import stat
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 
@@ -186,16 +188,15 @@ print(Codec.parse("mxfp4").encode(x).sum().item())
 """
 
 
-def start(cache, before=(), **environment):
-    environment = {**os.environ, "MEGATRON_COMP_CACHE": cache and str(cache), "PYTHONPATH": str(ROOT), **environment}
+def environment_of(cache, **more):
+    environment = {**os.environ, "MEGATRON_COMP_CACHE": str(cache), "PYTHONPATH": str(ROOT), **more}
     environment.pop("MEGATRON_COMP_BACKEND", None)
-    return subprocess.Popen(
-        [*before, sys.executable, "-c", ENCODE],
-        env={key: value for key, value in environment.items() if value is not None},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return {key: value for key, value in environment.items() if value is not None}
+
+
+def encode(cache, **environment):
+    """The finished process that encodes with that folder of caches."""
+    return commands.run([sys.executable, "-c", ENCODE], environment_of(cache, **environment))
 
 
 def expected_output():
@@ -207,11 +208,11 @@ def expected_output():
 
 @pytest.fixture
 def counting_compiler(tmp_path):
-    """(a compiler that takes a line in a log for each compilation, the log)"""
+    """(a compiler that takes a line in a log for each compilation, and does not optimize; the log)"""
     log, script = tmp_path / "log", tmp_path / "counting-cc"
     log.touch()
     real = " ".join(native.compiler())
-    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo compiled >> {log}\nexec {real} "$@"\n')
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo compiled >> {log}\nexec {real} "$@" -O0\n')
     script.chmod(0o755)
     return str(script), log
 
@@ -219,10 +220,9 @@ def counting_compiler(tmp_path):
 def test_ranks_that_start_together_compile_once_and_later_ones_never(tmp_path, counting_compiler):
     compiler, log = counting_compiler
     for _ in range(2):
-        ranks = [start(tmp_path / "cache", CC=compiler) for _ in range(3)]
-        for rank in ranks:
-            out, err = rank.communicate()
-            assert (out, err) == (expected_output(), "")
+        with ThreadPoolExecutor(3) as pool:
+            ranks = list(pool.map(lambda _: encode(tmp_path / "cache", CC=compiler), range(3)))
+        assert [(rank.stdout, rank.stderr) for rank in ranks] == [(expected_output(), "")] * 3
         assert log.read_text() == "compiled\n"
     assert names(tmp_path / "cache" / "native") == [".sha256", ".so"]
 
@@ -230,25 +230,31 @@ def test_ranks_that_start_together_compile_once_and_later_ones_never(tmp_path, c
 def test_a_cache_that_cannot_be_written(tmp_path, counting_compiler):
     compiler, log = counting_compiler
     (tmp_path / "file").touch()
-    out, err = start(tmp_path / "file", CC=compiler).communicate()
-    assert out == expected_output() and log.read_text() == "compiled\n"
-    assert "UserWarning: native.c is compiled for this process alone" in err
+    done = encode(tmp_path / "file", CC=compiler)
+    assert done.stdout == expected_output() and log.read_text() == "compiled\n"
+    assert "UserWarning: native.c is compiled for this process alone" in done.stderr
 
 
 @needs_root
 @pytest.mark.parametrize("options, told", [("size=32k", "No space left"), ("noexec", "failed to map")])
-def test_a_cache_that_is_full_or_noexec(tmp_path, options, told):
+def test_a_cache_that_is_full_or_noexec(tmp_path, counting_compiler, options, told):
     (tmp_path / "mount").mkdir()
     mount = f'mount -t tmpfs -o {options} none {tmp_path}/mount && exec "$@"'
     if subprocess.run(["unshare", "-m", "sh", "-c", mount, "sh", "true"], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount")
-    before = ["unshare", "-m", "sh", "-c", mount, "sh"]
-    out, err = start(tmp_path / "mount" / "cache", before).communicate()
-    assert out == expected_output() and "compiled for this process alone" in err and told in err
+
+    def encode_there(**more):
+        command = ["unshare", "-m", "sh", "-c", mount, "sh", sys.executable, "-c", ENCODE]
+        env = environment_of(tmp_path / "mount" / "cache", CC=counting_compiler[0], **more)
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    done = encode_there()
+    assert done.stdout == expected_output()
+    assert "compiled for this process alone" in done.stderr and told in done.stderr
     if options == "noexec":
-        rank = start(tmp_path / "mount" / "cache", before, TMPDIR=str(tmp_path / "mount"))
-        out, err = rank.communicate()
-        assert rank.returncode == 1 and "MEGATRON_COMP_CACHE or TMPDIR" in err and "BACKEND=reference" in err
+        done = encode_there(TMPDIR=str(tmp_path / "mount"))
+        assert done.returncode == 1
+        assert "MEGATRON_COMP_CACHE or TMPDIR" in done.stderr and "BACKEND=reference" in done.stderr
 
 
 @needs_root
@@ -278,16 +284,17 @@ def test_a_compiler_that_fails_is_an_error(tmp_path):
     script = tmp_path / "broken-cc"
     script.write_text("#!/bin/sh\necho 'native.c:1: no such header' >&2\nexit 4\n")
     script.chmod(0o755)
-    rank = start(tmp_path / "cache", CC=str(script))
-    out, err = rank.communicate()
-    assert rank.returncode == 1 and out == ""
-    assert f"RuntimeError: {script}" in err and "failed with exit status 4:\nnative.c:1: no such header" in err
+    done = encode(tmp_path / "cache", CC=str(script))
+    assert done.returncode == 1 and done.stdout == ""
+    assert f"RuntimeError: {script}" in done.stderr
+    assert "failed with exit status 4:\nnative.c:1: no such header" in done.stderr
 
 
 def test_without_a_compiler_the_reference_serves_and_says_that_it_is_slow(tmp_path):
     (tmp_path / "empty").mkdir()
     for environment, tried in [({"CC": None}, "cc, gcc, clang"), ({"CC": "no-such-cc -m64"}, "no-such-cc -m64")]:
-        out, err = start(tmp_path / "cache", PATH=str(tmp_path / "empty"), **environment).communicate()
-        assert out == expected_output()
-        assert err.count(": Notice: ") == 1 and f"tried {tried}" in err and "times slower" in err
+        done = encode(tmp_path / "cache", PATH=str(tmp_path / "empty"), **environment)
+        assert done.stdout == expected_output()
+        assert done.stderr.count(": Notice: ") == 1
+        assert f"tried {tried}" in done.stderr and "times slower" in done.stderr
     assert not (tmp_path / "cache").exists()

@@ -26,19 +26,21 @@ ALIGNED = (960, 64)  # rows divide by all N here, and no section needs padding, 
 def cases(ranks):
     """(operation, codec, algorithm, shape, dtype), in the order in which every rank runs them.
 
-    The type goes around with N, so that over three N every codec, algorithm and shape is seen with all three.
+    The type goes around with codec, shape and N. With one codec the algorithms take turns from shape to shape, and
+    with the next N they are swapped.
     """
-    shapes = SHAPES if ranks < 5 else [(7, 33), (1, 576)]
-    for number, (codec, algorithm, shape) in enumerate(
-        itertools.product(oracles.PRESETS, ["gather_sum", "two_step"], shapes)
-    ):
-        yield "all_reduce", codec, algorithm, shape, [FP32, BF16, FP16][(number + ranks) % 3]
+    shapes, types = SHAPES if ranks < 5 else [(7, 33), (1, 576)], [FP32, BF16, FP16]
+    for (number, codec), (place, shape) in itertools.product(enumerate(oracles.PRESETS), enumerate(shapes)):
+        algorithm = ["gather_sum", "two_step"][(number + place + ranks) % 2]
+        yield "all_reduce", codec, algorithm, shape, types[(number + place + ranks) % 3]
     for codec, algorithm in itertools.product(oracles.PRESETS, ["gather_sum", "two_step", "auto"]):
         yield "all_reduce", codec, algorithm, ALIGNED, BF16
-    for pair, shape, dtype in itertools.product(PAIRS, [(7, 33), (1, 576), ALIGNED], [FP32, BF16]):
-        yield "all_reduce", pair, "two_step", shape, dtype
-    for codec, shape, dtype in itertools.product(oracles.PRESETS, [(1, 33), (3, 2, 96), (0, 8)], [FP32, BF16, FP16]):
-        yield "reduce_scatter", codec, None, (shape[0] * ranks, *shape[1:]), dtype
+    for number, (pair, shape) in enumerate(itertools.product(PAIRS, [(7, 33), (1, 576), ALIGNED])):
+        yield "all_reduce", pair, "two_step", shape, types[(number + ranks) % 2]
+    for (number, codec), (place, shape) in itertools.product(
+        enumerate(oracles.PRESETS), enumerate([(1, 33), (3, 2, 96), (0, 8)])
+    ):
+        yield "reduce_scatter", codec, None, (shape[0] * ranks, *shape[1:]), types[(number + place + ranks) % 3]
 
 
 def case_id(case):

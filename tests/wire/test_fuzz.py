@@ -40,7 +40,7 @@ def test_one_byte_too_many_is_noticed():
 
 
 def test_random_sums():
-    done = run("soak.py", "--minutes", "0.3")
+    done = run("soak.py", "--minutes", "0.25")
     assert done.returncode == 0, done.stdout + done.stderr
     sums = int(done.stdout.split(" sums on")[0].split()[-1])
     assert sums >= 40 and done.stdout.rstrip().endswith("none differs, nothing grew")

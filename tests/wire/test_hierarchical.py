@@ -33,14 +33,19 @@ ITEMSIZE = {FP32: 4, BF16: 2, FP16: 2}
 
 
 def cases(layout):
-    """(operation, codec, shape, dtype, chunks); the type goes around, also with the layout."""
-    made = []
-    for codec, shape in itertools.product([*oracles.PRESETS, *PAIRS], SHAPES):
-        made.append(("all_reduce", codec, shape, [FP32, BF16, FP16][(len(made) + LAYOUTS.index(layout)) % 3], None))
+    """(operation, codec, shape, dtype, chunks); each codec meets every second shape, with the next layout the others.
+
+    The type goes around, also with the layout.
+    """
+    made, types, place = [], [FP32, BF16, FP16], LAYOUTS.index(layout)
+    for number, codec in enumerate([*oracles.PRESETS, *PAIRS]):
+        for shape in SHAPES[(number + place) % 2 :: 2]:
+            made.append(("all_reduce", codec, shape, types[(len(made) + place) % 3], None))
     made += [("all_reduce", codec, ALIGNED, BF16, None) for codec in oracles.PRESETS]
     made += [("all_reduce", codec, (200, 33), BF16, 3) for codec in ["mxfp4", "nvfp4", PAIRS[0]]]
-    for codec, rest, dtype in itertools.product(oracles.PRESETS, [(33,), (2, 96), (8, 0)], [FP32, BF16, FP16]):
-        made.append(("reduce_scatter", codec, (3 * len(layout), *rest), dtype, None))
+    for number, codec in enumerate(oracles.PRESETS):
+        for turn, rest in enumerate([(33,), (2, 96), (8, 0)], number + place):
+            made.append(("reduce_scatter", codec, (3 * len(layout), *rest), types[turn % 3], None))
     made += [("reduce_scatter", codec, (64 * len(layout), 64), FP32, 3) for codec in oracles.PRESETS]
     return made
 
