@@ -10,7 +10,7 @@ from megatron_comp.inference.generate import generate, logits
 from megatron_comp.inference.model import build_model, init_parallel
 
 PROMPT = "The three branches of the government of the United States are"
-NEW_TOKENS = 24
+NEW_TOKENS = 8
 
 
 @pytest.fixture(scope="module")

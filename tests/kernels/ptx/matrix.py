@@ -3,7 +3,7 @@
 
 Usage: python tests/kernels/ptx/matrix.py [--capability 80] [--suite shapes] [--every 12] [--codec mxfp4] [--op encode]
 
-Without options the whole matrix, some ten minutes of one free core, most of them Triton's; compiled kernels stay in
+Without options the whole matrix, ten minutes to an hour of one core, most of them Triton's; compiled kernels stay in
 TRITON_CACHE_DIR. --suite takes a part of what the tests run. A folder with another Triton goes into PYTHONPATH. Prints
 the cases that fail, and then fails. What is checked: device.py.
 """
