@@ -80,13 +80,10 @@ def smollm2_padded(smollm2):
     return cached("smollm2_padded", lambda path: pad_heads(smollm2, path))
 
 
-SHORT = 6  # layers
-
-
 @pytest.fixture(scope="session")
 def smollm2_short(smollm2):
     """Its first layers alone: for what needs real weights and a real tokenizer, but no sensible text."""
-    from checkpoints import first_layers
+    from checkpoints import SHORT, first_layers
 
     return cached(f"smollm2_short_{SHORT}", lambda path: first_layers(smollm2, path, SHORT))
 
@@ -94,7 +91,7 @@ def smollm2_short(smollm2):
 @pytest.fixture(scope="session")
 def smollm2_short_padded(smollm2_short):
     """Those with 12 query and 4 key-value heads."""
-    from checkpoints import pad_heads
+    from checkpoints import SHORT, pad_heads
 
     return cached(f"smollm2_short_{SHORT}_padded", lambda path: pad_heads(smollm2_short, path))
 
@@ -112,7 +109,7 @@ def mixtral_split(smollm2_short_padded, sotu_text):
 
 
 def upcycled(kind, source, text):
-    from checkpoints import upcycle
+    from checkpoints import SHORT, upcycle
 
     end = text.read_text(encoding="utf-8")[-4000:]  # tests read the beginning
     return cached(f"mixtral_{kind}_{SHORT}", lambda path: upcycle(source, path, kind, end))

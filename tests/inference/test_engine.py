@@ -14,6 +14,7 @@ from pathlib import Path
 import commands
 import dynamic_engine
 import pytest
+from checkpoints import SHORT
 from megatron.core.inference.sampling_params import SamplingParams
 from models import policy
 from ranks import run_ranks
@@ -24,7 +25,7 @@ from megatron_comp.inference.model import init_parallel
 REPO = Path(__file__).parents[2]
 SCRIPT = REPO / "examples" / "stock_engine.py"
 STOOD_IN = REPO / "tests" / "support" / "dynamic_engine.py"
-RANKS, SITES, NEW = 3, 12, 6
+RANKS, SITES, NEW = 3, 2 * SHORT, 6
 # Of 11 and 13 tokens: the static engine reads the rest of the longer prompt token by token, and only then decodes. The
 # dynamic engine reads both at once.
 PROMPTS = [
@@ -189,7 +190,7 @@ def test_the_script_as_it_is(engines, smollm2_short, tmp_path):
     assert texts == [repr(text) for text in everyones[0]["decode stays"]]
     warned, built, sent = [line for line in done.stderr.splitlines() if line.startswith("megatron_comp: ")]
     assert warned.endswith("Log-probabilities and top-p sampling would be wrong")
-    assert built.startswith("megatron_comp: GPTModel: 12 of 12 sums have a codec, policy {")
+    assert built.startswith(f"megatron_comp: GPTModel: {SITES} of {SITES} sums have a codec, policy {{")
     prompts = PREFILL[kind] // SITES
     assert f"GPTModel: {PREFILL[kind] + NEW - 1:,} sums and gathers of logits compressed (" in sent
     assert f", {DECODE + prompts:,} uncompressed (policy {DECODE:,}, prefill {prompts})" in sent

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from checkpoints import reference, tiny_mixtral
+from checkpoints import SHORT, reference, tiny_mixtral
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import MixtralForCausalLM
@@ -220,7 +220,7 @@ def test_experts_must_divide(folders):
 
 # Real weights.
 
-NEW_TOKENS, LAYERS = 6, 6
+NEW_TOKENS = 6
 PROMPT = "The three branches of the government of the United States are"
 
 
@@ -269,7 +269,7 @@ def test_an_upcycled_model_is_the_dense_one(dense, mixtral_copy, mixtral_split, 
                 record_property(f"{kind} {dispatcher}", made[kind, dispatcher])
                 assert made[kind, dispatcher] < 1e-4, (kind, dispatcher)
             every = [loads[kind, expert] for expert in range(experts)]
-            assert sum(every) == 2 * LAYERS * dense.ids.numel()  # two experts to each token in each layer
+            assert sum(every) == 2 * SHORT * dense.ids.numel()  # two experts to each token in each layer
             assert min(every) > 0.5 * sum(every) / experts, every
         assert tp > 1 or made["misrouted"] > 0.1  # or the differences above would say little
 
@@ -295,7 +295,7 @@ def test_compression_costs_little(dense, mixtral_split):
         assert 0 < int8["kl"] < 0.01 < mxfp4["kl"] < 1
         assert int8["kl"] < experts["kl"] < mxfp4["kl"]
         assert int8["top1_agreement"] > 0.95
-        tokens, hidden, layers = dense.ids.numel(), 576, LAYERS
+        tokens, hidden, layers = dense.ids.numel(), 576, SHORT
         # Two sums per layer, one of attention and one of experts; with two ranks each gets one message.
         assert mxfp4["bytes_per_rank"] == layers * 2 * tokens * hidden * 4.25 / 8
         assert int8["bytes_per_rank"] == layers * 2 * tokens * hidden * 8.5 / 8

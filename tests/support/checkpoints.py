@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 # Every rank of TP 1, 2 and 4 keeps at least one real head, so that no rank's partial sum is exactly zero.
 PADDED_GROUPS = [(0, [0, 1, None]), (0, [2, None, None]), (1, [3, 4, 5]), (2, [6, 7, 8])]
 
+SHORT = 6  # layers of a real Llama that is cut short
+
 TINY = {
     "vocab_size": 128,
     "hidden_size": 96,
