@@ -158,26 +158,12 @@ class MegatronCompLM(TemplateLM):
         """
         new = {scored.key: scored for scored in requests if scored.key not in self.journal[self.part]}
         with progress(total=len(new), desc="log-likelihoods", unit="request") as bar:
-            for batch in self._batches(list(new.values())):
+            for batch in batches(list(new.values()), self.batch_tokens):
                 entries = {scored.key: value for scored, value in zip(batch, self._score(batch), strict=True)}
                 self.journal.keep(self.part, entries)
                 bar.update(len(batch))
         known = self.journal[self.part]
         return [tuple(known[scored.key]) for scored in requests]
-
-    def _batches(self, requests: list[Scored]) -> Iterator[list[Scored]]:
-        """Longest first: if memory does not last it is seen at once. Equal inputs, as of choices that are one token
-        each, stand in one batch and are read once."""
-        batch: list[Scored] = []
-        inputs: set[tuple[int, ...]] = set()
-        for scored in sorted(requests, key=lambda each: (-len(each.tokens), each.tokens)):
-            inputs.add(scored.tokens)
-            if batch and len(inputs) * len(batch[0].tokens) > self.batch_tokens:
-                yield batch
-                batch, inputs = [], {scored.tokens}
-            batch.append(scored)
-        if batch:
-            yield batch
 
     def _score(self, batch: list[Scored]) -> list[tuple[float, bool]]:
         places = {tokens: place for place, tokens in enumerate(dict.fromkeys(scored.tokens for scored in batch))}
@@ -218,6 +204,24 @@ class MegatronCompLM(TemplateLM):
         ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]
         generate(self.model, ids, options["max_gen_toks"], {self.eot_token_id}, ended)
         return postprocess_generated_text(self.tokenizer.decode(made, skip_special_tokens=True), stops, None)
+
+
+def batches(requests: list[Scored], tokens: int) -> Iterator[list[Scored]]:
+    """Of so many tokens, padding included, or of one input that is longer.
+
+    Longest first: if memory does not last it is seen at once. Equal inputs, as of choices that are one token each,
+    stand in one batch and are read once.
+    """
+    batch: list[Scored] = []
+    inputs: set[tuple[int, ...]] = set()
+    for scored in sorted(requests, key=lambda each: (-len(each.tokens), each.tokens)):
+        inputs.add(scored.tokens)
+        if len(inputs) > 1 and len(inputs) * len(batch[0].tokens) > tokens:
+            yield batch
+            batch, inputs = [], {scored.tokens}
+        batch.append(scored)
+    if batch:
+        yield batch
 
 
 def _of_targets(said: Prediction, targets: Tensor, vocab_start: int, group) -> Tensor:

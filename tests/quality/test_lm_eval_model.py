@@ -35,7 +35,7 @@ def answers(lm):
 
 
 def by_ranks(rank, world_size, folder, tasks):
-    """What rank 0 answers as others follow, in batches and one by one; and what tasks without data come to."""
+    """What rank 0 answers as others follow, in batches and input by input; and what tasks without data come to."""
     from lm_eval.api.registry import get_model
 
     import megatron_comp.quality.lm_eval_model as under_test
@@ -56,6 +56,17 @@ def by_ranks(rank, world_size, folder, tasks):
     with pytest.raises(ValueError, match="continuation of 40 tokens"):
         together._scored([1], [2] * 40)
     return made, in_step
+
+
+def test_choices_of_one_token_read_their_context_once_however_long_it_is():
+    from megatron_comp.quality.lm_eval_model import Scored, batches
+
+    long, other, short = (1,) * 20, (2,) * 20, (3,) * 4
+    wanted = [Scored(tokens, (choice,)) for tokens in (short, other, long) for choice in (7, 8, 9)]
+    made = list(batches(wanted, 8))
+    assert [{each.tokens for each in batch} for batch in made] == [{long}, {other}, {short}]
+    assert sorted(each for batch in made for each in batch) == sorted(wanted)
+    assert len(list(batches(wanted, 60))) == 1
 
 
 def test_log_likelihoods_equal_those_of_the_harness_for_transformers(smollm2, tmp_path):
