@@ -21,6 +21,7 @@ from megatron_comp.files import write_text
 from megatron_comp.inference.text import read_text, read_tokenizer
 from megatron_comp.launcher.progress import progress
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PIECE = 4000  # characters, or a paragraph more
 
 
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pieces", type=int, default=128, help="of the model's own text (default 128)")
     parser.add_argument("--length", type=int, default=512, help="tokens of each of them (default 512)")
     parser.add_argument("--batch", type=int, default=128, help="pieces that are written at once (default 128)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default bf16; fp32 suits other processors")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     for option, least in (("pieces", 1), ("length", 2), ("batch", 1)):
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = read_tokenizer(args.model)
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype]).eval()
     text = own_text(model, tokenizer, args.pieces, args.length, args.batch, args.seed)
     write_text(args.out, text if beside is None else in_turn(beside, text))
 

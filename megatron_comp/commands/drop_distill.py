@@ -32,13 +32,14 @@ def check(args: argparse.Namespace) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     from ..inference import hf
-    from ..spd.block import Block
+    from ..spd.block import Block, check_can_drop
     from ..spd.training import Recipe, distill
 
     blocks = check(args)
     recipe = Recipe(args.ranks, args.epochs, args.batch, args.learning_rate, args.loss, args.seed)
     start = {"start": digest(args.start)} if args.start else {}
     with drop_options.missing_blocks(args, blocks, {"recipe": str(recipe), **start}) as (config, file, teachers):
+        check_can_drop(config)
         if args.start:
             hf.check_extra(args.start, args.ranks)
         with hf.Checkpoint(args.model, args.start) as started:

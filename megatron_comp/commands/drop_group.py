@@ -23,10 +23,12 @@ def check(args: argparse.Namespace) -> list[int]:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..spd.block import check_can_drop
     from ..spd.heads import candidates, permuted_attention
 
     blocks = check(args)
-    with drop_options.missing_blocks(args, blocks, {"criterion": args.criterion}) as (_config, file, missing):
+    with drop_options.missing_blocks(args, blocks, {"criterion": args.criterion}) as (config, file, missing):
+        check_can_drop(config)
         for block, x, target, rope in missing:
             tried = candidates(block, x, target, rope, args.ranks)
             best = min(tried, key=lambda name: tried[name]["relative"])

@@ -11,6 +11,7 @@ COLUMNS = {
     "block": ("layer", "d"),
     "attention_left": ("attention: left", ".3f"),
     "mlp_left": ("MLP: left", ".3f"),
+    "experts_left": ("experts: left", ".3f"),
     "written": ("written", ""),
 }
 
@@ -51,5 +52,6 @@ def run(args: argparse.Namespace) -> None:
             left = {f"{site}_left": each.left for site, each in found.items()}
             file.add(block.number, tensors, {"block": block.number, **left, "written": ", ".join(kept) or "none"})
     rows = [file.rows[str(layer)] for layer in layers]
-    output.show(f"predictor fit: rank {args.rank}, TP={args.ranks}", COLUMNS, rows)
+    columns = {key: column for key, column in COLUMNS.items() if key in rows[0]}
+    output.show(f"predictor fit: rank {args.rank}, TP={args.ranks}", columns, rows)
     output.write_json(args.json, vars(args), rows)

@@ -89,6 +89,11 @@ class Checkpoint:
     def names(self) -> set[str]:
         return set(self._file_of)
 
+    @property
+    def has_fused_experts(self) -> bool:
+        """Whether a mixture's experts are in tensors of three dimensions."""
+        return any(name.endswith("mlp.experts.gate_up_proj") for name in self._file_of)
+
     def read(self, piece: Piece) -> torch.Tensor:
         """Only the piece's rows and columns, in the file's dtype.
 
@@ -149,7 +154,7 @@ def load_weights(model, model_dir, config, share: Share, extra=None, layers: Con
     if extra is not None:
         check_extra(extra, share.tp)
     with Checkpoint(model_dir, extra) as checkpoint:
-        fused = any(name.endswith("mlp.experts.gate_up_proj") for name in checkpoint.names)
+        fused = checkpoint.has_fused_experts
         _check_names(checkpoint, config, fused)
         pieces_of = plan(config, share, fused)
         assert parameters.keys() == pieces_of.keys(), sorted(parameters.keys() ^ pieces_of.keys())

@@ -23,16 +23,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from ..wire import exchange
+from .moe import PredictedSum, summing_dispatcher
 from .predictor import Known
 from .reducer import Reducer, SumInParts
 from .row_parallel import part_rows, send_parts
@@ -60,11 +63,17 @@ def restore_layer(layer: torch.nn.Module) -> None:
 
 def _forward(layer: TransformerLayer, may_overlap: bool, /, *args, **kwargs):
     """Megatron's own forward; where a sum is ours to take, with other functions in some places of it for this call."""
-    attention, mlp = layer.self_attention.linear_proj.reducer, layer.mlp.linear_fc2.reducer
+    attention, mlp = layer.self_attention.linear_proj.reducer, _summer(layer).reducer
     overlaps = may_overlap and _overlaps_now(layer)
     if not (overlaps or attention.drops or attention.predictor or mlp.predictor):
         return type(layer).forward(layer, *args, **kwargs)
-    return _Call(layer, overlaps).forward(*args, **kwargs)
+    call = _MixtureCall if isinstance(layer.mlp, BaseMoELayer) else _Call
+    return call(layer, overlaps).forward(*args, **kwargs)
+
+
+def _summer(layer: TransformerLayer) -> Any:
+    """What sums the layer's MLP, and has its reducer: a linear, or a mixture's token dispatcher."""
+    return summing_dispatcher(layer.mlp) if isinstance(layer.mlp, BaseMoELayer) else layer.mlp.linear_fc2
 
 
 class _Call:
@@ -75,9 +84,9 @@ class _Call:
 
     def __init__(self, layer: TransformerLayer, overlaps: bool) -> None:
         self.layer, self.stock, self.overlaps = layer, type(layer), overlaps
-        self.proj, self.fc2 = layer.self_attention.linear_proj, layer.mlp.linear_fc2
+        self.proj, self.summer = layer.self_attention.linear_proj, _summer(layer)
         # Kept here, since the layer is without them during the call.
-        self.attention_reducer, self.mlp_reducer = self.proj.reducer, self.fc2.reducer
+        self.attention_reducer, self.mlp_reducer = self.proj.reducer, self.summer.reducer
         self.attention_bda, self.mlp_bda = layer.self_attn_bda, layer.mlp_bda
         self.drops = self.attention_reducer.drops
         self.known: Known | None = None  # of attention's sum
@@ -92,14 +101,13 @@ class _Call:
         in_layer = {
             "_forward_attention": self.forward_attention,
             "self_attn_bda": self.add_attention,
-            "mlp_bda": self.keep_partial_sum,
             "_forward_mlp": self.forward_mlp,
         }
         # Without its reducer a linear returns its partial sum, which is summed, or kept, here.
         in_proj: dict[str, object] = {"reducer": None} if self.drops or self.attention_reducer.predictor else {}
         if self.overlaps and not self.drops:
             in_proj["_forward_impl"] = partial(self.project, self.proj._forward_impl)
-        with _replaced(self.proj, **in_proj), _replaced(self.fc2, reducer=None), _replaced(self.layer, **in_layer):
+        with _replaced(self.proj, **in_proj), _replaced(self.layer, **in_layer):
             return self.stock.forward(self.layer, *args, **kwargs)
 
     def forward_attention(self, hidden_states: torch.Tensor, *rest, **more):
@@ -168,7 +176,8 @@ class _Call:
             end += rows[number]
             while there < end:
                 there = next(complete)
-            partial_sum = self.stock._forward_mlp(layer, part, *rest, **more)
+            with _replaced(self.summer, reducer=None), _replaced(layer, mlp_bda=self.keep_partial_sum):
+                partial_sum = self.stock._forward_mlp(layer, part, *rest, **more)
             if own_parts:
                 partial_sum = own_parts[number] + partial_sum
             elif predict:
@@ -197,8 +206,16 @@ class _Call:
         yield hidden.shape[:-1].numel()
 
 
+class _MixtureCall(_Call):
+    """Of a mixture of experts, whose token dispatcher takes the sum among other things that it does."""
+
+    def forward_mlp(self, hidden: torch.Tensor, *rest, **more) -> torch.Tensor:
+        with _replaced(self.summer, reducer=PredictedSum(self.mlp_reducer, hidden)):
+            return self.stock._forward_mlp(self.layer, hidden, *rest, **more)
+
+
 @contextmanager
-def _replaced(module: torch.nn.Module, **attributes) -> Iterator[None]:
+def _replaced(module: object, **attributes) -> Iterator[None]:
     """Inside, the module has these attributes; afterwards, also after an error, what it had before."""
     own = vars(module)
     before = {name: own[name] for name in attributes if name in own}

@@ -167,6 +167,33 @@ def check_experts(layer: BaseMoELayer, codecs: set[str]) -> None:
         )
 
 
+def prediction_problem(layer: BaseMoELayer) -> str | None:
+    """Why experts' sums cannot be predicted from the layer's input; None if they can."""
+    if inference_dispatcher(layer):
+        return "transformer_impl='inference_optimized' has a token dispatcher of its own; use another transformer_impl"
+    if not _tokens_stay(layer):
+        return "ranks sum other tokens than they hold; leave out expert parallelism and sequence_parallel"
+    return None
+
+
+class PredictedSum:
+    """In the place of a dispatcher's reducer for one call of the layer: takes off what a rank's part of `predict(x)`
+    says, sums through `reducer`, and adds what all ranks' parts say.
+
+    x: what the layer's experts are given `[..., hidden]`, before its norm.
+    """
+
+    def __init__(self, reducer: Reducer, x: torch.Tensor) -> None:
+        self.reducer, self.x, self.group = reducer, x, reducer.group
+
+    def __call__(self, partial: torch.Tensor, *how) -> torch.Tensor:
+        predict = self.reducer.predictor_of(partial)
+        if predict is None:
+            return self.reducer(partial, *how)
+        own, total = (each.view_as(partial).to(partial.dtype) for each in predict(self.x))
+        return self.reducer(partial - own, *how) + total
+
+
 def sum_experts(layer: BaseMoELayer, reducer: Reducer) -> None:
     """Gives the layer a dispatcher that sums through `reducer`; `restore_experts` undoes it.
 

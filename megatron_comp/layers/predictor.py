@@ -55,8 +55,8 @@ class SitePredictor:
     total_bias: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> Known:
-        """Of a block's input `[..., hidden]`: for attention what its layer is given, for the MLP what follows
-        attention, both before their norms.
+        """Of a block's input `[..., hidden]`: for attention what its layer is given, for the MLP or the experts what
+        follows attention, both before their norms.
 
         No gradient passes: what ranks take off and what they add are equal.
         """

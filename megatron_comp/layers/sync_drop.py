@@ -23,7 +23,7 @@ from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from ..policy import DROP, CompressionPolicy
-from . import transformer_engine
+from . import moe, transformer_engine
 from .compressed_layer import compress_layer
 from .places import find_places, numbered_layers
 from .reducer import Reducer
@@ -66,6 +66,8 @@ def dropped_blocks(model: torch.nn.Module, policy: CompressionPolicy) -> dict[to
 def check_block(layer: torch.nn.Module, number: int) -> None:
     """Raises ValueError, with the reason, for a layer that cannot do without attention's sum."""
     problem = problem_of(layer)
+    if isinstance(getattr(layer, "mlp", None), BaseMoELayer):
+        problem = "in a mixture of experts ranks would choose different experts for a token, each by what it sees"
     if problem:
         raise ValueError(f"policy: layers: {number}: attention cannot be dropped: {problem}")
 
@@ -74,8 +76,6 @@ def problem_of(layer: torch.nn.Module) -> str | None:
     """Why a layer cannot take its two sums into its own hands; None if it can."""
     if type(layer) not in (TransformerLayer, SyncDropLayer):
         return f"{type(layer).__name__} is no TransformerLayer of Megatron's"
-    if isinstance(layer.mlp, BaseMoELayer):
-        return "in a mixture of experts ranks would choose different experts for a token, each by what it sees"
     if not isinstance(layer.cross_attention, IdentityOp):
         return "the block has cross-attention, which would see what differs between ranks"
     for option, (wanted, why) in NEEDED.items():
@@ -83,7 +83,13 @@ def problem_of(layer: torch.nn.Module) -> str | None:
             return f"{option}={given}: {why}; set {option}={wanted}"
     if getattr(layer.config, "cuda_graph_impl", None) == "transformer_engine":
         return "cuda_graph_impl='transformer_engine' may replay a part of a block; use another cuda_graph_impl"
-    for part, name in ((layer.self_attention, "linear_proj"), (layer.mlp, "linear_fc2")):
+    linears = [(layer.self_attention, "linear_proj")]
+    if isinstance(layer.mlp, BaseMoELayer):
+        if problem := moe.prediction_problem(layer.mlp):
+            return problem
+    else:
+        linears.append((layer.mlp, "linear_fc2"))
+    for part, name in linears:
         linear = getattr(part, name, None)
         if transformer_engine.reduces(linear):
             transformer_engine.check_te_linear(linear)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of a Llama checkpoint in one process, computed as any number of ranks would compute them, with gradients.
+"""Blocks of a Llama or Mixtral in one process, computed as any number of ranks would compute them, with gradients.
 
 Modules and weights are transformers' own, whole; ranks are slices of heads and of the MLP's neurons, as Megatron shards
 them. So the gradient of rank i's attention comes from rank i's MLP, which Megatron's own backward would mix over ranks.
@@ -9,29 +9,30 @@ import copy
 from collections.abc import Collection, Iterator
 
 import torch
+from torch.nn.functional import linear
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from ..inference.hf import Checkpoint
-from ..inference.shards import Piece, is_mixture
+from ..inference.shards import WHOLE, Piece, is_mixture, plan
 
 
 class Block(torch.nn.Module):
-    """One decoder layer in float32.
-
-    Raises ValueError for a mixture of experts, whose blocks cannot do without attention's sum.
-    """
+    """One decoder layer in float32."""
 
     def __init__(self, config, layer: int, checkpoint: Checkpoint) -> None:
         super().__init__()
-        if is_mixture(config):
-            raise ValueError("blocks of a mixture of experts cannot do without attention's sum")
         config = copy.copy(config)
         config._attn_implementation = "sdpa"
-        self.number, self.modules_of = layer, LlamaDecoderLayer(config, 0)
+        self.is_mixture = is_mixture(config)
+        self.number, self.modules_of = layer, (MixtralDecoderLayer if self.is_mixture else LlamaDecoderLayer)(config, 0)
         with torch.no_grad():
+            if self.is_mixture:
+                read_experts(self.modules_of.mlp, config, layer, checkpoint)
             for name, parameter in self.modules_of.named_parameters():
-                weight = read_whole(checkpoint, self._name(name), parameter.shape)
-                parameter.copy_(weight)
+                if not (self.is_mixture and name.startswith("mlp.")):
+                    weight = read_whole(checkpoint, self._name(name), parameter.shape)
+                    parameter.copy_(weight)
         self.stored_in = weight.dtype
 
     def forward(self, x: torch.Tensor, rope: tuple, ranks: int = 1) -> torch.Tensor:
@@ -39,10 +40,14 @@ class Block(torch.nn.Module):
 
         One rank is the stock block: what it adds before its MLP is all there is to add.
         """
-        attention, mlp = self.modules_of.self_attn, self.modules_of.mlp
-        partial = split_columns(self.heads(x, rope), attention.o_proj.weight, ranks)
-        normed = self.modules_of.post_attention_layernorm(x + partial)
-        return x + (partial + split_mlp(mlp, normed, ranks)).sum(0)
+        partial = split_columns(self.heads(x, rope), self.modules_of.self_attn.o_proj.weight, ranks)
+        return x + (partial + self.mlp_sums(x + partial)).sum(0)
+
+    def mlp_sums(self, h: torch.Tensor) -> torch.Tensor:
+        """Each rank's partial sum of the MLP or the experts, of what each rank has before their norm
+        `[ranks, windows, context, hidden]`; the same shape."""
+        split = split_experts if self.is_mixture else split_mlp
+        return split(self.modules_of.mlp, self.modules_of.post_attention_layernorm(h), len(h))
 
     def heads(self, x: torch.Tensor, rope: tuple) -> torch.Tensor:
         """What attention's output projection is given, `[windows, context, heads * head size]`."""
@@ -102,6 +107,32 @@ def split_mlp(mlp: torch.nn.Module, normed: torch.Tensor, ranks: int) -> torch.T
     return torch.stack([(mlp.act_fn(x @ gate.t()) * (x @ up.t())) @ down.t() for x, gate, up, down in shares])
 
 
+def split_experts(mixture: torch.nn.Module, normed: torch.Tensor, ranks: int) -> torch.Tensor:
+    """Each rank's share of every expert, of an input that all ranks hold `[ranks, windows, context, hidden]`."""
+    tokens, experts = normed[0].flatten(0, -2), mixture.experts
+    _, weights, chosen = mixture.gate(tokens)
+    sums = tokens.new_zeros(ranks, *tokens.shape)
+    for expert, down in enumerate(experts.down_proj):
+        token, place = torch.where(chosen == expert)
+        gate, up = linear(tokens[token], experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        inside = experts.act_fn(gate) * up * weights[token, place, None]
+        sums.index_add_(1, token, split_columns(inside, down, ranks))
+    return sums.view(normed.shape)
+
+
+def read_experts(mixture: torch.nn.Module, config, layer: int, checkpoint: Checkpoint) -> None:
+    """Fills the router and all experts of a layer."""
+    pieces = plan(config, WHOLE, checkpoint.has_fused_experts)
+
+    def read(name: str) -> torch.Tensor:
+        return torch.cat([checkpoint.read(piece) for piece in pieces[f"decoder.layers.{layer}.mlp.{name}.weight"]])
+
+    mixture.gate.weight.copy_(read("router"))
+    for expert in range(config.num_local_experts):
+        mixture.experts.gate_up_proj[expert].copy_(read(f"experts.local_experts.{expert}.linear_fc1"))
+        mixture.experts.down_proj[expert].copy_(read(f"experts.local_experts.{expert}.linear_fc2"))
+
+
 def read_whole(checkpoint: Checkpoint, name: str, shape: Collection[int]) -> torch.Tensor:
     columns = (0, shape[1]) if len(shape) > 1 else None
     return checkpoint.read(Piece(name, tuple(shape), (0, shape[0]), columns))
@@ -114,6 +145,12 @@ def check_split(config, ranks: int) -> None:
         raise ValueError(
             f"--tp {ranks}: needs 2 or more ranks that divide {groups} key-value heads and {ffn} neurons of the MLP"
         )
+
+
+def check_can_drop(config) -> None:
+    """Raises ValueError for a mixture of experts, whose blocks cannot do without attention's sum."""
+    if is_mixture(config):
+        raise ValueError("blocks of a mixture of experts cannot do without attention's sum")
 
 
 @torch.no_grad()

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from ..layers.predictor import normalized
-from .block import Block, split_columns, split_mlp
+from .block import Block, split_columns
 
-SITES = ("attention", "mlp")
 # A few tokens have activations that are larger by orders of magnitude, and would decide everything: one whose partial
 # sums are this many times as large as the median's weighs less.
 CLIP = 3.0
@@ -59,20 +58,20 @@ class Moments:
 
 def partial_sums(block: Block, x: torch.Tensor, rope: tuple, ranks: int) -> Iterator[tuple[str, torch.Tensor, tuple]]:
     """Of one window x `[1, tokens, hidden]`: each site, its block's input there, and the ranks' partial sums."""
-    own = block.modules_of
-    attention = split_columns(block.heads(x, rope), own.self_attn.o_proj.weight, ranks)
+    attention = split_columns(block.heads(x, rope), block.modules_of.self_attn.o_proj.weight, ranks)
     yield "attention", x, attention
     h = x + attention.sum(0)
-    yield "mlp", h, split_mlp(own.mlp, own.post_attention_layernorm(h).expand(ranks, *h.shape), ranks)
+    yield "experts" if block.is_mixture else "mlp", h, block.mlp_sums(h.expand(ranks, *h.shape))
 
 
 @torch.no_grad()
 def fit_block(block: Block, x: torch.Tensor, rope: tuple, ranks: int, k: int, unseen: int) -> dict[str, SiteFit]:
     """Of both sites of a block, with its input x `[windows, context, hidden]`; the last `unseen` windows only check."""
-    moments = {site: (Moments(), Moments()) for site in SITES}
+    moments: dict[str, tuple[Moments, Moments]] = {}
     for number, window in enumerate(x):
         for site, its_input, partials in partial_sums(block, window[None], rope, ranks):
-            moments[site][number >= len(x) - unseen].add(its_input, partials)
+            of_site = moments.setdefault(site, (Moments(), Moments()))
+            of_site[number >= len(x) - unseen].add(its_input, partials)
     return {site: fit(*each, ranks, k) for site, each in moments.items()}
 
 

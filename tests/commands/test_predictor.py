@@ -5,6 +5,8 @@ import json
 
 import pytest
 import yaml
+from characters import character_tokenizer
+from checkpoints import tiny_mixtral
 from safetensors import safe_open
 from searches import rows_of, search
 
@@ -34,6 +36,26 @@ def test_a_file_of_the_sites_that_help(fitted):
     written = {(row["block"], site) for row in rows for site in ("attention", "mlp") if row[f"{site}_left"] <= 0.99}
     assert written and {tuple(name.split(".")[1:3]) for name in names} == {(str(n), site) for n, site in written}
     assert metadata["tensor_parallel"] == "2"
+
+
+def test_a_mixture_of_experts(text, tmp_path, capsys):
+    mixtral = character_tokenizer(tiny_mixtral(tmp_path / "mixtral"))
+    assert fit(mixtral, text, tmp_path, "--most-left", 0.999, "--json", tmp_path / "fit.json") == 0
+    assert "experts: left" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "fit.json").read_text())["rows"]
+    with safe_open(tmp_path / "p.safetensors", "pt") as file:
+        names = {name.rpartition(".")[0] for name in file.keys()}  # noqa: SIM118
+    assert names == {
+        f"layers.{row['block']}.{site}" for row in rows for site in ("attention", "experts") if site in row["written"]
+    }
+    assert any(name.endswith("experts") for name in names)
+    assert drops("group", mixtral, text, tmp_path) == drops("distill", mixtral, text, tmp_path) == 2
+    assert capsys.readouterr().err.count("mixture of experts cannot do without attention's sum") == 2
+
+
+def drops(step, model, text, folder):
+    argv = ["drop", step, "--model", model, "--tp", 2, "--text", text, "--tokens", 96, "--context", 24]
+    return cli.main([str(word) for word in (*argv, "--blocks", 0, "--out", folder / step)])
 
 
 def test_it_goes_on_where_it_was_and_refuses_another_recipe(fitted, llama, text, capsys):

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums of which only what the ranks cannot predict is sent: what they compute, when they do not, and bad files."""
 
+import predictors
 import pytest
 import torch
 from models import HIDDEN, IDS, LAYERS, all_logits, inside_view, message_of, policy
+from predictors import is_near
 from ranks import run_ranks
-from safetensors.torch import save_file
 
 import megatron_comp as mc
 from megatron_comp.inference.generate import generate, logits
@@ -22,27 +23,12 @@ LONG = torch.randint(128, (3, 60), generator=torch.Generator().manual_seed(1))
 WHOLE, PART = 1 << 30, 2000
 
 
-def tensors(scale=0.1, up=1.0, sites=("attention", "mlp"), ranks=RANKS):
-    """Random predictors of every layer, which predict nothing well: what they say must cancel."""
-    draw = torch.Generator().manual_seed(0)
-    made = {}
-    for layer in range(LAYERS):
-        for site in sites:
-            key = f"layers.{layer}.{site}"
-            made[f"{key}.down"] = torch.randn(HIDDEN, K, generator=draw) * scale
-            made[f"{key}.up"] = torch.randn(ranks, K, HIDDEN, generator=draw) * scale * up
-            made[f"{key}.bias"] = torch.randn(ranks, HIDDEN, generator=draw) * scale
-    return made
+def tensors(ranks=RANKS, **words):
+    return predictors.tensors(LAYERS, HIDDEN, ranks, k=K, **words)
 
 
 def write(path, made, ranks=RANKS):
-    save_file(made, path, metadata={"tensor_parallel": str(ranks)})
-    return str(path)
-
-
-def is_near(made, expected):
-    """Up to what int8 rounds; a prediction that did not cancel would be twenty times as much."""
-    return (made - expected).abs().mean() < 0.03 * expected.std()
+    return predictors.write(path, made, ranks)
 
 
 def mlp_inputs(model):

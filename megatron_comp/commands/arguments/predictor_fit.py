@@ -7,9 +7,9 @@ from .. import options
 from . import drop_options
 
 DESCRIPTION = """\
-Find, for each sum of a Llama, which part of it follows from the layer's input: least squares of low rank on a
-calibration text. Each predictor is checked on the last windows of the text, which the regression does not see. What it
-leaves of a sum is a share of the sum's energy (the sum of squares): 0 is predicted fully, 1 not at all. A predictor
+Find, for each sum of a Llama or Mixtral, which part of it follows from the layer's input: least squares of low rank on
+a calibration text. Each predictor is checked on the last windows of the text, which the regression does not see. What
+it leaves of a sum is a share of the sum's energy (the sum of squares): 0 is predicted fully, 1 not at all. A predictor
 that leaves more than --most-left is not written. This runs in one process: the model's layers pass through
 memory one by one, with the activations of the whole text. Every finished layer is written; after an interruption the
 same command goes on after the last one.
