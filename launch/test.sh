@@ -22,6 +22,8 @@ SEAMS=(
     tests/layers/test_moe.py
     tests/layers/test_phases.py
     tests/layers/test_pipeline.py
+    tests/layers/test_predictor.py
+    tests/layers/test_predictor_experts.py
     tests/layers/test_real_transformer_engine.py
     tests/layers/test_row_parallel.py
     tests/layers/test_shared_experts.py

@@ -190,6 +190,10 @@ def _read_predictors(
         read = read_predictors(path, group.rank(), group.size(), next(model.parameters()), config.hidden_size)
         if unknown := [layer for layer in read.layers if layer >= config.num_layers]:
             raise ValueError(f"{path} has layer {unknown[0]}; the model has layers 0 to {config.num_layers - 1}")
+        for number, site in read.sites:
+            has = {place.site for place in places if place.layer == number}  # none of another stage's layer
+            if has and site not in has:
+                raise ValueError(f"{path} predicts {site} of layer {number}, which has {' and '.join(sorted(has))}")
         for layer, number in numbered_layers(model):
             if number in read.layers and (problem := problem_of(layer)):
                 raise ValueError(f"layer {number}: its sums cannot be predicted: {problem}")

@@ -70,7 +70,7 @@ def in_ranks(rank, world_size, folder, files):
         for name, words in {"long": {}, "long, dropped": {"layers": DROP}}.items():
             mc.apply_compression(model, policy(codec=INT8, predictor=files["both"], **words))
             made[name, size] = logits(model, LONG, gather=True)
-    for name in ("other ranks", "layer", "shape", "number", "missing", "name", "text", "no file"):
+    for name in ("other ranks", "layer", "shape", "number", "missing", "name", "text", "experts", "no file"):
         made[name] = message_of(mc.apply_compression, model, policy(predictor=files[name]))
     made["differs"] = message_of(mc.apply_compression, model, policy(predictor=files["both" if rank else "attention"]))
     made["training"] = message_of(mc.apply_compression, model, policy(predictor=files["both"]), allow_training=True)
@@ -96,6 +96,7 @@ def files(tmp_path_factory):
         "missing": write(folder / "lack", {k: v for k, v in both.items() if k != "layers.0.mlp.up"}),
         "name": write(folder / "name", both | {"lm_head.weight": torch.zeros(1)}),
         "text": str(folder / "text"),
+        "experts": write(folder / "experts", tensors(sites=["experts"])),
         "no file": str(folder / "absent"),
     }
 
@@ -168,6 +169,7 @@ REFUSED = {
     "missing": "layers.0.mlp.up is missing",
     "name": "lm_head.weight is not the name of a predictor's tensor",
     "text": "is not a valid safetensors file",
+    "experts": "predicts experts of layer 0, which has attention and mlp",
     "no file": "No such file",
     "training": "leave out allow_training=True",
 }
