@@ -144,14 +144,14 @@ class _Call:
     def _drop(self, output: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, training: bool) -> torch.Tensor:
         """What stands for a sum that is left out: the rank's partial sum, with the other ranks' predicted."""
         _count_drop(self.attention_reducer, output, training)
-        own = output.clone() if self.known is None else output - self.known.own  # Megatron adds in place
+        own = output.clone() if self.known is None else self.known.less_own(output)  # Megatron adds in place
         self.dropped = own, x if bias is None else x + bias
-        return output if self.known is None else own + self.known.total
+        return output if self.known is None else self.known.plus_total(own.clone())
 
     def _sum_attention(self, output: torch.Tensor, training: bool) -> torch.Tensor:
         if self.known is None:  # the gate leaves so small a sum alone
             return self.attention_reducer(output, training=training)
-        return self.attention_reducer(output - self.known.own, training=training) + self.known.total
+        return self.known.plus_total(self.attention_reducer(self.known.less_own(output), training=training))
 
     def keep_partial_sum(self, training: bool, fused: bool) -> Callable:
         """In place of `layer.mlp_bda`."""
@@ -171,7 +171,7 @@ class _Call:
         own, base = self.dropped or (None, hidden)
         own_parts = () if own is None else _parts(own, rows)
         predict = None if self.drops else reducer.predictor_of(hidden)
-        totals = list(_parts(self.known.total, rows)) if self.drops and self.known else []
+        knowns = self.known.split(rows) if self.drops and self.known else []
         for number, part in enumerate(_parts(hidden, rows)):
             end += rows[number]
             while there < end:
@@ -182,16 +182,16 @@ class _Call:
                 partial_sum = own_parts[number] + partial_sum
             elif predict:
                 known = predict(part)
-                partial_sum = partial_sum - known.own
-                totals.append(known.total)
+                partial_sum = known.less_own(partial_sum)
+                knowns.append(known)
             if joined_sum is not None:
                 joined_sum.push(partial_sum)
         sums = [reducer(partial_sum, training=layer.training)] if joined_sum is None else joined_sum
         add = self.mlp_bda(layer.training, layer.config.bias_dropout_fusion)
         outputs = []
-        for each, part, total in zip_longest(sums, _parts(base, rows), totals):
-            each = each.view_as(part) if total is None else each.view_as(part) + total.view_as(part)
-            outputs.append(add((each, self.mlp_bias), part, layer.hidden_dropout))
+        for each, part, known in zip_longest(sums, _parts(base, rows), knowns):
+            complete_sum = each if known is None else known.plus_total(each)
+            outputs.append(add((complete_sum.view_as(part), self.mlp_bias), part, layer.hidden_dropout))
         return outputs[0] if len(rows) == 1 else torch.cat(outputs).view(hidden.shape)
 
     def _complete_rows(self, hidden: torch.Tensor) -> Iterator[int]:
@@ -200,7 +200,7 @@ class _Call:
         for part in self.on_the_wire or ():
             start, end = end, end + len(part)
             if self.known is not None:
-                part += self.known.total.reshape(-1, part.shape[-1])[start:end]
+                self.known._replace(small=self.known.small[start:end]).plus_total(part)
             part += self.residual.reshape(-1, part.shape[-1])[start:end]
             yield end
         yield hidden.shape[:-1].numel()

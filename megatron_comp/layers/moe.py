@@ -190,8 +190,8 @@ class PredictedSum:
         predict = self.reducer.predictor_of(partial)
         if predict is None:
             return self.reducer(partial, *how)
-        own, total = (each.view_as(partial).to(partial.dtype) for each in predict(self.x))
-        return self.reducer(partial - own, *how) + total
+        known = predict(self.x)
+        return known.plus_total(self.reducer(known.less_own(partial), *how))
 
 
 def sum_experts(layer: BaseMoELayer, reducer: Reducer) -> None:

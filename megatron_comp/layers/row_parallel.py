@@ -109,7 +109,7 @@ def send_parts(
     known_parts = known.split(rows) if known else [None] * len(rows)
     for part, known_part in zip(input.reshape(-1, 1, input.shape[-1]).split(rows), known_parts, strict=True):
         partial = type(linear)._forward_impl(linear, part, weight, **how)
-        total.push(partial if known_part is None else partial - known_part.own)
+        total.push(partial if known_part is None else known_part.less_own(partial))
     return total
 
 
