@@ -17,6 +17,7 @@ Dropped sums: `sync_drop.py` says what they are. Here attention's partial sum is
 
 Predicted sums: `predictor.py` says what they are. A rank takes its own prediction off what it sends, and adds that of
 all ranks to what it gets. Where attention's sum is dropped, it adds the other ranks' predictions to its partial sum.
+In a mixture of experts the sum after attention is predicted here, and that of the experts in their token dispatcher.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -63,28 +64,25 @@ def restore_layer(layer: torch.nn.Module) -> None:
 
 def _forward(layer: TransformerLayer, may_overlap: bool, /, *args, **kwargs):
     """Megatron's own forward; where a sum is ours to take, with other functions in some places of it for this call."""
-    attention, mlp = layer.self_attention.linear_proj.reducer, _summer(layer).reducer
+    is_mixture = isinstance(layer.mlp, BaseMoELayer)
+    summer = summing_dispatcher(layer.mlp) if is_mixture else layer.mlp.linear_fc2
+    attention, mlp = layer.self_attention.linear_proj.reducer, summer.reducer
     overlaps = may_overlap and _overlaps_now(layer)
     if not (overlaps or attention.drops or attention.predictor or mlp.predictor):
         return type(layer).forward(layer, *args, **kwargs)
-    call = _MixtureCall if isinstance(layer.mlp, BaseMoELayer) else _Call
-    return call(layer, overlaps).forward(*args, **kwargs)
-
-
-def _summer(layer: TransformerLayer) -> Any:
-    """What sums the layer's MLP, and has its reducer: a linear, or a mixture's token dispatcher."""
-    return summing_dispatcher(layer.mlp) if isinstance(layer.mlp, BaseMoELayer) else layer.mlp.linear_fc2
+    return (_MixtureCall if is_mixture else _Call)(layer, summer, overlaps).forward(*args, **kwargs)
 
 
 class _Call:
     """One call of a layer, with what its attention leaves for its MLP.
 
     Attention's sum is on the wire, or left out, when attention returns. The MLP's sum is taken here.
+    summer: what sums the MLP where nothing here does: its second linear, or a mixture's token dispatcher.
     """
 
-    def __init__(self, layer: TransformerLayer, overlaps: bool) -> None:
+    def __init__(self, layer: TransformerLayer, summer: Any, overlaps: bool) -> None:
         self.layer, self.stock, self.overlaps = layer, type(layer), overlaps
-        self.proj, self.summer = layer.self_attention.linear_proj, _summer(layer)
+        self.proj, self.summer = layer.self_attention.linear_proj, summer
         # Kept here, since the layer is without them during the call.
         self.attention_reducer, self.mlp_reducer = self.proj.reducer, self.summer.reducer
         self.attention_bda, self.mlp_bda = layer.self_attn_bda, layer.mlp_bda
@@ -172,20 +170,20 @@ class _Call:
         own_parts = () if own is None else _parts(own, rows)
         predict = None if self.drops else reducer.predictor_of(hidden)
         knowns = self.known.split(rows) if self.drops and self.known else []
-        for number, part in enumerate(_parts(hidden, rows)):
-            end += rows[number]
-            while there < end:
-                there = next(complete)
-            with _replaced(self.summer, reducer=None), _replaced(layer, mlp_bda=self.keep_partial_sum):
+        with _replaced(self.summer, reducer=None), _replaced(layer, mlp_bda=self.keep_partial_sum):
+            for number, part in enumerate(_parts(hidden, rows)):
+                end += rows[number]
+                while there < end:
+                    there = next(complete)
                 partial_sum = self.stock._forward_mlp(layer, part, *rest, **more)
-            if own_parts:
-                partial_sum = own_parts[number] + partial_sum
-            elif predict:
-                known = predict(part)
-                partial_sum = known.less_own(partial_sum)
-                knowns.append(known)
-            if joined_sum is not None:
-                joined_sum.push(partial_sum)
+                if own_parts:
+                    partial_sum = own_parts[number] + partial_sum
+                elif predict:
+                    known = predict(part)
+                    partial_sum = known.less_own(partial_sum)
+                    knowns.append(known)
+                if joined_sum is not None:
+                    joined_sum.push(partial_sum)
         sums = [reducer(partial_sum, training=layer.training)] if joined_sum is None else joined_sum
         add = self.mlp_bda(layer.training, layer.config.bias_dropout_fusion)
         outputs = []

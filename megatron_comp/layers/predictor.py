@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.nn.functional import pad
 
 EPSILON = 1e-5
 TENSOR_PARALLEL = "tensor_parallel"  # key of a file's metadata: the number of ranks that it is for
@@ -33,10 +34,10 @@ PROBED_ROWS = (1, 7, 256)  # kernels of products differ by the number of rows
 
 
 class Known(NamedTuple):
-    """What is known of a sum before it is exchanged: this rank's part, `small @ own`, and all ranks' together,
-    `small @ total`. Never there as tensors of their own: they go into the product that makes them.
+    """What is known of a sum before it is exchanged: of this rank's part `small @ own`, of the whole `small @ total`.
 
-    small `[rows, k + 1]`, its last column 1, for the biases; own and total `[k + 1, hidden]`.
+    Both are added by the product that makes them, and are never tensors of their own. small `[rows, K]`, own and total
+    `[K, hidden]`: K is k and the columns of ones that `with_bias` makes room for.
     """
 
     small: torch.Tensor
@@ -65,7 +66,7 @@ def _added(x: torch.Tensor, small: torch.Tensor, up: torch.Tensor, sign: int) ->
 
 @dataclass(frozen=True)
 class SitePredictor:
-    """Of one sum. down `[hidden, k]`; this rank's up `[k + 1, hidden]`, its last row the bias; all ranks' added up."""
+    """Of one sum: down `[hidden, k]`, up with bias `[K, hidden]` of this rank, and those of all ranks added up."""
 
     down: torch.Tensor
     own: torch.Tensor
@@ -78,7 +79,15 @@ class SitePredictor:
         No gradient passes: what ranks take off and what they add are equal.
         """
         small = normalized(x.detach()).reshape(-1, x.shape[-1]) @ self.down
-        return Known(torch.nn.functional.pad(small, (0, 1), value=1.0), self.own, self.total)
+        return Known(pad(small, (0, len(self.own) - small.shape[1]), value=1.0), self.own, self.total)
+
+
+def with_bias(up: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """up `[ranks, k, hidden]`, below it the bias `[ranks, hidden]`, and zeros to the next multiple of eight rows.
+
+    A product's inner dimension is a multiple of eight, since tensor cores want rows of whole 16 bytes.
+    """
+    return torch.cat([up, pad(bias[:, None], (0, 0, 0, 7 - up.shape[1] % 8))], dim=1)
 
 
 def normalized(x: torch.Tensor) -> torch.Tensor:
@@ -119,7 +128,7 @@ class Predictors:
                 found = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
                 raise ValueError(f"predictor {self.path}: {name(*where)}.{part} {found}, expected {list(shape)}")
         down, up, bias = (each.float() for each in parts)
-        ups = torch.cat([up, bias[:, None]], dim=1)
+        ups = with_bias(up, bias)
         return SitePredictor(down, ups[rank], ups.sum(0))
 
     def _digest(self, tensors: dict[str, torch.Tensor], hidden: int, like: torch.Tensor) -> str:

@@ -36,6 +36,7 @@ NEEDED = {
     "inference_fuse_tp_communication": (False, "the residual is then added inside the reduction"),
     "mlp_chunks_for_prefill": (1, "the MLP then sums one chunk of the tokens at a time"),
 }
+MIXTURE = "in a mixture of experts ranks would choose different experts for a token, each by what it sees"
 
 
 class SyncDropLayer(TransformerLayer):
@@ -65,10 +66,8 @@ def dropped_blocks(model: torch.nn.Module, policy: CompressionPolicy) -> dict[to
 
 def check_block(layer: torch.nn.Module, number: int) -> None:
     """Raises ValueError, with the reason, for a layer that cannot do without attention's sum."""
-    problem = problem_of(layer)
-    if isinstance(getattr(layer, "mlp", None), BaseMoELayer):
-        problem = "in a mixture of experts ranks would choose different experts for a token, each by what it sees"
-    if problem:
+    is_mixture = isinstance(getattr(layer, "mlp", None), BaseMoELayer)
+    if problem := MIXTURE if is_mixture else problem_of(layer):
         raise ValueError(f"policy: layers: {number}: attention cannot be dropped: {problem}")
 
 

@@ -191,6 +191,16 @@ def test_tokens_are_decoded_alike(ranks):
         assert len({tuple(made[name, "tokens"]) for made in ranks}) == 1
 
 
+@pytest.mark.parametrize("k", [1, 7, 8, 64])
+def test_a_bias_is_one_more_row_and_rows_are_a_multiple_of_eight(k):
+    from megatron_comp.layers.predictor import with_bias
+
+    up, bias = torch.randn(RANKS, k, HIDDEN), torch.randn(RANKS, HIDDEN)
+    made = with_bias(up, bias)
+    assert made.shape[1] % 8 == 0 and k < made.shape[1] <= k + 8
+    torch.testing.assert_close(torch.nn.functional.pad(up, (0, 0, 0, made.shape[1] - k)).sum(1) + bias, made.sum(1))
+
+
 def test_the_input_is_normalized_token_by_token():
     from megatron_comp.layers.predictor import normalized
 
