@@ -3,6 +3,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import reprlib
@@ -27,6 +28,16 @@ def shown(value: object) -> str:
     except ValueError:  # Python prints no integer of more than 4300 digits
         text = "a number of thousands of digits"
     return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def digest(path: str | Path) -> str:
+    """Twelve digits that tell a file's content from another's."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
+def beside(path: str, file: str) -> str:
+    """`path` as a text in `file` has it: relative to that file's folder."""
+    return os.path.relpath(path, Path(file).parent)
 
 
 @contextmanager

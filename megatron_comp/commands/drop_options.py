@@ -23,7 +23,7 @@ def check(args: argparse.Namespace, *written: str) -> None:
     if hasattr(args, "ranks"):  # a step of one process, which no other checks
         preflight.check_inputs(args)
     checks.check_text(args)
-    for option in ("sensitivity", "start", "weights"):
+    for option in ("sensitivity", "start", "weights", "predictor"):
         if (path := getattr(args, option, None)) and not Path(path).is_file():
             raise ValueError(f"--{option} {path}: no such file")
     if getattr(args, "tp", 2) < 2:

@@ -52,9 +52,10 @@ def check(args: argparse.Namespace, settings: list[setup.Setting]) -> None:
 
 def run(args: argparse.Namespace, settings: list[setup.Setting]) -> None:
     """Stock first, then each setting, on the same items."""
+    from ..files import digest
     from ..quality.items import write_items
     from ..quality.journal import Journal
-    from ..quality.origin import digest, on_ranks
+    from ..quality.origin import on_ranks
     from ..quality.tasks import Tasks
 
     settings = setup.with_baseline(settings)

@@ -3,6 +3,8 @@
 
 import argparse
 
+import torch
+
 from ..launcher import output
 from ..launcher.progress import progress
 from . import checks, drop_options
@@ -30,7 +32,6 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..inference.hf import read_config
-    from ..layers.predictor import PARTS, name
     from ..spd.regression import fit_block
 
     check(args)
@@ -39,18 +40,18 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--rank {args.rank}: the model has {config.hidden_size} values per token")
     layers = range(config.num_hidden_layers)
     unseen = max(1, round(args.tokens // args.context * args.unseen))
-    how = {"rank": args.rank, "most_left": args.most_left, "unseen": args.unseen}
+    how = {"rank": args.rank, "most_left": args.most_left, "unseen": args.unseen, "layers": len(layers)}
     with drop_options.missing_blocks(args, layers, how) as (_config, file, missing):
         for block, x, _, rope in progress(missing, "predictor fit", len(layers), initial=len(file.rows), unit="layer"):
             found = fit_block(block, x, rope, args.ranks, args.rank, unseen)
-            kept = {site: each for site, each in found.items() if each.left <= args.most_left}
-            tensors = {
-                f"{name(block.number, site)}.{part}": getattr(each, part).bfloat16()
-                for site, each in kept.items()
-                for part in PARTS
-            }
-            left = {f"{site}_left": each.left for site, each in found.items()}
-            file.add(block.number, tensors, {"block": block.number, **left, "written": ", ".join(kept) or "none"})
+            kept = {site: each for site, each in found.items() if each.left[-1] <= args.most_left}
+            tensors: dict[str, torch.Tensor] = {}
+            for site, each in kept.items():
+                tensors |= each.regression.to(torch.empty(0, dtype=torch.bfloat16)).named((block.number, site))
+            left = {f"{site}_left": each.left[-1] for site, each in found.items()}
+            traces = {"traces": {site: each.trace() for site, each in found.items()}}
+            written = {"written": ", ".join(kept) or "none"}
+            file.add(block.number, tensors, {"block": block.number, **left, **written, **traces})
     rows = [file.rows[str(layer)] for layer in layers]
     columns = {key: column for key, column in COLUMNS.items() if key in rows[0]}
     output.show(f"predictor fit: rank {args.rank}, TP={args.ranks}", columns, rows)

@@ -2,14 +2,13 @@
 """`megatron-comp search`: a policy of fewest bits, or of least time, within a bound on what it costs in quality."""
 
 import argparse
-import os
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from ..files import beside, digest
 from ..launcher import output
 from ..policy import CompressionPolicy
-from ..quality.origin import digest
 from ..search.bound import MAX_INCREASE_PCT, Bound
 from ..search.candidates import CANDIDATES, parse_candidates
 from . import checks, search_options, setup
@@ -65,8 +64,8 @@ def run(args: argparse.Namespace) -> None:
         if found.distilled:
             write_blocks(args.distilled, found.distilled, args.weights_out)
         if args.predictor:
-            beside = os.path.relpath(args.predictor, Path(args.out).parent)
-            found = replace(found, policy=replace(found.policy, predictor=beside))
+            relative = beside(args.predictor, args.out)
+            found = replace(found, policy=replace(found.policy, predictor=relative))
         how = f"megatron-comp search {'--with-drop ' * args.with_drop}--algorithm {args.algorithm}"
         report(args, found, measurements.judge, how)
 

@@ -111,4 +111,6 @@ def judging(args: argparse.Namespace, weights: str | None = None, **measured: ob
         text, dtype = text_of(args), next(model.parameters()).dtype
         journal = Journal(args.state, origin.settings(args.model, text, args.tp, dtype, **measured))
         overrides = WeightOverrides(model, args.model, weights) if weights else None
+        if overrides:
+            overrides.check_predictor(getattr(args, "predictor", None))
         yield Judge(model, text.windows(tokenizer), journal, overrides)

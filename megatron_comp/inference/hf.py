@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
-from ..layers.predictor import TENSOR_PARALLEL
+from ..layers.predictor_file import TENSOR_PARALLEL
 from ..notices import notice
 from . import model_files
 from .config import check_sizes, read_raw, unknown_keys

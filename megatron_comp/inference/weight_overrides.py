@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of a file in the place of a built model's own."""
 
-from collections.abc import Collection, Iterable
+import json
+from collections.abc import Collection
 
 import torch
 from safetensors import safe_open
 
+from ..files import digest
 from ..layers.apply import remove_compression
+from ..layers.predictor_file import MADE_BY
 from ..policy import CompressionPolicy
 from .hf import check_extra
 from .model import reload_layers
@@ -35,20 +38,33 @@ class WeightOverrides:
 
     def __init__(self, model: torch.nn.Module, model_dir: str, path: str) -> None:
         check_read_by_layer(model_dir)
-        check_extra(path, model.config.tensor_model_parallel_size)
+        metadata = check_extra(path, model.config.tensor_model_parallel_size)
+        self.predictor = json.loads(metadata.get(MADE_BY, "{}")).get("predictor")
         self.model, self.model_dir, self.path, self.blocks = model, model_dir, path, blocks_in(path)
         self._used: set[int] = set()
 
     @classmethod
-    def for_policies(cls, model: torch.nn.Module, model_dir: str, path: str, policies: Iterable[CompressionPolicy]):
-        """Raises ValueError also if none of the policies drops the sum of a block of which there are weights."""
+    def for_policies(cls, model: torch.nn.Module, model_dir: str, path: str, policies: Collection[CompressionPolicy]):
+        """Raises ValueError also if none of the policies drops the sum of a block of which there are weights, and what
+        `check_predictor` raises."""
         made = cls(model, model_dir, path)
+        for policy in policies:
+            if made.blocks_for(policy):
+                made.check_predictor(policy.predictor)
         if not any(made.blocks_for(policy) for policy in policies):
             raise ValueError(
                 f"--weights {path}: for blocks without attention's sum, and no --policy drops that of one of them "
                 f"({', '.join(map(str, sorted(made.blocks)))})"
             )
         return made
+
+    def check_predictor(self, predictor: str | None) -> None:
+        """Raises ValueError for weights that were distilled with a predictor, and are not to be used with that one."""
+        if self.predictor and (found := digest(predictor) if predictor else "no predictor") != self.predictor:
+            raise ValueError(
+                f"weights {self.path} were distilled with the predictor of digest {self.predictor}, not for "
+                f"{f'{predictor}, {found}' if predictor else found}"
+            )
 
     def blocks_for(self, policy: CompressionPolicy) -> set[int]:
         """Those of the file whose sum a policy drops: elsewhere its weights are wrong."""

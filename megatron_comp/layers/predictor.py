@@ -3,33 +3,30 @@
 
 All ranks hold the same input X of a block. With u = X / rms(X), token by token, rank r's partial sum is
 
-    Y_r = (u V) U_r + b_r + E_r             V [hidden, k], U_r [k, hidden], b_r [hidden]
+    Y_r = (u V - m) U_r + b_r + E_r             V [hidden, k], m [k], U_r [k, hidden], b_r [hidden]
 
-Every rank knows V and the sums of all U_r and all b_r, so only the residuals E_r are encoded and sent:
+Every rank knows V, m and the sums of all U_r and all b_r, so only the residuals E_r are encoded and sent:
 
-    sum_r Y_r = (u V) (sum_r U_r) + sum_r b_r + sum_r E_r
+    sum_r Y_r = (u V - m) (sum_r U_r) + sum_r b_r + sum_r E_r
 
-`megatron-comp predictor fit` finds V, U_r and b_r by least squares. They are weights in a file beside the checkpoint.
+`megatron-comp predictor fit` finds them by least squares; m and b_r are means, of u V and of Y_r. They are weights in a
+file beside the checkpoint.
 
 Sums stay equal to the bit on all ranks if these products do: the same matrices, shapes and kernels on the same kind of
 device. `Predictors.digest` holds the bytes that a rank's own device makes of a fixed input, for ranks to compare.
 """
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.nn.functional import pad
 
-EPSILON = 1e-5
-TENSOR_PARALLEL = "tensor_parallel"  # key of a file's metadata: the number of ranks that it is for
-PARTS = ("down", "up", "bias")
+from .predictor_file import Regression, Sum, normalized, read_regressions
+
 PROBED_ROWS = (1, 7, 256)  # kernels of products differ by the number of rows
 
 
@@ -72,6 +69,13 @@ class SitePredictor:
     own: torch.Tensor
     total: torch.Tensor
 
+    @classmethod
+    def of(cls, regression: Regression, rank: int, like: torch.Tensor) -> "SitePredictor":
+        """like: of the type and device that it gets."""
+        down, mean, up, bias = regression.to(torch.empty(0))
+        ups = with_bias(up, bias - mean @ up)
+        return cls(*(each.to(like).contiguous() for each in (down, ups[rank], ups.sum(0))))
+
     def __call__(self, x: torch.Tensor) -> Known:
         """Of a block's input `[..., hidden]`: for attention what its layer is given, for the MLP or the experts what
         follows attention, both before their norms.
@@ -90,13 +94,6 @@ def with_bias(up: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return torch.cat([up, pad(bias[:, None], (0, 0, 0, 7 - up.shape[1] % 8))], dim=1)
 
 
-def normalized(x: torch.Tensor) -> torch.Tensor:
-    """Each token `[..., hidden]` over its root mean square, in the type of `x`."""
-    # One pass without a copy: half of the time that the mean of x.square() takes.
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return (x * torch.rsqrt(size.square() / x.shape[-1] + EPSILON)).to(x.dtype)
-
-
 class Predictors:
     """All predictors of a file, for one rank of a tensor-parallel group.
 
@@ -108,33 +105,19 @@ class Predictors:
     def __init__(self, path: Path, rank: int, ranks: int, like: torch.Tensor, hidden: int) -> None:
         """like: of the type and device that the predictors get."""
         self.path = path
-        with _opened(path, ranks) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-        self.sites = {
-            where: self._of_rank([tensors.get(f"{name(*where)}.{part}") for part in PARTS], where, rank, ranks, hidden)
-            for where in sorted({_where(each, path) for each in tensors})
-        }
-        self.sites = {where: _moved(each, like) for where, each in self.sites.items()}
-        self.digest = self._digest(tensors, hidden, like)
+        regressions = read_regressions(path, ranks, hidden)
+        self.sites = {where: SitePredictor.of(each, rank, like) for where, each in regressions.items()}
+        self.digest = self._digest(regressions, hidden, like)
 
     @property
     def layers(self) -> set[int]:
         return {layer for layer, _ in self.sites}
 
-    def _of_rank(self, parts: list, where: tuple[int, str], rank: int, ranks: int, hidden: int) -> SitePredictor:
-        k = parts[0].shape[1] if parts[0] is not None and parts[0].dim() == 2 else 0
-        for part, tensor, shape in zip(PARTS, parts, ((hidden, k), (ranks, k, hidden), (ranks, hidden)), strict=True):
-            if tensor is None or tuple(tensor.shape) != shape:
-                found = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
-                raise ValueError(f"predictor {self.path}: {name(*where)}.{part} {found}, expected {list(shape)}")
-        down, up, bias = (each.float() for each in parts)
-        ups = with_bias(up, bias)
-        return SitePredictor(down, ups[rank], ups.sum(0))
-
-    def _digest(self, tensors: dict[str, torch.Tensor], hidden: int, like: torch.Tensor) -> str:
+    def _digest(self, regressions: dict[Sum, Regression], hidden: int, like: torch.Tensor) -> str:
         made = hashlib.sha256()
-        for key in sorted(tensors):
-            made.update(key.encode() + _bytes(tensors[key]))
+        for where, each in regressions.items():
+            for key, tensor in each.named(where).items():
+                made.update(key.encode() + _bytes(tensor))
         for rows in PROBED_ROWS:
             x = torch.linspace(-1, 1, rows * hidden, dtype=torch.float32).view(rows, hidden).to(like)
             for site in self.sites.values():
@@ -151,44 +134,6 @@ def read_predictors(path: str | Path, rank: int, ranks: int, like: torch.Tensor,
 @lru_cache(maxsize=1)
 def _read(path: Path, _written: int, rank: int, ranks: int, dtype, device, hidden: int) -> Predictors:
     return Predictors(path, rank, ranks, torch.empty(0, dtype=dtype, device=device), hidden)
-
-
-def inner_sizes(path: str | Path, ranks: int, hidden: int) -> list[int]:
-    """K of each sum's predictor, without reading weights. Raises OSError or ValueError as `Predictors` does."""
-    with _opened(path, ranks) as file:
-        shapes = {each: file.get_slice(each).get_shape() for each in file.keys() if each.endswith(".down")}  # noqa: SIM118
-    for tensor, shape in shapes.items():
-        if len(shape) != 2 or shape[0] != hidden:
-            raise ValueError(f"predictor {path}: {tensor} has shape {shape}; the model has {hidden} values per token")
-    return [k for _, k in shapes.values()]
-
-
-@contextmanager
-def _opened(path: str | Path, ranks: int) -> Iterator[safe_open]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            made_for = (file.metadata() or {}).get(TENSOR_PARALLEL)
-            if made_for != str(ranks):
-                raise ValueError(f"predictor {path} is for {made_for or 'an unknown number of'} ranks, not for {ranks}")
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"predictor {path} is not a valid safetensors file: {error}") from None
-
-
-def name(layer: int, site: str) -> str:
-    """Of a site's tensors in the file, before `.down`, `.up` and `.bias`."""
-    return f"layers.{layer}.{site}"
-
-
-def _where(tensor: str, path: str | Path) -> tuple[int, str]:
-    words = tensor.split(".")
-    if len(words) != 4 or words[0] != "layers" or not words[1].isdecimal() or words[3] not in PARTS:
-        raise ValueError(f"predictor {path}: {tensor} is not the name of a predictor's tensor")
-    return int(words[1]), words[2]
-
-
-def _moved(site: SitePredictor, like: torch.Tensor) -> SitePredictor:
-    return SitePredictor(*(each.to(like).contiguous() for each in vars(site).values()))
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from ..layers.predictor import inner_sizes
+from ..layers.predictor_file import inner_sizes
 from ..policy import CompressionPolicy
 from ..wire.calibration import Calibration
 from ..wire.codec import parse_codec

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..files import digest
 from ..inference import stages
 from ..inference.generate import logits, vocab_start
 from ..inference.weight_overrides import WeightOverrides
@@ -17,7 +18,6 @@ from ..layers.meter import ModelStats, wait_for_device
 from ..policy import CompressionPolicy
 from .journal import Journal
 from .metrics import Prediction, Quality
-from .origin import digest
 
 POINTS = "points"  # the part of a journal that points are in
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a measurement was made of: model and text, by name and digest."""
 
-import hashlib
 from pathlib import Path
 
 import torch
 
+from ..files import digest
 from ..version import __version__
 from .windows import Text
 
@@ -33,7 +33,3 @@ def on_ranks(model: str, tp: int, dtype: torch.dtype) -> dict[str, object]:
 
 def _of_model(model: str) -> dict[str, object]:
     return {"model": f"{Path(model).name} {digest(Path(model, 'config.json'))}"}
-
-
-def digest(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..bench.plot import draw_times
-from ..quality.origin import digest
+from ..files import digest
 from ..quality.paired import together
 from ..quality.plot import draw_places
 from ..quality.relation import next_tokens, relate

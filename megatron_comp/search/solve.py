@@ -65,6 +65,13 @@ class Frontier:
         units = int(np.searchsorted(-self.damage, -bound, side="left"))
         return None if units == len(self.damage) else self._chosen(units)
 
+    def within(self, cost: int) -> dict[object, Choice]:
+        """The choices of least damage that cost so much or less; the cheapest ones where none cost as little."""
+        units = min(max((cost - self._least) // self.unit, 0), len(self.damage) - 1)
+        picked = self.cheapest(float(self.damage[units]))
+        assert picked is not None
+        return picked
+
     def best(self) -> dict[object, Choice]:
         """The choices of least damage, at the least cost of these."""
         return self.cheapest(self.least_damage)

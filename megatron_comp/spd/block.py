@@ -15,6 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from ..inference.hf import Checkpoint
 from ..inference.shards import WHOLE, Piece, is_mixture, plan
+from ..layers.predictor_file import Regression
 
 
 class Block(torch.nn.Module):
@@ -35,13 +36,20 @@ class Block(torch.nn.Module):
                     parameter.copy_(weight)
         self.stored_in = weight.dtype
 
-    def forward(self, x: torch.Tensor, rope: tuple, ranks: int = 1) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rope: tuple, ranks: int = 1, predictor: Regression | None = None
+    ) -> torch.Tensor:
         """`[windows, context, hidden]` to the block's output; with more ranks than one, without attention's sum.
 
         One rank is the stock block: what it adds before its MLP is all there is to add.
+        predictor: of attention's sum; each rank's MLP then sees the other ranks' predicted partial sums as well.
         """
         partial = split_columns(self.heads(x, rope), self.modules_of.self_attn.o_proj.weight, ranks)
-        return x + (partial + self.mlp_sums(x + partial)).sum(0)
+        seen = x + partial
+        if predictor:
+            predicted = predictor.partial_sums(x)
+            seen = seen + predicted.sum(0) - predicted
+        return x + (partial + self.mlp_sums(seen)).sum(0)
 
     def mlp_sums(self, h: torch.Tensor) -> torch.Tensor:
         """Each rank's partial sum of the MLP or the experts, of what each rank has before their norm

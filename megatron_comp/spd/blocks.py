@@ -78,8 +78,10 @@ def dropped_blocks(policy: CompressionPolicy) -> list[int]:
     return [layer for layer in range(max(named, default=-1) + 1) if policy.drops(layer)]
 
 
-def write_policy(path: str, blocks: list[int], codec: str) -> None:
-    words = {"codec": codec, "layers": layers_that_drop(blocks)}
+def write_policy(path: str, blocks: list[int], codec: str, predictor: str | None) -> None:
+    words: dict[str, object] = {"codec": codec, "layers": layers_that_drop(blocks)}
+    if predictor:
+        words["predictor"] = files.beside(predictor, path)
     files.write_text(path, yaml.safe_dump(words, sort_keys=False))
 
 

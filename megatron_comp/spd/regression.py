@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..layers.predictor import normalized
+from ..layers.predictor_file import Regression, normalized
 from .block import Block, split_columns
 
 # A few tokens have activations that are larger by orders of magnitude, and would decide everything: one whose partial
@@ -20,15 +20,22 @@ RIDGES = (1e-3, 1e-2, 1e-1)  # times the mean square of an input value
 
 @dataclass(frozen=True)
 class SiteFit:
-    """down `[hidden, k]`, up `[ranks, k, hidden]`, bias `[ranks, hidden]`, float32.
+    """A regression in float32, and what it is worth, by windows that it has not seen.
 
-    left: energy of what is left of the partial sums over their energy, of windows that the regression has not seen.
+    left: by rank, from 0 to k, the energy of what is left of the partial sums over their energy.
+    weight: energy of the partial sums over that of the residual stream that they are added to, mean over tokens.
+    Rounding hurts about in proportion to it.
     """
 
-    down: torch.Tensor
-    up: torch.Tensor
-    bias: torch.Tensor
-    left: float
+    regression: Regression
+    left: list[float]
+    weight: float
+
+    def trace(self) -> dict:
+        """What it leaves at ranks that it may be cut to, as JSON. With the bias these are multiples of eight rows."""
+        k = len(self.regression.mean)
+        ranks = [0, *range(7, k, 8), k]
+        return {"weight": self.weight, "ranks": ranks, "left": [round(self.left[rank], 5) for rank in ranks]}
 
 
 class Moments:
@@ -38,6 +45,7 @@ class Moments:
         self.gram: torch.Tensor | float = 0.0  # [hidden + 1, hidden + 1]
         self.cross: torch.Tensor | float = 0.0  # [hidden + 1, ranks * hidden]
         self.energy = 0.0
+        self.relative, self.tokens = 0.0, 0
 
     def add(self, x: torch.Tensor, partials: torch.Tensor) -> None:
         """x `[1, tokens, hidden]`, before the site's norm; partials `[ranks, 1, tokens, hidden]`."""
@@ -48,12 +56,28 @@ class Moments:
         self.gram = self.gram + (u * weight).t() @ u
         self.cross = self.cross + (u * weight).t() @ y
         self.energy += float((y * y * weight).sum())
+        stream = (x[0] + partials.sum(0)[0]).float().norm(dim=-1)
+        self.relative += float((size / stream.clamp(min=1e-30)).square().sum())
+        self.tokens += len(y)
 
     def left(self, slope: torch.Tensor, bias: torch.Tensor) -> float:
         """Share of the energy that `u @ slope + bias` leaves."""
         whole = torch.cat([slope, bias[None]])
         explained = 2 * (whole * self.cross).sum() - (whole * (self.gram @ whole)).sum()
         return float(1 - explained / self.energy) if self.energy else 1.0
+
+    def left_by_rank(self, regression: Regression) -> list[float]:
+        """Share of the energy that the first 0, 1, ... columns of a regression leave."""
+        down, mean, up, bias = (*regression[:2], regression.up.transpose(0, 1).flatten(1), regression.bias.flatten())
+        if not self.energy:
+            return [1.0] * (len(up) + 1)
+        features = torch.nn.functional.pad(torch.cat([down, -mean[None]]), (1, 0))  # the bias' column comes first
+        features[-1, 0] = 1.0
+        rows = torch.cat([bias[None], up])
+        met = 2 * (rows * (features.t() @ self.cross)).sum(1)
+        squares = (rows @ rows.t()) * (features.t() @ self.gram @ features)
+        explained = met.cumsum(0) - squares.cumsum(0).cumsum(1).diagonal()
+        return (1 - explained / self.energy).tolist()
 
 
 def partial_sums(block: Block, x: torch.Tensor, rope: tuple, ranks: int) -> Iterator[tuple[str, torch.Tensor, tuple]]:
@@ -86,13 +110,12 @@ def fit(seen: Moments, unseen: Moments, ranks: int, k: int) -> SiteFit:
     root = torch.linalg.cholesky(seen.gram[:-1, :-1] + penalty - count * mean[:, None] * mean)
     predicted = root.t() @ slope
     _, directions = torch.linalg.eigh(predicted @ predicted.t())
-    directions = directions[:, -k:]
+    directions = directions[:, -k:].flip(1)
     down = torch.linalg.solve_triangular(root.t(), directions, upper=True)
-    up = directions.t() @ predicted
-    bias = bias + mean @ (slope - down @ up)
-    left = unseen.left(down @ up, bias)
-    by_rank = up.view(-1, ranks, hidden).transpose(0, 1).contiguous()
-    return SiteFit(down.float(), by_rank.float(), bias.view(ranks, hidden).float(), left)
+    mean, up, bias = mean @ down, directions.t() @ predicted, bias + mean @ slope
+    up, bias = up.view(-1, ranks, hidden).transpose(0, 1), bias.view(ranks, hidden)
+    found = Regression(down, mean, up.contiguous(), bias)
+    return SiteFit(found.to(torch.empty(0)), unseen.left_by_rank(found), unseen.relative / unseen.tokens)
 
 
 def _solve(moments: Moments, ridge: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

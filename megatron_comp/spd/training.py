@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..launcher.progress import progress
+from ..layers.predictor_file import Regression
 from .block import Block
 
 
@@ -34,25 +35,32 @@ class Recipe:
 
 
 def distill(
-    student: Block, x: torch.Tensor, target: torch.Tensor, rope: tuple, recipe: Recipe
+    student: Block,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    rope: tuple,
+    recipe: Recipe,
+    predictor: Regression | None = None,
 ) -> tuple[list[dict], dict]:
     """Trains `student` in place; a row of the log for each epoch, and a summary.
 
     x, target `[windows, context, hidden]`: what the full model's block gets and gives. AdamW, whose two moments are the
     only state, and a learning rate that falls to zero as a cosine. Windows are drawn in an order of the seed's.
+    predictor: of attention's sum, fixed, whose predictions the student sees in the place of the other ranks' parts.
     """
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(recipe.seed + student.number)
     optimizer = torch.optim.AdamW(student.parameters(), recipe.learning_rate, weight_decay=0.0)
     steps = recipe.epochs * math.ceil(len(x) / recipe.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    before, log = error(student, x, target, rope, recipe.ranks), []
+    how = (rope, recipe.ranks, predictor)
+    before, log = error(student, x, target, *how), []
     with progress(total=steps, desc=f"block {student.number}", unit="step") as bar:
         for epoch in range(recipe.epochs):
             total = 0.0
             for windows in torch.randperm(len(x), generator=generator).split(recipe.batch):
                 optimizer.zero_grad()
-                loss = difference(student(x[windows], rope, recipe.ranks), target[windows], recipe.loss)
+                loss = difference(student(x[windows], *how), target[windows], recipe.loss)
                 loss.backward()
                 optimizer.step()
                 schedule.step()
@@ -63,7 +71,7 @@ def distill(
     summary = {
         "block": student.number,
         **{f"{key}_before": value for key, value in before.items()},
-        **{f"{key}_after": value for key, value in error(student, x, target, rope, recipe.ranks).items()},
+        **{f"{key}_after": value for key, value in error(student, x, target, *how).items()},
         "seconds": time.perf_counter() - start,
     }
     return log, summary
@@ -75,7 +83,14 @@ def difference(made: torch.Tensor, target: torch.Tensor, loss: str) -> torch.Ten
 
 
 @torch.no_grad()
-def error(student: Block, x: torch.Tensor, target: torch.Tensor, rope: tuple, ranks: int) -> dict[str, float]:
+def error(
+    student: Block,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    rope: tuple,
+    ranks: int,
+    predictor: Regression | None = None,
+) -> dict[str, float]:
     """`mse`: the mean squared difference from the target. `relative`: the median over tokens of its norm to that of
     what the block adds to its input, which a few tokens of very large norm do not decide.
 
@@ -83,7 +98,7 @@ def error(student: Block, x: torch.Tensor, target: torch.Tensor, rope: tuple, ra
     """
     squares, relatives = 0.0, []
     for window, wanted in zip(x, target, strict=True):
-        difference = student(window[None], rope, ranks)[0] - wanted
+        difference = student(window[None], rope, ranks, predictor)[0] - wanted
         squares += difference.square().mean().item() / len(x)
         relatives.append(difference.norm(dim=-1) / (wanted - window).norm(dim=-1))
     if not math.isfinite(squares):

@@ -10,12 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .. import files
-from ..inference.hf import TENSOR_PARALLEL, check_extra, read_config
+from ..inference.hf import check_extra, read_config
 from ..inference.weight_overrides import block_of
+from ..layers.predictor_file import MADE_BY, TENSOR_PARALLEL
 from .block import check_split
 from .blocks import check_blocks
-
-HOW = "made_by"
 
 
 class WeightsFile:
@@ -33,7 +32,7 @@ class WeightsFile:
         if not self.path.exists():
             return
         metadata = check_extra(path, ranks)
-        if (made_by := metadata.get(HOW)) != self.how:
+        if (made_by := metadata.get(MADE_BY)) != self.how:
             raise ValueError(
                 f"{path} is there already, made by {made_by}, not by {self.how}: name another, or remove it"
             )
@@ -46,8 +45,8 @@ class WeightsFile:
         """row: what is to be known of this block, as JSON."""
         self.tensors |= tensors
         self.rows[str(block)] = row
-        metadata = {TENSOR_PARALLEL: str(self.ranks), HOW: self.how, "rows": json.dumps(self.rows), "format": "pt"}
-        _replace(self.path, self.tensors, metadata)
+        metadata = {TENSOR_PARALLEL: str(self.ranks), MADE_BY: self.how, "rows": json.dumps(self.rows), "format": "pt"}
+        replace_file(self.path, self.tensors, metadata)
 
 
 def begin(
@@ -72,10 +71,10 @@ def write_blocks(path: str, blocks: Collection[int], out: str) -> None:
         tensors = {name: file.get_tensor(name) for name in names}
     rows = json.loads(metadata.get("rows", "{}"))
     metadata["rows"] = json.dumps({block: row for block, row in rows.items() if int(block) in blocks})
-    _replace(out, tensors, metadata)
+    replace_file(out, tensors, metadata)
 
 
-def _replace(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def replace_file(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """An interruption leaves the file as it was or as it will be."""
     with files.replacing(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)

@@ -8,12 +8,15 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from drops import RANKS, distilled, logits_with_weights
+from predictors import tensors, write
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 import megatron_comp as mc
 from megatron_comp import cli
+from megatron_comp.inference.hf import read_config
 from megatron_comp.inference.model import build_model, init_parallel
 
 
@@ -58,6 +61,25 @@ def test_distilled_weights_load_beside_the_model(two_blocks, weights, tmp_path):
     for made in ranks:
         assert torch.equal(made[2], merged[0]) and torch.equal(made[3], merged[1])
         assert not torch.equal(made[3], made[1]) and torch.equal(made[0], ranks[0][0])
+
+
+def test_distillation_with_a_predictor(two_blocks, drop_text, weights, tmp_path, capsys):
+    """Layers that see the other ranks' predicted parts learn with them, and run with no other predictor."""
+    (folder := tmp_path / "predictor").mkdir()
+    hidden = read_config(two_blocks).hidden_size
+    predictor = write(folder / "p.safetensors", tensors(2, hidden, RANKS, scale=0.01, sites=["attention"]), RANKS)
+    more = ("--predictor", predictor, "--policy-out", tmp_path / "policy.yaml")
+    assert distilled(two_blocks, drop_text, tmp_path, "0-1", "w.safetensors", *more) == 0
+    ours, without = load_file(tmp_path / "w.safetensors"), load_file(weights / "both.safetensors")
+    assert ours.keys() == without.keys() and not any(torch.equal(ours[name], without[name]) for name in ours)
+    words = yaml.safe_load((tmp_path / "policy.yaml").read_text())
+    assert words["predictor"] == "predictor/p.safetensors" and words["layers"] == {"0-1": {"attention": "drop"}}
+    argv = ["evaluate", "--model", two_blocks, "--tp", RANKS, *drop_text, "--weights", tmp_path / "w.safetensors"]
+    assert cli.main([*map(str, argv), "--policy", str(tmp_path / "policy.yaml")]) == 0
+    assert cli.main([*map(str, argv), "--policy", str(weights / "policy.yaml")]) == 2
+    assert "were distilled with the predictor of digest" in capsys.readouterr().err
+    assert distilled(two_blocks, drop_text, tmp_path, "0-1", "w.safetensors") == 2
+    assert "is there already" in capsys.readouterr().err
 
 
 def test_checkpoints_of_megatron_are_refused_before_any_work(two_blocks, drop_text, weights, tmp_path, capsys):

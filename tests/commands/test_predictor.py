@@ -4,10 +4,12 @@
 import json
 
 import pytest
+import torch
 import yaml
 from characters import character_tokenizer
 from checkpoints import tiny_mixtral
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from searches import rows_of, search
 
 import megatron_comp as mc
@@ -90,3 +92,59 @@ def test_a_search_writes_a_policy_that_predicts(fitted, llama, text, tmp_path):
     (chosen,) = (row for row in rows_of(tmp_path) if row["chosen"])
     assert 0 < float(chosen["kl"]) <= 0.05
     assert float(chosen["predicted_kl"]) == pytest.approx(float(chosen["kl"]), rel=0.3)
+
+
+def trim(fitted, folder, *more):
+    argv = ["predictor", "trim", fitted / "p.safetensors", "--out", folder / "trimmed.safetensors", *more]
+    return cli.main([str(word) for word in argv])
+
+
+def test_trimmed_predictors_are_the_first_columns_of_the_whole_ones(fitted, llama, text, tmp_path, capsys):
+    assert trim(fitted, tmp_path, "--mean-rank", 2, "--json", tmp_path / "trim.json") == 0
+    rows = json.loads((tmp_path / "trim.json").read_text())["rows"]
+    ranks = {f"layers.{row['block']}.{site}": row[f"{site}_rank"] for row in rows for site in ("attention", "mlp")}
+    assert len(ranks) == 2 * LAYERS and 0 < sum(ranks.values()) < 16 * len(ranks)
+    whole, cut = (load_file(folder / f"{name}.safetensors") for folder, name in ((fitted, "p"), (tmp_path, "trimmed")))
+    assert {name.rpartition(".")[0] for name in cut} == {name for name, rank in ranks.items() if rank}
+    for name, tensor in cut.items():
+        where, _, part = name.rpartition(".")
+        k = {"down": (..., slice(ranks[where])), "mean": slice(ranks[where]), "up": (slice(None), slice(ranks[where]))}
+        assert torch.equal(tensor, whole[name][k.get(part, ...)])
+    lefts = {f"layers.{row['block']}.{site}": row[f"{site}_left"] for row in rows for site in ("attention", "mlp")}
+    assert all(0 < left <= 1 for left in lefts.values()) and any(left < 1 for left in lefts.values())
+    (policy := tmp_path / "policy.yaml").write_text(
+        "codec: int8:32:fp16\nmin_bytes: 0\npredictor: trimmed.safetensors\n"
+    )
+    argv = f"evaluate --model {llama} --tp 2 --text {text} --tokens 64 --context 32 --policy {policy}"
+    assert cli.main(argv.split()) == 0
+    (tmp_path / "again").mkdir()
+    (tmp_path / "trimmed.safetensors").rename(tmp_path / "p.safetensors")
+    assert trim(tmp_path, tmp_path / "again", "--mean-rank", 2) == 2
+    assert "is not a file that `megatron-comp predictor fit` has written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--mean-rank", "0"], "--mean-rank 0: at least one is needed"),
+        (["--mean-rank", "4", "--out", "{fitted}"], "is the file to trim"),
+    ],
+)
+def test_bad_options_of_trim(fitted, tmp_path, capsys, arguments, message):
+    assert trim(fitted, tmp_path, *(word.format(fitted=fitted / "p.safetensors") for word in arguments)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_files_that_trim_cannot_read(fitted, tmp_path, capsys):
+    save_file({"layers.0.mlp.down": torch.zeros(1)}, tmp_path / "p.safetensors", metadata={"tensor_parallel": "2"})
+    assert trim(tmp_path, tmp_path, "--mean-rank", 4) == 2
+    assert "is not a file that `megatron-comp predictor fit` has written" in capsys.readouterr().err
+    (tmp_path / "p.safetensors").write_text("text")
+    assert trim(tmp_path, tmp_path, "--mean-rank", 4) == 2
+    assert "is not a valid safetensors file" in capsys.readouterr().err
+    with safe_open(fitted / "p.safetensors", "pt") as file:
+        metadata = file.metadata()
+    metadata["rows"] = json.dumps(dict(list(json.loads(metadata["rows"]).items())[:2]))
+    save_file(load_file(fitted / "p.safetensors"), tmp_path / "p.safetensors", metadata=metadata)
+    assert trim(tmp_path, tmp_path, "--mean-rank", 4) == 2
+    assert f"has 2 of {LAYERS} layers" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from ranks import run_ranks
 import megatron_comp as mc
 from megatron_comp.inference.generate import generate, logits
 from megatron_comp.inference.model import build_model, init_parallel
-from megatron_comp.layers.predictor import EPSILON
+from megatron_comp.layers.predictor_file import EPSILON
 from megatron_comp.search.sensitivity import attach_probes, measure_window
 from megatron_comp.wire import exchange
 from megatron_comp.wire.codec import parse_codec
@@ -202,7 +202,7 @@ def test_a_bias_is_one_more_row_and_rows_are_a_multiple_of_eight(k):
 
 
 def test_the_input_is_normalized_token_by_token():
-    from megatron_comp.layers.predictor import normalized
+    from megatron_comp.layers.predictor_file import normalized
 
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     expected = torch.tensor([[3.0, 4.0], [0.0, 0.0]]) / torch.tensor([[12.5 + EPSILON], [1.0]]).sqrt()

@@ -50,6 +50,17 @@ def test_solver_equals_brute_force(items, bound):
     assert sum(choice.cost for choice in picked.values()) == least
 
 
+@settings(max_examples=60, deadline=None)
+@given(ITEMS, st.integers(0, 100))
+def test_the_least_damage_within_a_cost_equals_brute_force(items, allowed):
+    cheapest = sum(min(choice.cost for choice in choices) for choices in items)
+    allowed += cheapest
+    picked = Frontier(dict(enumerate(items))).within(allowed)
+    tried = [each for each in itertools.product(*items) if sum(choice.cost for choice in each) <= allowed]
+    assert sum(choice.cost for choice in picked.values()) <= allowed
+    assert sum(choice.damage for choice in picked.values()) == min(sum(c.damage for c in each) for each in tried)
+
+
 @settings(max_examples=20, deadline=None)
 @given(ITEMS, st.integers(0, 100))
 def test_coarse_units_cost_at_most_one_an_item(items, bound):

@@ -5,37 +5,45 @@ from dataclasses import replace
 
 import torch
 from drops import IDS, RANKS, streamed
+from predictors import tensors, write
 from ranks import run_ranks
 from safetensors.torch import load_file
 
 import megatron_comp as mc
 from megatron_comp.inference.generate import logits
 from megatron_comp.inference.model import build_model, init_parallel
+from megatron_comp.layers.predictor_file import read_regressions
 from megatron_comp.spd.block import split_columns, split_mlp
 from megatron_comp.spd.training import Recipe, distill
 
 
-def layer_outputs(rank, world_size, folder):
-    """Of the last block: its input, its output, and its output without attention's sum, on Megatron's layers."""
+def layer_outputs(rank, world_size, folder, predictor):
+    """Of the last block, on Megatron's layers: its input and output, then both without attention's sum, then with that
+    of other ranks predicted."""
     init_parallel(world_size)
     model, made = build_model(folder), []
     model.decoder.layers[1].register_forward_hook(
         lambda _, args, kwargs, out: made.append((kwargs["hidden_states"], out[0])), with_kwargs=True
     )
-    for words in ({}, {1: {"attention": "drop"}}):
-        logits(mc.apply_compression(model, mc.CompressionPolicy(layers=words)), IDS)
+    drop = {1: {"attention": "drop"}}
+    for words in ({}, {"layers": drop}, {"layers": drop, "predictor": predictor}):
+        logits(mc.apply_compression(model, mc.CompressionPolicy(**words)), IDS)
     return made
 
 
-def test_blocks_compute_what_ranks_do(two_blocks):
+def test_blocks_compute_what_ranks_do(two_blocks, tmp_path):
     ((block, x, out, rope),) = streamed(two_blocks)
-    ((x_ranks, stock), (_, dropped)) = run_ranks(layer_outputs, RANKS, two_blocks)[0]
-    expected = [t.transpose(0, 1) for t in (x_ranks, stock, dropped)]
+    hidden = x.shape[-1]
+    predictor = write(tmp_path / "p.safetensors", tensors(2, hidden, RANKS, sites=["attention"]), RANKS)
+    (x_ranks, stock), (_, dropped), (_, predicted) = run_ranks(layer_outputs, RANKS, two_blocks, predictor)[0]
+    expected = [t.transpose(0, 1) for t in (x_ranks, stock, dropped, predicted)]
     # The same sums in fp32 in another order.
     torch.testing.assert_close(x, expected[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(out, expected[1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(block(x, rope, RANKS), expected[2], atol=1e-4, rtol=1e-4)
-    assert (expected[2] - expected[1]).abs().max() > 0.1
+    regression = read_regressions(predictor, RANKS, hidden)[1, "attention"]
+    torch.testing.assert_close(block(x, rope, RANKS, regression), expected[3], atol=1e-4, rtol=1e-4)
+    assert (expected[2] - expected[1]).abs().max() > 0.1 and (expected[3] - expected[2]).abs().max() > 0.1
 
 
 def test_gradients_come_from_a_ranks_own_mlp(two_blocks):

@@ -12,6 +12,7 @@ def tensors(layers, hidden, ranks, *, k=3, scale=0.1, up=1.0, sites=("attention"
         for site in sites:
             key = f"layers.{layer}.{site}"
             made[f"{key}.down"] = torch.randn(hidden, k, generator=draw) * scale
+            made[f"{key}.mean"] = torch.randn(k, generator=draw) * scale * up
             made[f"{key}.up"] = torch.randn(ranks, k, hidden, generator=draw) * scale * up
             made[f"{key}.bias"] = torch.randn(ranks, hidden, generator=draw) * scale
     return made

@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--policy-out", metavar="FILE", help="Also write a policy that drops the sums of those layers.")
     add("--start", metavar="FILE", help="Weights to start from, as `megatron-comp drop group` writes them.")
+    add(
+        "--predictor",
+        metavar="FILE",
+        help="Predictors of `megatron-comp predictor fit`, for layers that will see the other ranks' predicted parts. "
+        "The weights then go with a policy that names this file.",
+    )
     add("--epochs", type=int, default=10, metavar="E", help="Number of passes over the text (default 10).")
     add("--batch", type=int, default=4, metavar="B", help="Number of windows per step (default 4).")
     add(

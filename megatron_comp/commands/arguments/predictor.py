@@ -16,7 +16,10 @@ Example:
 
 SUBCOMMANDS = Subcommands(
     "step",
-    {"fit": ("predictor_fit", "Find a predictor for each sum of a model, and keep those that help.")},
+    {
+        "fit": ("predictor_fit", "Find a predictor for each sum of a model, and keep those that help."),
+        "trim": ("predictor_trim", "Cut predictors to an amount of work, where they are missed least."),
+    },
 )
 
 
