@@ -32,6 +32,8 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..inference.hf import read_config
+    from ..predict.models import load
+    from ..search.trim import COLUMN, LAYERS
     from ..spd.regression import fit_block
 
     check(args)
@@ -40,8 +42,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--rank {args.rank}: the model has {config.hidden_size} values per token")
     layers = range(config.num_hidden_layers)
     unseen = max(1, round(args.tokens // args.context * args.unseen))
-    how = {"rank": args.rank, "most_left": args.most_left, "unseen": args.unseen, "layers": len(layers)}
-    with drop_options.missing_blocks(args, layers, how) as (_config, file, missing):
+    how = {"rank": args.rank, "most_left": args.most_left, "unseen": args.unseen}
+    size = {LAYERS: len(layers), COLUMN: 3 * config.hidden_size * args.ranks / load(args.model).multiplications}
+    with drop_options.missing_blocks(args, layers, how | size) as (_config, file, missing):
         for block, x, _, rope in progress(missing, "predictor fit", len(layers), initial=len(file.rows), unit="layer"):
             found = fit_block(block, x, rope, args.ranks, args.rank, unseen)
             kept = {site: each for site, each in found.items() if each.left[-1] <= args.most_left}

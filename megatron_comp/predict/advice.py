@@ -129,10 +129,9 @@ def predictor_advice(path: str, job: Job) -> str:
     sizes = inner_sizes(path, job.tp, model.hidden)
     products = 3 * sum(sizes) * model.hidden  # down, and up to this rank's part and to the sum of all
     biases = 2 * len(sizes) * model.hidden
-    layer = model.attention_weights + max(model.active, 1) * model.mlp_weights
     return (
         f"Predictor: {len(sizes)} of {2 * model.layers} sums; adds {(products + biases) * job.itemsize / 1e6:,.1f} MB "
-        f"of weights to each rank, and {products * job.tp / (model.layers * layer):.1%} to its layers' multiplications "
+        f"of weights to each rank, and {products * job.tp / model.multiplications:.1%} to its layers' multiplications "
         f"(not in the times below). {PREDICTED}"
     )
 

@@ -34,6 +34,11 @@ class Model:
         return 3 * self.hidden * self.ffn
 
     @property
+    def multiplications(self) -> int:
+        """Of a token in all layers, by all ranks together, but for attention's scores."""
+        return self.layers * (self.attention_weights + max(self.active, 1) * self.mlp_weights)
+
+    @property
     def share_of_mlps(self) -> float:
         """Of a dense layer's weights, and so of its compute but for attention's scores."""
         return self.mlp_weights / (self.mlp_weights + self.attention_weights)

@@ -6,7 +6,10 @@ in proportion to the residual stream that they are added to.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from ..layers.predictor_file import MADE_BY, TENSOR_PARALLEL, Sum, read_metadata, read_regressions
 from ..spd.weights import replace_file
@@ -16,32 +19,44 @@ from .solve import Choice, Frontier
 # 31 in fp32, 27 in bf16, on one thread of a Xeon, for 1,024 tokens of 576 values.
 FIXED = 32
 
-LAYERS = "layers"  # key of what a fitted file was made by: how many it has when it is whole
+# Keys of what a fitted file was made by: how many layers it has when it is whole, and `Fitted.column`.
+LAYERS, COLUMN = "layers", "column"
 
 
-def read_traces(path: str | Path) -> dict[Sum, dict | None]:
-    """The `SiteFit.trace` of each of the model's sums, None where it has no predictor.
+@dataclass(frozen=True)
+class Fitted:
+    """What there is to choose from. traces: the `SiteFit.trace` of each of the model's sums, None where none helps.
 
-    Raises ValueError for a file that `megatron-comp predictor fit` has not finished, or has not made.
+    column: share of the layers' multiplications that a column of a predictor adds to a rank.
     """
-    metadata = read_metadata(path)
-    layers, rows = json.loads(metadata.get(MADE_BY, "{}")).get(LAYERS), json.loads(metadata.get("rows", "{}"))
-    if not layers:
-        raise ValueError(f"predictor {path} is not a file that `megatron-comp predictor fit` has written")
-    if len(rows) < layers:
-        raise ValueError(f"predictor {path} has {len(rows)} of {layers} layers: `megatron-comp predictor fit` goes on")
-    return {
-        (int(layer), site): known if site in row["written"].split(", ") else None
-        for layer, row in rows.items()
-        for site, known in row["traces"].items()
-    }
 
+    traces: dict[Sum, dict | None]
+    column: float
 
-def choose(traces: dict[Sum, dict | None], mean_rank: int) -> dict[Sum, int]:
-    """The rank of each sum's predictor, 0 for none: no more work than predictors of rank `mean_rank` for all sums."""
-    items = {key: _choices(known) if known else [Choice(0, 0, 0.0)] for key, known in traces.items()}
-    picked = Frontier(items).within(len(items) * (mean_rank + FIXED))
-    return {key: choice.name for key, choice in picked.items()}
+    @classmethod
+    def read(cls, path: str | Path) -> "Fitted":
+        """Raises ValueError for a file that `megatron-comp predictor fit` has not finished, or has not made."""
+        metadata = read_metadata(path)
+        made_by, rows = (json.loads(metadata.get(key, "{}")) for key in (MADE_BY, "rows"))
+        if LAYERS not in made_by:
+            raise ValueError(f"predictor {path} is not a file that `megatron-comp predictor fit` has written")
+        if len(rows) < (layers := made_by[LAYERS]):
+            raise ValueError(f"predictor {path} has {len(rows)} of {layers} layers: repeat `predictor fit`")
+        traces = {
+            (int(layer), site): known if site in row["written"].split(", ") else None
+            for layer, row in rows.items()
+            for site, known in row["traces"].items()
+        }
+        return cls(traces, made_by[COLUMN])
+
+    def choose(self, work: float) -> dict[Sum, int]:
+        """The rank of each sum's predictor, 0 for none. work: allowed, as a share of the layers' multiplications.
+
+        A sum that is predicted at all takes FIXED columns more than its rank.
+        """
+        items = {key: _choices(known) if known else [Choice(0, 0, 0.0)] for key, known in self.traces.items()}
+        picked = Frontier(items).within(int(work / self.column))
+        return {key: choice.name for key, choice in picked.items()}
 
 
 def left_of(known: dict | None, rank: int) -> float:
@@ -58,14 +73,14 @@ def _choices(known: dict) -> list[Choice]:
     return [Choice(0, 0, known["weight"]), *kept]
 
 
-def trim(path: str | Path, ranks: dict[Sum, int], out: str | Path, mean_rank: int) -> None:
-    """Writes the predictors of `path`, each cut to its rank."""
+def trim(path: str | Path, ranks: dict[Sum, int], out: str | Path, work: float) -> None:
+    """Writes the predictors of `path`, each cut to its rank. work: that `Fitted.choose` chose them for."""
     metadata = read_metadata(path)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for where, regression in read_regressions(path, int(metadata[TENSOR_PARALLEL])).items():
         if k := ranks[where]:
             tensors |= regression.cut(k).named(where)
-    made_by = json.loads(metadata[MADE_BY]) | {"mean_rank": mean_rank}
-    del made_by[LAYERS]  # it is whole, and is not trimmed again
+    made_by = json.loads(metadata[MADE_BY]) | {"work": work}
+    del made_by[LAYERS], made_by[COLUMN]  # it is not trimmed again
     kept = {key: metadata[key] for key in (TENSOR_PARALLEL, "format")}
     replace_file(out, tensors, kept | {MADE_BY: json.dumps(made_by)})

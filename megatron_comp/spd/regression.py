@@ -111,8 +111,9 @@ def fit(seen: Moments, unseen: Moments, ranks: int, k: int) -> SiteFit:
     predicted = root.t() @ slope
     _, directions = torch.linalg.eigh(predicted @ predicted.t())
     directions = directions[:, -k:].flip(1)
-    down = torch.linalg.solve_triangular(root.t(), directions, upper=True)
-    mean, up, bias = mean @ down, directions.t() @ predicted, bias + mean @ slope
+    # Of variance 1, so that float16 holds both factors, whatever the number of tokens.
+    down = torch.linalg.solve_triangular(root.t(), directions, upper=True) * count.sqrt()
+    mean, up, bias = mean @ down, directions.t() @ predicted / count.sqrt(), bias + mean @ slope
     up, bias = up.view(-1, ranks, hidden).transpose(0, 1), bias.view(ranks, hidden)
     found = Regression(down, mean, up.contiguous(), bias)
     return SiteFit(found.to(torch.empty(0)), unseen.left_by_rank(found), unseen.relative / unseen.tokens)

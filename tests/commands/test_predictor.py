@@ -14,6 +14,7 @@ from searches import rows_of, search
 
 import megatron_comp as mc
 from megatron_comp import cli
+from megatron_comp.predict.models import load
 
 LAYERS = 3
 
@@ -100,10 +101,15 @@ def trim(fitted, folder, *more):
 
 
 def test_trimmed_predictors_are_the_first_columns_of_the_whole_ones(fitted, llama, text, tmp_path, capsys):
-    assert trim(fitted, tmp_path, "--mean-rank", 2, "--json", tmp_path / "trim.json") == 0
+    assert trim(fitted, tmp_path, "--work", 50, "--json", tmp_path / "trim.json") == 0
+    said = " ".join(capsys.readouterr().out.split())
     rows = json.loads((tmp_path / "trim.json").read_text())["rows"]
     ranks = {f"layers.{row['block']}.{site}": row[f"{site}_rank"] for row in rows for site in ("attention", "mlp")}
     assert len(ranks) == 2 * LAYERS and 0 < sum(ranks.values()) < 16 * len(ranks)
+    predicted, column = sum(rank > 0 for rank in ranks.values()), 3 * 96 * 2 / load(str(llama)).multiplications
+    assert f"{predicted} of {len(ranks)} sums, {sum(ranks.values())} columns, " in said
+    assert f"{sum(ranks.values()) * column:.1%} of the layers'" in said
+    assert (sum(ranks.values()) + 32 * predicted) * column <= 0.5 < (sum(ranks.values()) + 32 * predicted + 40) * column
     whole, cut = (load_file(folder / f"{name}.safetensors") for folder, name in ((fitted, "p"), (tmp_path, "trimmed")))
     assert {name.rpartition(".")[0] for name in cut} == {name for name, rank in ranks.items() if rank}
     for name, tensor in cut.items():
@@ -119,15 +125,16 @@ def test_trimmed_predictors_are_the_first_columns_of_the_whole_ones(fitted, llam
     assert cli.main(argv.split()) == 0
     (tmp_path / "again").mkdir()
     (tmp_path / "trimmed.safetensors").rename(tmp_path / "p.safetensors")
-    assert trim(tmp_path, tmp_path / "again", "--mean-rank", 2) == 2
+    assert trim(tmp_path, tmp_path / "again", "--work", 50) == 2
     assert "is not a file that `megatron-comp predictor fit` has written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--mean-rank", "0"], "--mean-rank 0: at least one is needed"),
-        (["--mean-rank", "4", "--out", "{fitted}"], "is the file to trim"),
+        (["--work", "0"], "--work 0: allowed are percents above 0, up to 100"),
+        (["--work", "0.001"], "--work 0.001: not enough for a single sum's predictor"),
+        (["--work", "4", "--out", "{fitted}"], "is the file to trim"),
     ],
 )
 def test_bad_options_of_trim(fitted, tmp_path, capsys, arguments, message):
@@ -137,14 +144,14 @@ def test_bad_options_of_trim(fitted, tmp_path, capsys, arguments, message):
 
 def test_files_that_trim_cannot_read(fitted, tmp_path, capsys):
     save_file({"layers.0.mlp.down": torch.zeros(1)}, tmp_path / "p.safetensors", metadata={"tensor_parallel": "2"})
-    assert trim(tmp_path, tmp_path, "--mean-rank", 4) == 2
+    assert trim(tmp_path, tmp_path, "--work", 4) == 2
     assert "is not a file that `megatron-comp predictor fit` has written" in capsys.readouterr().err
     (tmp_path / "p.safetensors").write_text("text")
-    assert trim(tmp_path, tmp_path, "--mean-rank", 4) == 2
+    assert trim(tmp_path, tmp_path, "--work", 4) == 2
     assert "is not a valid safetensors file" in capsys.readouterr().err
     with safe_open(fitted / "p.safetensors", "pt") as file:
         metadata = file.metadata()
     metadata["rows"] = json.dumps(dict(list(json.loads(metadata["rows"]).items())[:2]))
     save_file(load_file(fitted / "p.safetensors"), tmp_path / "p.safetensors", metadata=metadata)
-    assert trim(tmp_path, tmp_path, "--mean-rank", 4) == 2
+    assert trim(tmp_path, tmp_path, "--work", 4) == 2
     assert f"has 2 of {LAYERS} layers" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from megatron_comp.search.trim import FIXED, choose
+from megatron_comp.search.trim import FIXED, Fitted
 
 RANKS = [0, 7, 15, 23]
 
@@ -32,17 +32,17 @@ def damage(ranks):
     )
 
 
-@pytest.mark.parametrize("mean", [1, 4, 8, 16, 64])
-def test_the_ranks_of_least_damage_within_the_work(mean):
-    chosen, allowed = choose(TRACES, mean), len(TRACES) * (mean + FIXED)
+@pytest.mark.parametrize("columns", [10, 39, 60, 100, 140, 500])
+def test_the_ranks_of_least_damage_within_the_work(columns):
+    chosen = Fitted(TRACES, 0.001).choose(0.001 * columns)
     others = (dict(zip(TRACES, (*ranks, 0), strict=True)) for ranks in product(RANKS, repeat=3))
-    assert chosen[1, "mlp"] == 0 and cost(chosen) <= allowed
-    assert damage(chosen) == min(damage(ranks) for ranks in others if cost(ranks) <= allowed)
+    assert chosen[1, "mlp"] == 0 and cost(chosen) <= columns
+    assert damage(chosen) == min(damage(ranks) for ranks in others if cost(ranks) <= columns)
 
 
 def test_all_that_there_is_where_work_is_not_short():
-    assert choose(TRACES, 1000) == {key: 23 if known else 0 for key, known in TRACES.items()}
+    assert Fitted(TRACES, 0.001).choose(1.0) == {key: 23 if known else 0 for key, known in TRACES.items()}
 
 
 def test_one_that_does_not_help_is_left_out():
-    assert choose({(0, "mlp"): traced(1.0, 1.0, 1.1, 1.2, 1.3)}, 1000) == {(0, "mlp"): 0}
+    assert Fitted({(0, "mlp"): traced(1.0, 1.0, 1.1, 1.2, 1.3)}, 0.001).choose(1.0) == {(0, "mlp"): 0}

@@ -36,6 +36,8 @@ def test_what_follows_from_the_input_is_found():
     assert site.left[-1] < 1e-3
     x, y = draw(2, seed=2)
     torch.testing.assert_close(predicted(site, x), y, rtol=0, atol=0.05)
+    small = (normalized(x) @ site.regression.down - site.regression.mean).flatten(0, 1)
+    torch.testing.assert_close(small.std(0), torch.ones(K), rtol=0, atol=0.2)
 
 
 def test_noise_is_what_is_left():
