@@ -32,14 +32,14 @@ def check(args: argparse.Namespace) -> list[str]:
         read_order(args.sensitivity, config.read_raw(Path(args.model)).get("num_hidden_layers"))
     codecs = args.codec or ["none"]
     for codec in codecs:
-        policy([], codec)
+        policy([], codec, None)
     return codecs
 
 
-def policy(blocks: list[int], codec: str):
+def policy(blocks: list[int], codec: str, predictor: str | None):
     from ..policy import CompressionPolicy
 
-    return CompressionPolicy(codec=codec, min_bytes=0, layers=layers_that_drop(blocks))
+    return CompressionPolicy(codec=codec, min_bytes=0, layers=layers_that_drop(blocks), predictor=predictor)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,14 +68,14 @@ def measure(args: argparse.Namespace, judge, codecs: list[str]) -> list[dict]:
         orders.insert(0, ("in order", in_order, False))
     if args.weights:
         orders += [(f"{name}, distilled", order, True) for name, order, _ in orders[-1:]]
-    full = judge.point(Trial("full", policy([], "none")))["nll"]
+    full = judge.point(Trial("full", policy([], "none", None)))["nll"]
     rows = []
     for name, order, distilled in orders:
         for codec in codecs:
             for percent in args.percent:
                 dropped = share_of(order, percent)
                 replaced = sorted(judge.overrides.blocks & set(dropped)) if distilled else []
-                trial = Trial(f"{name} {percent:g} % {codec}", policy(dropped, codec), tuple(replaced))
+                trial = Trial(f"{name} {percent:g} % {codec}", policy(dropped, codec, args.predictor), tuple(replaced))
                 point = judge.point(trial)
                 rows.append(
                     {

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ..files import beside, digest
+from ..files import beside
 from ..launcher import output
 from ..policy import CompressionPolicy
 from ..search.bound import MAX_INCREASE_PCT, Bound
@@ -48,7 +48,6 @@ def run(args: argparse.Namespace) -> None:
     searched = {
         "search": "with drop" if args.with_drop else "mixed",
         "candidates": [str(codec) for codec in candidates],
-        **({"predicted by": digest(args.predictor)} if args.predictor else {}),
     }
     with measuring(args, args.distilled, args.predictor, **searched) as measurements:
         if args.with_drop:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..files import digest
 from ..launcher import ranks
 from ..policy import CompressionPolicy
 from ..quality import origin
@@ -109,8 +110,10 @@ def judging(args: argparse.Namespace, weights: str | None = None, **measured: ob
 
     with opened(args) as (model, tokenizer), ranks.alone(args.state):
         text, dtype = text_of(args), next(model.parameters()).dtype
+        if predictor := getattr(args, "predictor", None):
+            measured["predicted by"] = digest(predictor)
         journal = Journal(args.state, origin.settings(args.model, text, args.tp, dtype, **measured))
         overrides = WeightOverrides(model, args.model, weights) if weights else None
         if overrides:
-            overrides.check_predictor(getattr(args, "predictor", None))
+            overrides.check_predictor(predictor)
         yield Judge(model, text.windows(tokenizer), journal, overrides)

@@ -6,10 +6,13 @@ import math
 
 import pytest
 from drops import LAYERS, RANKS, command, distilled
+from predictors import tensors, write
 
 import megatron_comp as mc
 from megatron_comp import cli
 from megatron_comp.commands import drop_sensitivity
+from megatron_comp.files import digest
+from megatron_comp.inference.hf import read_config
 from megatron_comp.spd import blocks
 
 
@@ -67,6 +70,20 @@ def test_sensitivity_and_curve(two_blocks, drop_text, weights, tmp_path):
     healed = curve["sensitivity, distilled", "none", 100]
     assert healed["replaced"] == 2 and healed["kl"] < curve["sensitivity", "none", 100]["kl"]
     assert curve["sensitivity, distilled", "none", 0]["kl"] == 0
+
+
+def test_a_curve_with_a_predictor(two_blocks, drop_text, tmp_path):
+    """Of layers that see the other ranks' predicted parts; where nothing is dropped, nothing is predicted."""
+    hidden = read_config(two_blocks).hidden_size
+    predictor = write(tmp_path / "p.safetensors", tensors(LAYERS, hidden, RANKS, sites=["attention"]), RANKS)
+    rows = []
+    for more in ((), ("--predictor", predictor)):
+        common = ("--model", two_blocks, "--tp", RANKS, *drop_text, *more, "--state", tmp_path / f"state{len(more)}")
+        command(RANKS, "curve", *common, "--percent", 0, 100, "--json", tmp_path / "curve.json")
+        rows.append(json.loads((tmp_path / "curve.json").read_text())["rows"])
+    (full, dropped), (predicted_full, predicted) = rows
+    assert full["kl"] == predicted_full["kl"] == 0 and 0 < dropped["kl"] != predicted["kl"] > 0
+    assert json.loads((tmp_path / "state2").read_text())["settings"]["predicted by"] == digest(predictor)
 
 
 def test_ranks_and_classes():

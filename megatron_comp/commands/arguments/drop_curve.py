@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="C",
         help="A codec or preset for the sums that are left. Repeat it for more rows (default none).",
     )
+    drop_options.add_predictor(parser)
     add("--in-order", action="store_true", help="With --sensitivity, also drop in the model's order.")
     options.add_state(parser)
     options.add_csv(parser)

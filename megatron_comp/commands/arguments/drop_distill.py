@@ -17,7 +17,8 @@ EPILOG = """\
 Example:
   megatron-comp drop distill --model /models/llama --tp 2 --text handbook.txt --blocks 0,3-5 --out distilled.safetensors
 
-The weights go with a policy that drops the same layers' sums, and only with it: in a stock layer they are wrong.
+The weights go with a policy that drops the same layers' sums, and only with it: in a stock layer they are wrong. Those
+of --predictor go with a policy that also names the same predictors.
 """
 
 
@@ -26,12 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--policy-out", metavar="FILE", help="Also write a policy that drops the sums of those layers.")
     add("--start", metavar="FILE", help="Weights to start from, as `megatron-comp drop group` writes them.")
-    add(
-        "--predictor",
-        metavar="FILE",
-        help="Predictors of `megatron-comp predictor fit`, for layers that will see the other ranks' predicted parts. "
-        "The weights then go with a policy that names this file.",
-    )
+    drop_options.add_predictor(parser)
     add("--epochs", type=int, default=10, metavar="E", help="Number of passes over the text (default 10).")
     add("--batch", type=int, default=4, metavar="B", help="Number of windows per step (default 4).")
     add(

@@ -21,6 +21,15 @@ def add_ranks(parser: argparse.ArgumentParser, tokens: int, text: str = CALIBRAT
     parser.set_defaults(token_dispatcher="allgather")  # of a mixture of experts, whose layers drop nothing
 
 
+def add_predictor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--predictor",
+        metavar="FILE",
+        help="Predictors of `megatron-comp predictor fit`: layers that drop their sum see the other ranks' predicted "
+        "parts.",
+    )
+
+
 def add_blocks(parser: argparse.ArgumentParser, tokens: int) -> None:
     """Of a step that writes weights of layers, in one process."""
     options.add_model(parser, MODEL)
