@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
     with drop_options.missing_blocks(args, blocks, {"recipe": str(recipe), **read_from}) as (config, file, teachers):
         check_can_drop(config)
         predictors = read_regressions(args.predictor, args.ranks, config.hidden_size) if args.predictor else {}
+        if args.predictor and not any((block, "attention") in predictors for block in blocks):
+            raise ValueError(f"--predictor {args.predictor}: of layers {args.blocks} it predicts no attention's sum")
         if args.start:
             hf.check_extra(args.start, args.ranks)
         with hf.Checkpoint(args.model, args.start) as started:
