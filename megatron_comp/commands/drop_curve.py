@@ -32,11 +32,11 @@ def check(args: argparse.Namespace) -> list[str]:
         read_order(args.sensitivity, config.read_raw(Path(args.model)).get("num_hidden_layers"))
     codecs = args.codec or ["none"]
     for codec in codecs:
-        policy([], codec, None)
+        policy([], codec)
     return codecs
 
 
-def policy(blocks: list[int], codec: str, predictor: str | None):
+def policy(blocks: list[int], codec: str, predictor: str | None = None):
     from ..policy import CompressionPolicy
 
     return CompressionPolicy(codec=codec, min_bytes=0, layers=layers_that_drop(blocks), predictor=predictor)
@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace, judge, codecs: list[str]) -> list[dict]:
         orders.insert(0, ("in order", in_order, False))
     if args.weights:
         orders += [(f"{name}, distilled", order, True) for name, order, _ in orders[-1:]]
-    full = judge.point(Trial("full", policy([], "none", None)))["nll"]
+    full = judge.point(Trial("full", policy([], "none")))["nll"]
     rows = []
     for name, order, distilled in orders:
         for codec in codecs:

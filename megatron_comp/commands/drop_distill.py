@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         check_can_drop(config)
         predictors = read_regressions(args.predictor, args.ranks, config.hidden_size) if args.predictor else {}
         if args.predictor and not any((block, "attention") in predictors for block in blocks):
-            raise ValueError(f"--predictor {args.predictor}: of layers {args.blocks} it predicts no attention's sum")
+            raise ValueError(f"--predictor {args.predictor}: predicts attention's sum in none of layers {args.blocks}")
         if args.start:
             hf.check_extra(args.start, args.ranks)
         with hf.Checkpoint(args.model, args.start) as started:

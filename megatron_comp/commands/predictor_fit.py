@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
             kept = {site: each for site, each in found.items() if each.left[-1] <= args.most_left}
             tensors: dict[str, torch.Tensor] = {}
             for site, each in kept.items():
-                tensors |= each.regression.to(torch.empty(0, dtype=torch.bfloat16)).named((block.number, site))
+                tensors |= each.regression.to(torch.bfloat16).named((block.number, site))
             left = {f"{site}_left": each.left[-1] for site, each in found.items()}
             traces = {"traces": {site: each.trace() for site, each in found.items()}}
             written = {"written": ", ".join(kept) or "none"}

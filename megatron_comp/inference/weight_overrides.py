@@ -59,11 +59,12 @@ class WeightOverrides:
         return made
 
     def check_predictor(self, predictor: str | None) -> None:
-        """Raises ValueError for weights that were distilled with a predictor, and are not to be used with that one."""
-        if self.predictor and (found := digest(predictor) if predictor else "no predictor") != self.predictor:
+        """Raises ValueError for weights that were distilled with another predictor than that of a policy."""
+        if self.predictor and (not predictor or digest(predictor) != self.predictor):
+            given = f"with {predictor} (digest {digest(predictor)})" if predictor else "without a predictor"
             raise ValueError(
-                f"weights {self.path} were distilled with the predictor of digest {self.predictor}, not for "
-                f"{f'{predictor}, {found}' if predictor else found}"
+                f"weights {self.path} were distilled with a predictor (digest {self.predictor}) and run {given}; "
+                "name the same predictor file"
             )
 
     def blocks_for(self, policy: CompressionPolicy) -> set[int]:

@@ -63,18 +63,21 @@ def _added(x: torch.Tensor, small: torch.Tensor, up: torch.Tensor, sign: int) ->
 
 @dataclass(frozen=True)
 class SitePredictor:
-    """Of one sum: down `[hidden, k]`, up with bias `[K, hidden]` of this rank, and those of all ranks added up."""
+    """Of one sum: down `[hidden, K]` and an offset `[K]`; of this rank and of all, up and bias `[K, hidden]`."""
 
     down: torch.Tensor
+    offset: torch.Tensor
     own: torch.Tensor
     total: torch.Tensor
 
     @classmethod
     def of(cls, regression: Regression, rank: int, like: torch.Tensor) -> "SitePredictor":
         """like: of the type and device that it gets."""
-        down, mean, up, bias = regression.to(torch.empty(0))
-        ups = with_bias(up, bias - mean @ up)
-        return cls(*(each.to(like).contiguous() for each in (down, ups[rank], ups.sum(0))))
+        down, mean, up, bias = regression.to(torch.float32)
+        ups = with_bias(up, bias)
+        more = ups.shape[1] - len(mean)
+        offset = torch.cat([-mean, torch.eye(1, more)[0]])  # a one for the bias
+        return cls(*(each.to(like).contiguous() for each in (pad(down, (0, more)), offset, ups[rank], ups.sum(0))))
 
     def __call__(self, x: torch.Tensor) -> Known:
         """Of a block's input `[..., hidden]`: for attention what its layer is given, for the MLP or the experts what
@@ -82,8 +85,8 @@ class SitePredictor:
 
         No gradient passes: what ranks take off and what they add are equal.
         """
-        small = normalized(x.detach()).reshape(-1, x.shape[-1]) @ self.down
-        return Known(pad(small, (0, len(self.own) - small.shape[1]), value=1.0), self.own, self.total)
+        small = torch.addmm(self.offset, normalized(x.detach()).reshape(-1, x.shape[-1]), self.down)
+        return Known(small, self.own, self.total)
 
 
 def with_bias(up: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ class Regression(NamedTuple):
         """Of rank k."""
         return Regression(self.down[:, :k], self.mean[:k], self.up[:, :k], self.bias)
 
-    def to(self, like: torch.Tensor) -> "Regression":
+    def to(self, like: torch.Tensor | torch.dtype) -> "Regression":
         return Regression(*(part.to(like) for part in self))
 
     def named(self, where: Sum) -> dict[str, torch.Tensor]:

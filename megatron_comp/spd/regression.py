@@ -116,7 +116,7 @@ def fit(seen: Moments, unseen: Moments, ranks: int, k: int) -> SiteFit:
     mean, up, bias = mean @ down, directions.t() @ predicted / count.sqrt(), bias + mean @ slope
     up, bias = up.view(-1, ranks, hidden).transpose(0, 1), bias.view(ranks, hidden)
     found = Regression(down, mean, up.contiguous(), bias)
-    return SiteFit(found.to(torch.empty(0)), unseen.left_by_rank(found), unseen.relative / unseen.tokens)
+    return SiteFit(found.to(torch.float32), unseen.left_by_rank(found), unseen.relative / unseen.tokens)
 
 
 def _solve(moments: Moments, ridge: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -17,8 +17,8 @@ EPILOG = """\
 Example:
   megatron-comp drop distill --model /models/llama --tp 2 --text handbook.txt --blocks 0,3-5 --out distilled.safetensors
 
-The weights go with a policy that drops the same layers' sums, and only with it: in a stock layer they are wrong. Those
-of --predictor go with a policy that also names the same predictors.
+The weights go with a policy that drops the same layers' sums, and only with it: in a stock layer they are wrong. After
+--predictor, that policy must name the same predictor file.
 """
 
 

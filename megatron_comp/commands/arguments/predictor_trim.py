@@ -6,9 +6,10 @@ import argparse
 from .. import options
 
 DESCRIPTION = """\
-Cut predictors to the work that they are worth. Each sum gets a rank of its own, or no predictor: those that do the
-least damage for the work. Damage is what a predictor leaves of its sum, as `predictor fit` measured it, times the sum's
-share of the residual stream. That is what rounding costs; for sums that are left out take the whole predictor.
+Cut predictors to the work that they are worth. Each sum gets a rank of its own, or no predictor, so that all together
+do the least damage for the work. Damage is what a predictor leaves of its sum, as `predictor fit` measured it, times
+the sum's share of the residual stream. That is what rounding costs: for sums that are left out, take
+the whole predictor.
 
 Fit once with a large --rank, and trim as often as you like: this takes seconds, and needs no model.
 """
