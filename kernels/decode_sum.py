@@ -94,8 +94,8 @@ def sum_tile(
 ):
     """(fp32 [N, B], how many of its values belong to the row): the sum of one tile over the ranks' messages.
 
-    The values past the row's end are zeros, but with zero points and in blocks of NaN. The transform is linear: what
-    the ranks sent is summed transformed, and the sum is transformed back.
+    The values past the row's end are zeros, but with zero points, with levels and in blocks of NaN. The transform is
+    linear: what the ranks sent is summed transformed, and the sum is transformed back.
     """
     first = tl.cast(tile, tl.int64) * TILE
     left = tl.minimum(hidden - first, TILE).to(tl.int32)

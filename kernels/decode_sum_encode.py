@@ -95,7 +95,7 @@ def load_sum(
     total, left = sum_tile(messages, message_stride, at, rows, columns, row, tile, F, RANKS, TILE, ALIGN)
     B: tl.constexpr = OUT.block
     x_NB = total.reshape(TILE // B, B)
-    if F.asym:  # past the row's end are zero points
+    if F.asym or F.levels is not None:  # past the row's end are zero points, or the first level
         place_NB = tl.arange(0, TILE // B)[:, None] * B + tl.arange(0, B)[None, :]
         x_NB = tl.where(place_NB < left, x_NB, 0.0)
     return clean(x_NB, OUT), left

@@ -199,7 +199,7 @@ def encode_tile(
     SPIKE_INDEX: tl.constexpr = F.spike_index
 
     x_NB, need, bad, zeros, spike_values, spike_places = prepare(x_NB, left, F)
-    codes, reciprocals = choose_scales(x_NB, need, bad, row_scale, F)
+    codes, reciprocals = choose_scales(x_NB, left, need, bad, row_scale, F)
     y_NB = scaled(x_NB, reciprocals[:, None], F)
     if F.element is not None and for_nvidia() and ALIGN >= 4:  # a byte might have to hold a single code
         store_field(element_code_pairs(y_NB, bad, F, SHORT), values, PAYLOAD, ALIGN, PAIRS=True)
@@ -306,14 +306,14 @@ def zero_points(x_NB, live_NB, F: tl.constexpr):
 
 
 @triton.jit
-def choose_scales(x_NB, need, bad, row_scale, F: tl.constexpr):
+def choose_scales(x_NB, left, need, bad, row_scale, F: tl.constexpr):
     """(codes, reciprocals), [N]: plain or, with `search`, of the candidate of least squared error."""
     codes, reciprocals = scale_codes(need, bad, row_scale, F, 0)
     if len(F.candidates) > 1:
-        least = squared_error(x_NB, codes, reciprocals, row_scale, F)
+        least = squared_error(x_NB, left, codes, reciprocals, row_scale, F)
         for i in tl.static_range(1, len(F.candidates)):
             its_codes, its_reciprocals = scale_codes(need, bad, row_scale, F, i)
-            error = squared_error(x_NB, its_codes, its_reciprocals, row_scale, F)
+            error = squared_error(x_NB, left, its_codes, its_reciprocals, row_scale, F)
             better = error < least
             codes = tl.where(better, its_codes, codes)
             reciprocals = tl.where(better, its_reciprocals, reciprocals)
@@ -322,10 +322,14 @@ def choose_scales(x_NB, need, bad, row_scale, F: tl.constexpr):
 
 
 @triton.jit
-def squared_error(x_NB, codes, reciprocals, row_scale, F: tl.constexpr):
+def squared_error(x_NB, left, codes, reciprocals, row_scale, F: tl.constexpr):
     """fp32 [N], relative to the block's own scale of things, so that squares neither overflow nor vanish."""
     codes_NB = clean_codes(element_codes(x_NB * reciprocals[:, None], F), F)
     values_NB = element_values(codes_NB, F)
     difference_NB = x_NB - values_NB * scale_values(codes, row_scale, F)[:, None]
     error_NB = difference_NB * reciprocal_of_power_below(tl.max(tl.abs(x_NB), axis=1))[:, None]
+    if F.levels is not None:  # others have a zero for what fills a row's last block up
+        N: tl.constexpr = x_NB.shape[0]
+        place_NB = tl.arange(0, N)[:, None] * F.block + tl.arange(0, F.block)[None, :]
+        error_NB = tl.where(place_NB < left, error_NB, 0.0)
     return pairwise_sum(error_NB * error_NB, F.block)

@@ -40,6 +40,18 @@ class SmallFloat:
 
 
 @dataclass(frozen=True)
+class Levels:
+    """Magnitudes in units of a power of two, four of them, a byte each, in every word.
+
+    A magnitude's code is how many of `thresholds` it is above.
+    """
+
+    words: tuple
+    unit: float
+    thresholds: tuple
+
+
+@dataclass(frozen=True)
 class Field:
     """Where one field of a message stands.
 
@@ -56,13 +68,14 @@ class Field:
 class KernelFormat:
     """One row of data that every kernel here is generic over; `megatron_comp.wire.gpu` fills it from a codec's name.
 
-    Fields that the codec lacks are None. So is the small float of an element or a scale of another kind.
+    Fields that the codec lacks are None. So are small floats and levels of an element or a scale of another kind.
     """
 
-    # Element: a minifloat with a sign on top (`element`), or a two's-complement integer.
+    # Element: a minifloat with a sign on top (`element`), `levels` with a sign on top, or a two's-complement integer.
     element: SmallFloat | None
+    levels: Levels | None
     bits: int
-    mantissa_bits: int  # below the leading one of the largest values
+    mantissa_bits: int  # below the leading one of the largest values; not of levels
     max_value: float
     max_exponent: int
 

@@ -172,7 +172,14 @@ def element_codes(y, F: tl.constexpr):
     Their bits 22 and up hold something else, and the bits of the payload's `flip` are inverted: both cost less to put
     right in several codes at once. NaN gives some code.
     """
-    if F.element is None:
+    if F.levels is not None:
+        LEVELS: tl.constexpr = F.levels
+        magnitude = tl.abs(y)
+        codes = (to_bits(y) >> (32 - F.bits)) & F.half
+        for k in tl.static_range(len(LEVELS.thresholds)):
+            codes += (magnitude > LEVELS.thresholds[k]).to(tl.int32)
+        return codes
+    elif F.element is None:
         # Counted from the lowest code's value, so that nothing is negative: the codes' highest bit is inverted.
         limited = tl.minimum(tl.maximum(y, F.lowest), F.max_value)
         return to_bits(limited + (ROUNDER + F.half))
@@ -301,10 +308,34 @@ def clean_codes(codes, F: tl.constexpr):
     return (codes ^ FLIP) & F.mask
 
 
+@constexpr_function
+def bits_of_power(x):
+    """The bits of fp32 x, a power of two."""
+    return _bits_of(x, 23, 127)
+
+
+@triton.jit
+def _word_of(codes, LEVELS: tl.constexpr):
+    """The word of four levels that each magnitude code's is in."""
+    word = tl.full(codes.shape, LEVELS.words[0], tl.int32)
+    for k in tl.static_range(1, len(LEVELS.words)):
+        word = tl.where(codes >= 4 * k, LEVELS.words[k], word)
+    return word
+
+
 @triton.jit
 def element_values(codes, F: tl.constexpr):
     """Element codes, int32 0 .. 2^bits - 1, to fp32."""
-    if F.element is None:
+    if F.levels is not None:
+        LEVELS: tl.constexpr = F.levels
+        # A byte of a constant, in the mantissa of the float whose last bit is worth a unit.
+        FLOAT: tl.constexpr = LEVELS.unit * 2.0**23
+        FLOAT_BITS: tl.constexpr = bits_of_power(FLOAT)
+        magnitude = codes & (F.half - 1)
+        level = (_word_of(magnitude, LEVELS) >> ((magnitude & 3) << 3)) & 0xFF
+        value = to_float(level | FLOAT_BITS) - FLOAT
+        return to_float(to_bits(value) | ((codes << (32 - F.bits)) & SIGN))
+    elif F.element is None:
         # codes ^ half counts from the lowest value; in the mantissa of 2^23 it is exact.
         return to_float((codes ^ F.half) | 0x4B000000) - (8388608.0 + F.half)
     else:

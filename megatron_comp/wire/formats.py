@@ -4,6 +4,7 @@
 Everything else in `wire/` is generic over these rows; to add a format is to add a row.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,7 +97,47 @@ class Integer:
         return tuple(float(code - 2 * half if code >= half else code) for code in range(2 * half))
 
 
-Element = Minifloat | Integer
+@dataclass(frozen=True)
+class Levels:
+    """A sign and one of 2^(bits-1) magnitudes, none of them zero, each of them chosen by itself.
+
+    magnitudes: ascending multiples of `unit`, of 127 at most.
+    """
+
+    name: str
+    magnitudes: tuple[int, ...]
+    unit: float
+
+    @property
+    def bits(self) -> int:
+        return len(self.magnitudes).bit_length()
+
+    @property
+    def max_value(self) -> float:
+        return self.magnitudes[-1] * self.unit
+
+    @property
+    def max_exponent(self) -> int:
+        return math.frexp(self.max_value)[1] - 1
+
+    @cached_property
+    def thresholds(self) -> Values:
+        """The magnitude of an fp32 takes the code of how many of these it is above: nearest, ties to the even code."""
+        middles = [(low + high) / 2 * self.unit for low, high in itertools.pairwise(self.magnitudes)]
+        return tuple(_fp32_below(middle) if code % 2 else middle for code, middle in enumerate(middles))
+
+    @cached_property
+    def table(self) -> Values:
+        half = [magnitude * self.unit for magnitude in self.magnitudes]
+        return tuple(half + [-value for value in half])
+
+
+def _fp32_below(value: float) -> float:
+    """The fp32 before `value`, which is one, positive and no power of two."""
+    return value - math.ldexp(1.0, math.frexp(value)[1] - 24)
+
+
+Element = Minifloat | Integer | Levels
 
 
 @dataclass(frozen=True)
@@ -168,6 +209,12 @@ _ELEMENTS: tuple[Element, ...] = (
     Minifloat("fp8_e4m3", 4, 3, specials=1),
     Minifloat("fp8_e5m2", 5, 2, specials=4),
     *(Integer(f"int{bits}", bits) for bits in range(2, 9)),
+    # Of least squared error (S. Lloyd, IEEE Trans. Inf. Theory 28, 1982) for normal values in blocks of 32 to 128,
+    # whose scale is searched: `research/levels.py`. arXiv 2505.06653 has such levels for weights.
+    Levels("lloyd2", (19, 64), 1 / 8),
+    Levels("lloyd3", (7, 21, 39, 64), 1 / 8),
+    Levels("lloyd4", (3, 9, 15, 22, 29, 38, 48, 64), 1 / 8),
+    Levels("lloyd5", (3, 8, 14, 19, 25, 31, 36, 42, 48, 54, 60, 68, 75, 85, 96, 112), 1 / 16),
 )
 ELEMENTS = {element.name: element for element in _ELEMENTS}
 
@@ -223,6 +270,12 @@ class Format:
             powers = [name for name, scale in SCALES.items() if isinstance(scale, PowerOfTwo)]
             raise ValueError(
                 f"option {self.rule!r} clashes with scale {self.scale.name!r}: it goes with {' and '.join(powers)}"
+            )
+        if isinstance(self.element, Levels) and power_of_two:
+            zeros = [name for name, scale in SCALES.items() if not isinstance(scale, PowerOfTwo)]
+            raise ValueError(
+                f"element {self.element.name!r} clashes with scale {self.scale.name!r}: neither has a zero for blocks "
+                f"of zeros; it goes with {', '.join(zeros)}"
             )
         for option in ("asym", "spike"):
             if getattr(self, option) and not isinstance(self.element, Integer):

@@ -14,10 +14,11 @@ from ..kernels.decode_sum import decode_sum as _decode_sum
 from ..kernels.decode_sum_encode import decode_sum_encode as _decode_sum_encode
 from ..kernels.encode import encode as _encode
 from ..kernels.format import TILE, Field, KernelFormat, SmallFloat
+from ..kernels.format import Levels as KernelLevels
 from ..kernels.slices import as_arguments
 from ..kernels.sum_encode import sum_encode as _sum_encode
 from . import message, scales
-from .formats import SMALLEST_NORMAL, Format, Minifloat, PowerOfTwo, SmallFloatScale
+from .formats import SMALLEST_NORMAL, Format, Integer, Levels, Minifloat, PowerOfTwo, SmallFloatScale
 from .reference import input_limit
 
 if TYPE_CHECKING:
@@ -197,14 +198,15 @@ def kernel_format(fmt: Format) -> KernelFormat:
         fields[name] = Field(
             first,
             planes,
-            flip=(1 << element.bits - 1) if name == "payload" and not isinstance(element, Minifloat) else 0,
+            flip=(1 << element.bits - 1) if name == "payload" and isinstance(element, Integer) else 0,
         )
         sections_of_all += [(units[name], section.width) for section in sections]
         first += len(sections)
     return KernelFormat(
         element=_small_float(element) if isinstance(element, Minifloat) else None,
+        levels=_levels(element) if isinstance(element, Levels) else None,
         bits=element.bits,
-        mantissa_bits=element.mantissa_bits,
+        mantissa_bits=0 if isinstance(element, Levels) else element.mantissa_bits,
         max_value=element.max_value,
         max_exponent=element.max_exponent,
         block=fmt.block,
@@ -243,3 +245,9 @@ def _sees_subnormals(fmt: Format) -> bool:
 
 def _small_float(fmt: Minifloat) -> SmallFloat:
     return SmallFloat(fmt.mantissa_bits, fmt.bias, fmt.max_value)
+
+
+def _levels(element: Levels) -> KernelLevels:
+    fours = [element.magnitudes[k : k + 4] for k in range(0, len(element.magnitudes), 4)]
+    words = tuple(int.from_bytes(bytes(four), "little") for four in fours)
+    return KernelLevels(words, element.unit, element.thresholds)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import c_library, message, scales
-from .formats import Format, Integer, Minifloat, PowerOfTwo, SmallFloatScale
+from .formats import Format, Integer, Levels, Minifloat, PowerOfTwo, SmallFloatScale
 from .reference import input_limit
 
 SOURCE = Path(__file__).parent / "c" / "native.c"  # which includes all other files of its folder
@@ -93,6 +93,7 @@ def _check(failed: int) -> None:
 # A format with the layout of its message: the structures of codec.h, field by field.
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ELEMENT_KINDS = {Minifloat: 0, Integer: 1, Levels: 2}
 _SCALE_KINDS = {"fp16": 2, "bf16": 3, "fp32": 4}  # 0 and 1: powers of two, small floats
 
 
@@ -127,11 +128,13 @@ class _Codec(ctypes.Structure):
         ("hadamard_factor", ctypes.c_float),
         ("asym", ctypes.c_int32),
         ("spike", ctypes.c_int32),
-        ("integer", ctypes.c_int32),
+        ("element_kind", ctypes.c_int32),
         ("bits", ctypes.c_int32),
+        ("value", ctypes.c_float * 32),
         ("lowest", ctypes.c_float),
         ("highest", ctypes.c_float),
         ("element", _Minifloat),
+        ("threshold", ctypes.c_float * 15),
         ("scale_kind", ctypes.c_int32),
         ("nan_code", ctypes.c_uint32),
         ("bias", ctypes.c_int32),
@@ -164,10 +167,13 @@ def _codec(fmt: Format, rows: int, hidden: int):  # a pointer to a _Codec
     codec = _Codec(rows, hidden, layout.nbytes, fmt.block, asym=fmt.asym, spike=fmt.spike, max_value=element.max_value)
     codec.limit = input_limit(fmt)
     codec.hadamard_factor = fmt.block**-0.5 if fmt.hadamard else 0.0
-    codec.bits = element.bits
+    codec.element_kind, codec.bits = _ELEMENT_KINDS[type(element)], element.bits
+    if element.bits <= 5:
+        codec.value = element.table
     if isinstance(element, Integer):
-        codec.integer = True
         codec.lowest, codec.highest = -element.max_value - fmt.asym, element.max_value
+    elif isinstance(element, Levels):
+        codec.threshold = element.thresholds
     else:
         codec.element = _minifloat(element)
     codec.candidates, codec.candidate = len(tried), tried

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from . import message
-from .formats import BF16_MAX, SMALLEST_NORMAL, Format, Minifloat
+from .formats import BF16_MAX, SMALLEST_NORMAL, Format, Integer, Levels, Minifloat
 from .scales import candidates, lookup, minifloat_codes, row_scale, scale_codes, scale_values, table
 
 # Rows are worked on in tiles of about this many values, which stay in a core's cache: eager torch on a fresh large
@@ -110,8 +110,7 @@ def _encode_tile(x_RH: torch.Tensor, fmt: Format, transformed: bool = False) -> 
     bad_RN = peak_RN.isnan()
     fields = {}
 
-    if fmt.spike or fmt.asym:
-        live = _live(x_RNB.shape, hidden, x_RNB.device)
+    live = _live(x_RNB.shape, hidden, x_RNB.device)
     if fmt.spike:
         fields["spike_value"], fields["spike_index"], live = _take_spikes(x_RNB, live, bad_RN)
     if fmt.asym:
@@ -128,7 +127,7 @@ def _encode_tile(x_RH: torch.Tensor, fmt: Format, transformed: bool = False) -> 
     rows_R1 = row_scale(need_RN, fmt) if fmt.scale.row_scaled else None
     if rows_R1 is not None:
         fields["row_scale"] = rows_R1.view(torch.int32)
-    fields["scale"], reciprocals_RN = _choose_scales(x_RNB, need_RN, rows_R1, fmt)
+    fields["scale"], reciprocals_RN = _choose_scales(x_RNB, live, need_RN, rows_R1, fmt)
     codes_RNB = _quantize(x_RNB * reciprocals_RN[..., None], fmt) * ~bad_RN[..., None]
     fields["payload"] = codes_RNB.flatten(1)[:, :hidden]
     return fields
@@ -252,17 +251,17 @@ def _zero_points(x_RNB: torch.Tensor, live: torch.Tensor, fmt: Format) -> tuple[
 
 
 def _choose_scales(
-    x_RNB: torch.Tensor, need_RN: torch.Tensor, rows_R1: torch.Tensor | None, fmt: Format
+    x_RNB: torch.Tensor, live: torch.Tensor, need_RN: torch.Tensor, rows_R1: torch.Tensor | None, fmt: Format
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes, reciprocals), `[rows, blocks]`: plain or, with `search`, of the candidate of least squared error."""
     first, *others = candidates(fmt)
     codes, reciprocals = scale_codes(need_RN, fmt, first, rows_R1)
     if not others:
         return codes, reciprocals
-    least = _squared_error(x_RNB, codes, reciprocals, rows_R1, fmt)
+    least = _squared_error(x_RNB, live, codes, reciprocals, rows_R1, fmt)
     for candidate in others:
         its_codes, its_reciprocals = scale_codes(need_RN, fmt, candidate, rows_R1)
-        error = _squared_error(x_RNB, its_codes, its_reciprocals, rows_R1, fmt)
+        error = _squared_error(x_RNB, live, its_codes, its_reciprocals, rows_R1, fmt)
         better = error < least
         codes = torch.where(better, its_codes, codes)
         reciprocals = torch.where(better, its_reciprocals, reciprocals)
@@ -272,6 +271,7 @@ def _choose_scales(
 
 def _squared_error(
     x_RNB: torch.Tensor,
+    live: torch.Tensor,
     codes: torch.Tensor,
     reciprocals: torch.Tensor,
     rows_R1: torch.Tensor | None,
@@ -283,6 +283,8 @@ def _squared_error(
     values = lookup(quantized, table(fmt.element.table, x_RNB.device)) * scale_values(codes, fmt, rows_R1)[..., None]
     # Relative to the block's own scale of things, so that squares neither overflow nor vanish.
     error = ((x_RNB - values) * _power_below(x_RNB)[..., None]).square()
+    if isinstance(fmt.element, Levels):  # others have a zero for what fills a row's last block up
+        error = error.masked_fill(~live, 0.0)
     while error.shape[-1] > 1:
         error = error[..., 0::2] + error[..., 1::2]
     return error[..., 0]
@@ -298,11 +300,17 @@ def _power_below(x_RNB: torch.Tensor) -> torch.Tensor:
 
 
 def _quantize(y: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Codes, uint8, of scaled values: nearest, ties to even, saturating. A sign of zero is kept by minifloats."""
+    """Codes, uint8, of scaled values: nearest, ties to even, saturating. Integers alone lose a sign of zero."""
     element = fmt.element
-    if isinstance(element, Minifloat):
+    if not isinstance(element, Integer):
         sign = (y.view(torch.int32) >> 31) & (1 << (element.bits - 1))
-        return (minifloat_codes(y.abs(), element) | sign).to(torch.uint8)
+        magnitude = y.abs()
+        codes = (
+            minifloat_codes(magnitude, element)
+            if isinstance(element, Minifloat)
+            else torch.bucketize(magnitude, table(element.thresholds, y.device), out_int32=True)
+        )
+        return (codes | sign).to(torch.uint8)
     lowest = -element.max_value - 1 if fmt.asym else -element.max_value
     codes = y.round().clamp_(lowest, element.max_value).to(torch.int8).view(torch.uint8)
     return codes & (2**element.bits - 1)

@@ -35,7 +35,7 @@ TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100, 120)},
     **{arch: GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")},
 }
-CODECS = [*PRESETS, "int8:32:fp16", "int4:32:fp16:hadamard", "int5:32:fp16:hadamard"]
+CODECS = [*PRESETS, "int8:32:fp16", "int4:32:fp16:hadamard", "int5:32:fp16:hadamard", "lloyd4:32:e5m3:hadamard"]
 RANKS = {"encode": [1], "decode_sum": [8], "decode_sum_encode": [4]}
 SHAPE = (16, 4096)
 

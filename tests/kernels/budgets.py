@@ -2,15 +2,24 @@
 """What compilers may make of the kernels: no spills, wide accesses, room for enough threads."""
 
 from megatron_comp.wire import message
-from megatron_comp.wire.formats import Format
+from megatron_comp.wire.formats import Format, Levels
 
 # What must fit at once: blocks on an NVIDIA SM, waves on an AMD SIMD, so that some wait for memory while others count.
 # These are what the compilers reach, less some slack; a change that costs a step of it should be a decision.
 ROOM = {
     # op: {what the codec has: (blocks, waves)}
-    "encode": {"": (6, 8), "odd width": (6, 8), "asym": (5, 8), "row scales": (4, 6), "hadamard": (5, 8)},
-    "decode_sum": {"": (3, 4), "odd width": (2, 4), "asym": (3, 4), "row scales": (4, 6), "hadamard": (2, 1)},
-    "decode_sum_encode": {"": (4, 4), "odd width": (3, 4), "asym": (4, 4), "row scales": (3, 4), "hadamard": (2, 2)},
+    "encode": {
+        **{"": (6, 8), "odd width": (6, 8), "levels": (6, 8)},
+        **{"asym": (5, 8), "row scales": (4, 6), "hadamard": (5, 8)},
+    },
+    "decode_sum": {
+        **{"": (3, 4), "odd width": (2, 4), "levels": (3, 3)},
+        **{"asym": (3, 4), "row scales": (4, 6), "hadamard": (2, 1)},
+    },
+    "decode_sum_encode": {
+        **{"": (4, 4), "odd width": (3, 4), "levels": (3, 4)},
+        **{"asym": (4, 4), "row scales": (3, 4), "hadamard": (2, 2)},
+    },
 }
 SM_REGISTERS, SIMD_REGISTERS = 65536, 512  # of 32 bits: an SM's in all, a SIMD's for each lane of a wave
 
@@ -26,6 +35,7 @@ def complaints(row):
         yield f"{row['spills']} spills"
 
     kinds = {"hadamard": fmt.hadamard, "row scales": fmt.scale.row_scaled, "asym": fmt.asym}
+    kinds |= {"levels": isinstance(fmt.element, Levels)}
     kinds |= {"odd width": fmt.element.bits.bit_count() > 1, "": True}
     blocks, waves = ROOM[op][next(kind for kind, it_is in kinds.items() if it_is)]
     registers = -(-row["registers"] // 8) * 8  # as they are given out

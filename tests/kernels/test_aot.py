@@ -13,7 +13,7 @@ from pathlib import Path
 
 CHILD = Path(__file__).with_name("aot.py")
 REPO = CHILD.parents[2]
-CODECS = ["mxfp4", "nvfp4", "int4:32:fp16:hadamard"]
+CODECS = ["mxfp4", "nvfp4", "int4:32:fp16:hadamard", "lloyd4:32:e5m3"]
 
 
 def compile_all(targets, cache, triton=None):

@@ -23,6 +23,7 @@ from megatron_comp.wire.formats import (
     SCALES,
     Format,
     Integer,
+    Levels,
     PowerOfTwo,
 )
 
@@ -47,6 +48,11 @@ def rules(scale: str) -> tuple[str, ...]:
     return ROUNDING_RULES if isinstance(SCALES[scale], PowerOfTwo) else ("",)
 
 
+def goes_with(element: str, scale: str) -> bool:
+    """A block of zeros needs a zero in its element or in its scale."""
+    return not (isinstance(ELEMENTS[element], Levels) and isinstance(SCALES[scale], PowerOfTwo))
+
+
 def name(*parts) -> str:
     return ":".join(str(part) for part in parts if part != "")
 
@@ -55,18 +61,23 @@ def _elements_with_scales() -> list[str]:
     """Each pair once; blocks and rules take turns so that each meets every element and every scale."""
     codecs = []
     for (i, element), (j, scale) in itertools.product(enumerate(ELEMENTS), enumerate(SCALES)):
+        if not goes_with(element, scale):
+            continue
         rule = rules(scale)[(i + j) % len(rules(scale))]
         codecs.append(name(element, BLOCK_SIZES[(i + j) % len(BLOCK_SIZES)], scale, rule))
     return codecs
 
 
 def _options_with_scales() -> list[str]:
-    """Each set of flags with every scale, for integers and for minifloats; elements, blocks and rules take turns."""
+    """Each set of flags with every scale, for each kind of element; elements, blocks and rules take turns."""
     codecs = []
     integers = [element for element in ELEMENTS if element.startswith("int")]
     minifloats = [element for element in ELEMENTS if element.startswith("fp")]
-    for elements in (integers, minifloats):
+    levels = [element for element in ELEMENTS if element.startswith("lloyd")]
+    for elements in (integers, minifloats, levels):
         for turn, (flags, scale) in enumerate(itertools.product(flag_sets(elements[0])[1:], SCALES)):
+            if not goes_with(elements[0], scale):
+                continue
             block = BLOCK_SIZES[turn % len(BLOCK_SIZES)]
             rule = rules(scale)[turn // 2 % len(rules(scale))]
             codecs.append(name(elements[turn % len(elements)], block, scale, rule, *flags))
@@ -92,6 +103,7 @@ MIXED = [
     "int8:8:fp32",
     "int3:256:e4m3:asym:hadamard:spike",
     "fp3_e1m1:128:e5m0:even",
+    "lloyd4:32:e5m3:hadamard",
 ]
 
 

@@ -30,11 +30,24 @@ MINIFLOATS = {
     "fp8_e5m2": (5, 2, 57344.0),
 }
 INTEGERS = {f"int{bits}": bits for bits in range(2, 9)}
-ELEMENTS = [*MINIFLOATS, *INTEGERS]
+LEVELS = {  # name: magnitudes
+    "lloyd2": [2.375, 8],
+    "lloyd3": [0.875, 2.625, 4.875, 8],
+    "lloyd4": [0.375, 1.125, 1.875, 2.75, 3.625, 4.75, 6, 8],
+    "lloyd5": [n / 16 for n in (3, 8, 14, 19, 25, 31, 36, 42, 48, 54, 60, 68, 75, 85, 96, 112)],
+}
+ELEMENTS = [*MINIFLOATS, *INTEGERS, *LEVELS]
+WITH_ZERO = [*MINIFLOATS, *INTEGERS]
 BLOCKS = [8, 16, 32, 64, 128, 256]
 POWERS_OF_TWO = {"e8m0": (8, 127), "e5m0": (5, 20)}  # bits, bias
 SCALE_BITS = {"e8m0": 8, "e5m0": 5, "e5m3": 8, "e4m3": 8, "fp16": 16, "bf16": 16, "fp32": 32}
 SCALES = [*SCALE_BITS]
+# A block of zeros needs a zero in its element or in its scale.
+ELEMENTS_WITH_SCALES = [
+    (element, scale)
+    for element, scale in itertools.product(ELEMENTS, SCALES)
+    if element in WITH_ZERO or scale not in POWERS_OF_TWO
+]
 NAN_SCALES = {"e8m0": 255, "e5m0": 31, "e5m3": 255, "e4m3": 0x7F, "fp16": 0x7E00, "bf16": 0x7FC0, "fp32": 0x7FC00000}
 PRESETS = {  # name: (what it stands for, bits per value)
     "mxfp4": ("fp4_e2m1:32:e8m0", 4.25),
@@ -48,13 +61,17 @@ PRESETS = {  # name: (what it stands for, bits per value)
 }
 
 
+def with_scales(*scales: str) -> list[tuple[str, str]]:
+    return [(element, scale) for element, scale in ELEMENTS_WITH_SCALES if scale in scales]
+
+
 def rules(scale: str) -> list[str]:
     return ["", "even", "ceil"] if scale in POWERS_OF_TWO else [""]
 
 
 def flag_sets(element: str) -> list[tuple[str, ...]]:
     """Every set of flags that goes with the element."""
-    flags = ["hadamard", "search"] if element in MINIFLOATS else ["asym", "hadamard", "search", "spike"]
+    flags = ["asym", "hadamard", "search", "spike"] if element in INTEGERS else ["hadamard", "search"]
     return [chosen for count in range(len(flags) + 1) for chosen in itertools.combinations(flags, count)]
 
 
@@ -82,7 +99,7 @@ def all_codecs() -> list[str]:
     """Every codec there is, by its shortest name."""
     return [
         name(element, block, scale, rule, *flags)
-        for element, block, scale in itertools.product(ELEMENTS, BLOCKS, SCALES)
+        for (element, scale), block in itertools.product(ELEMENTS_WITH_SCALES, BLOCKS)
         for rule in rules(scale)
         for flags in flag_sets(element)
     ]
@@ -90,7 +107,7 @@ def all_codecs() -> list[str]:
 
 POWER_OF_TWO_CODECS = [
     name(element, block, scale, rule)
-    for element, block, scale in itertools.product(ELEMENTS, BLOCKS, POWERS_OF_TWO)
+    for element, block, scale in itertools.product(WITH_ZERO, BLOCKS, POWERS_OF_TWO)
     for rule in rules(scale)
 ]
 
@@ -99,16 +116,27 @@ POWER_OF_TWO_CODECS = [
 
 
 def element_bits(element: str) -> int:
+    if element in LEVELS:
+        return int(math.log2(2 * len(LEVELS[element])))
     return INTEGERS[element] if element in INTEGERS else 1 + sum(MINIFLOATS[element][:2])
 
 
 def largest(element: str) -> float:
+    if element in LEVELS:
+        return LEVELS[element][-1]
     return MINIFLOATS[element][2] if element in MINIFLOATS else 2.0 ** (INTEGERS[element] - 1) - 1
 
 
 def mantissa_bits(element: str) -> int:
     """Below the leading one, in the largest values of the element."""
     return MINIFLOATS[element][1] if element in MINIFLOATS else INTEGERS[element] - 2
+
+
+def largest_gap(element: str) -> float:
+    """Between the element's two largest values."""
+    if element in LEVELS:
+        return LEVELS[element][-1] - LEVELS[element][-2]
+    return 2.0 ** (math.floor(math.log2(largest(element))) - mantissa_bits(element))
 
 
 def minifloat_value(code: int, exponent_bits: int, mantissa_bits: int) -> float:
@@ -124,6 +152,9 @@ def element_value(element: str, code: int) -> float:
     """Of one code; NaN or infinity for the few codes of the 8-bit floats that are not numbers."""
     if element in INTEGERS:
         return float(code - 2 ** INTEGERS[element] * (code >= 2 ** (INTEGERS[element] - 1)))
+    if element in LEVELS:
+        sign, magnitude = divmod(code, len(LEVELS[element]))
+        return LEVELS[element][magnitude] * (-1) ** sign
     if element == "fp8_e4m3" and code % 128 == 127 or element == "fp8_e5m2" and code % 128 > 124:
         return math.nan
     if element == "fp8_e5m2" and code % 128 == 124:
@@ -138,7 +169,7 @@ def element_table(element: str) -> np.ndarray:
 def nearest_even(magnitudes: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Index of the nearest of ascending `magnitudes`, the even index of two that are as near; saturates. Exact."""
     x = np.minimum(x.astype(np.float64), magnitudes[-1])
-    below = np.searchsorted(magnitudes, x, side="right") - 1
+    below = np.maximum(np.searchsorted(magnitudes, x, side="right") - 1, 0)
     above = np.minimum(below + 1, len(magnitudes) - 1)
     low, high = x - magnitudes[below], magnitudes[above] - x
     return np.where((high < low) | ((high == low) & (below % 2 == 1)), above, below)
@@ -149,11 +180,11 @@ def element_codes(element: str, y: np.ndarray) -> np.ndarray:
     bits = element_bits(element)
     half = 2 ** (bits - 1)
     magnitudes = np.arange(half, dtype=np.float64)
-    if element in MINIFLOATS:
+    if element not in INTEGERS:
         table = element_table(element)[:half]
         magnitudes = table[np.isfinite(table)]
     index = nearest_even(magnitudes, np.abs(y))
-    if element in MINIFLOATS:
+    if element not in INTEGERS:
         return index + half * np.signbit(y)
     return np.where(np.signbit(y), -index, index) % (2 * half)
 

@@ -86,7 +86,7 @@ def test_every_codec_is_parsed_back_from_its_name():
     codecs = [Codec.parse(name) for name in names]
     assert [str(codec) for codec in codecs] == names
     assert [Codec.parse(str(codec)) for codec in codecs] == codecs
-    assert len(set(codecs)) == len(names) == 9504
+    assert len(set(codecs)) == len(names) == 9984
 
 
 @pytest.mark.parametrize("name", oracles.PRESETS)
@@ -133,9 +133,26 @@ def test_rounding_rules_clash_with_other_scales(scale, rule):
         Format(ELEMENTS["int4"], 32, SCALES[scale], rule)
 
 
-@pytest.mark.parametrize("element", oracles.MINIFLOATS)
+@pytest.mark.parametrize("element", oracles.LEVELS)
+@pytest.mark.parametrize("scale", oracles.POWERS_OF_TWO)
+def test_levels_clash_with_scales_that_have_no_zero(element, scale):
+    allowed = "it goes with e5m3, e4m3, fp16, bf16, fp32"
+    with pytest.raises(ValueError, match=f"element '{element}' clashes with scale '{scale}'.*{allowed}"):
+        Codec.parse(f"{element}:32:{scale}")
+
+
+@pytest.mark.parametrize("element", oracles.LEVELS)
+def test_levels_are_bytes_of_a_unit(element):
+    """Kernels look them up as bytes. The largest is an integer: by those, divisions are three instructions."""
+    levels = ELEMENTS[element]
+    assert list(levels.magnitudes) == sorted(set(levels.magnitudes)) and levels.magnitudes[0] > 0
+    assert levels.magnitudes[-1] < 128 and levels.max_value % 1 == 0
+    assert all(np.float32(threshold) == threshold for threshold in levels.thresholds)
+
+
+@pytest.mark.parametrize("element", [*oracles.MINIFLOATS, *oracles.LEVELS])
 @pytest.mark.parametrize("option", ["asym", "spike"])
-def test_integer_options_clash_with_minifloats(element, option):
+def test_integer_options_clash_with_others(element, option):
     with pytest.raises(ValueError, match=f"'{option}' clashes with element '{element}': it goes with int2..int8"):
         Codec.parse(f"{element}:32:fp16:{option}")
 

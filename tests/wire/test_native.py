@@ -98,8 +98,7 @@ def corner_rows(width, dtype):
     return torch.stack(rows).to(dtype)
 
 
-@pytest.mark.parametrize("element", oracles.ELEMENTS)
-@pytest.mark.parametrize("scale", oracles.SCALES)
+@pytest.mark.parametrize("element, scale", oracles.ELEMENTS_WITH_SCALES)
 def test_equals_the_reference(element, scale):
     """A share of blocks, rules and sets of flags; blocks of options, magnitudes, shapes, types and ranks go around."""
     options, number = oracles.some_options(element, scale, 4), oracles.ELEMENTS.index(element)
@@ -115,8 +114,7 @@ def test_equals_the_reference(element, scale):
         same(Format.parse(name), tensors, Format.parse(after))
 
 
-@pytest.mark.parametrize("element", oracles.ELEMENTS)
-@pytest.mark.parametrize("scale", oracles.SCALES)
+@pytest.mark.parametrize("element, scale", oracles.ELEMENTS_WITH_SCALES)
 def test_equals_the_reference_in_corners(element, scale):
     number = oracles.ELEMENTS.index(element)
     blocks = itertools.islice(itertools.cycle(oracles.BLOCKS), number, None)

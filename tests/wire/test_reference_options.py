@@ -63,8 +63,7 @@ def test_hadamard_helps_blocks_with_an_outlier(element, block):
     assert squared_error(x, f"{element}:{block}:fp16:hadamard").sum() < 0.8 * plain
 
 
-@pytest.mark.parametrize("element", oracles.ELEMENTS)
-@pytest.mark.parametrize("scale", oracles.SCALES)
+@pytest.mark.parametrize("element, scale", oracles.ELEMENTS_WITH_SCALES)
 def test_search_never_errs_more_and_on_average_less(element, scale, record_property):
     """By block of 32 against the plain scale, also with asym and spike. Run with -s to see the gain."""
     x = oracles.random_tensor((512, 256), seed=7)
@@ -76,6 +75,27 @@ def test_search_never_errs_more_and_on_average_less(element, scale, record_prope
         gains.append(10 * torch.log10(plain.sum() / searched.sum()).item())
     print(f"search saves {', '.join(f'{gain:.2f}' for gain in gains)} dB with {element}:32:{scale}")
     assert all(gain > 0 for gain in gains)
+
+
+@pytest.mark.parametrize("bits, less", [(2, 0.5), (3, 0.28), (4, 0.24), (5, 0.16)])
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("search", ["", ":search"])
+def test_levels_err_less_than_integers(bits, less, block, search):
+    """On normal values, for which they were found."""
+    x = torch.randn(512, 256, generator=torch.Generator().manual_seed(9))
+    levels, integers = (
+        squared_error(x, f"{element}:{block}:e5m3{search}").sum() for element in (f"lloyd{bits}", f"int{bits}")
+    )
+    assert levels < (1 - less) * integers
+
+
+@pytest.mark.parametrize("element", oracles.LEVELS)
+def test_what_fills_a_block_up_has_no_say_in_the_search(element):
+    """A row that ends amid a block decodes as the whole block would that ends in more of the same values."""
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(10))
+    codec = Codec.parse(f"{element}:32:e5m3:search")
+    short, whole = (codec.decode(codec.encode(y), y.shape, torch.float32) for y in (x, x.repeat(1, 2)))
+    assert torch.equal(short, whole[:, :16])
 
 
 @pytest.mark.parametrize("element", oracles.INTEGERS)

@@ -51,8 +51,7 @@ def test_nearest_code(fmt):
     assert (codes[-len(beyond) :] == fmt.max_code).all()
 
 
-@pytest.mark.parametrize("scale", oracles.SCALES)
-@pytest.mark.parametrize("element", oracles.ELEMENTS)
+@pytest.mark.parametrize("element, scale", oracles.ELEMENTS_WITH_SCALES)
 def test_scale_and_payload_over_the_whole_range_of_fp32(element, scale):
     """All rounding rules; scale codes and elements equal an independent computation, decoded values too."""
     for rule in oracles.rules(scale):
@@ -86,7 +85,7 @@ def test_rounding_rules_literally(rule, amax, exponent, scale, bias):
     assert fields["scale"].item() == exponent + bias
 
 
-@pytest.mark.parametrize("element", oracles.ELEMENTS)
+@pytest.mark.parametrize("element", oracles.WITH_ZERO)
 @pytest.mark.parametrize("scale", oracles.POWERS_OF_TWO)
 def test_ceil_is_the_smallest_power_that_does_not_saturate(element, scale):
     maxima = np.float32(np.random.default_rng(0).uniform(1, 2, 2000) * 2.0 ** np.arange(-4, 4).repeat(250))
@@ -96,27 +95,25 @@ def test_ceil_is_the_smallest_power_that_does_not_saturate(element, scale):
     assert (maxima > scales / 2 * oracles.largest(element)).all()
 
 
-@pytest.mark.parametrize("element", oracles.ELEMENTS)
-@pytest.mark.parametrize("scale", ["e5m0", "e5m3", "fp16"])
+@pytest.mark.parametrize("element, scale", oracles.with_scales("e5m0", "e5m3", "fp16"))
 def test_scales_of_small_range_saturate(element, scale):
     """Beyond the largest scale, values saturate with it: 1e30 decodes to the largest value there is."""
     codec = Codec.parse(f"{element}:8:{scale}")
     largest = {"e5m0": 1024.0, "e5m3": 114688.0, "fp16": 65504.0}[scale] * oracles.largest(element)
     x = torch.tensor([[1e30, -1e30, 0, 1e29, 1e38, 0, 0, -1]])
     y = codec.decode(codec.encode(x), x.shape, torch.float32)
-    np.testing.assert_array_equal(y[0, :5].numpy(), np.float32([largest, -largest, 0, largest, largest]))
+    np.testing.assert_array_equal(y[0, [0, 1, 3, 4]].numpy(), np.float32([largest, -largest, largest, largest]))
 
 
-@pytest.mark.parametrize("element", oracles.ELEMENTS)
-@pytest.mark.parametrize("scale, smallest", [("e5m0", 2.0**-20), ("e5m3", 2.0**-17), ("fp16", 2.0**-24)])
-def test_blocks_below_the_smallest_scale_are_zeros(element, scale, smallest):
+@pytest.mark.parametrize("element, scale", oracles.with_scales("e5m0", "e5m3", "fp16"))
+def test_blocks_below_the_smallest_scale_are_zeros(element, scale):
+    smallest = {"e5m0": 2.0**-20, "e5m3": 2.0**-17, "fp16": 2.0**-24}[scale]
     codec = Codec.parse(f"{element}:8:{scale}")
     x = torch.tensor([[0.3, -0.3, 1, -1, 0, -0.0, 0.7, -0.1]]) * (smallest * oracles.largest(element) * 0.49)
     assert not codec.decode(codec.encode(x), x.shape, torch.float32).any()
 
 
-@pytest.mark.parametrize("element", oracles.ELEMENTS)
-@pytest.mark.parametrize("scale", ["e8m0", "e4m3", "bf16", "fp32"])
+@pytest.mark.parametrize("element, scale", oracles.with_scales("e8m0", "e4m3", "bf16", "fp32"))
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30, oracles.BF16_MAX], ids=["1e-30", "1e30", "bf16max"])
 def test_scales_that_reach_everywhere(element, scale, magnitude):
     """The block maximum keeps its magnitude: within the element's saturation under `floor`, and a scale's rounding."""

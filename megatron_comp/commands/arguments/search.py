@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="C",
-        help="A candidate. Repeat it for more (default: some thirty of 2 to 8 bits).",
+        help="A candidate. Repeat it for more (default: some forty of 2 to 8 bits).",
     )
     parser.add_argument(
         "--predictor",

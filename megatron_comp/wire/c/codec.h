@@ -22,6 +22,7 @@ enum { TILE = 1024, SMALLEST_BLOCK = 8, LARGEST_BLOCK = 256, CACHE_LINE = 64 };
 
 /* Numbered as in native.py. */
 enum { FP32, BF16, FP16 };
+enum { ELEMENT_MINIFLOAT, ELEMENT_INTEGER, ELEMENT_LEVELS };
 enum { SCALE_POWER_OF_TWO, SCALE_SMALL_FLOAT, SCALE_FP16, SCALE_BF16, SCALE_FP32 };
 
 typedef struct {
@@ -51,9 +52,11 @@ typedef struct {
     float hadamard_factor; /* 0: no transform */
     int32_t asym, spike;
 
-    int32_t integer, bits;
+    int32_t element_kind, bits;
+    float value[32];       /* of the element's codes, if it has up to 5 bits */
     float lowest, highest; /* codes of integers */
     Minifloat element;     /* of minifloats */
+    float threshold[15];   /* of levels: formats.Levels.thresholds */
 
     int32_t scale_kind;
     uint32_t nan_code;

@@ -45,7 +45,7 @@ static void take_integer_errors(const Codec *c, const Tile *t, float *eights)
 static void take_errors(const Codec *c, Tile *t)
 {
 #ifdef __AVX2__
-    if (c->integer) {
+    if (c->element_kind == ELEMENT_INTEGER) {
         float *eights = c->block == 8 ? t->error : t->y;
         take_integer_errors(c, t, eights);
         fold_sum(eights, c->block / 8, t, t->error);
@@ -62,6 +62,8 @@ static void take_errors(const Codec *c, Tile *t)
         const float error = (x[i] - y[i]) * power[i];
         y[i] = error * error;
     }
+    /* What fills a row's last block up is nothing to err in. (Integers and minifloats have a zero for it.) */
+    memset(y + t->values, 0, (n - t->values) * sizeof(float));
     fold_sum(t->y, c->block, t, t->error);
 }
 

@@ -88,6 +88,7 @@ INTEGERS = {
     "and": lambda x, y: x & y,
     "or": lambda x, y: x | y,
     "xor": lambda x, y: x ^ y,
+    "popc": lambda x: np.unpackbits(x.view(np.uint8)).reshape(*x.shape, -1).sum(-1, dtype=x.dtype),
 }
 LOGIC = {name: INTEGERS[name] for name in ("and", "or", "xor", "not")} | {"mov": lambda x: x.copy()}
 
