@@ -40,7 +40,7 @@ class SmallFloat:
 
 
 @dataclass(frozen=True)
-class Levels:
+class LevelTable:
     """Magnitudes in units of a power of two, four of them, a byte each, in every word.
 
     A magnitude's code is how many of `thresholds` it is above.
@@ -73,7 +73,7 @@ class KernelFormat:
 
     # Element: a minifloat with a sign on top (`element`), `levels` with a sign on top, or a two's-complement integer.
     element: SmallFloat | None
-    levels: Levels | None
+    levels: LevelTable | None
     bits: int
     mantissa_bits: int  # below the leading one of the largest values; not of levels
     max_value: float

@@ -14,7 +14,7 @@ import argparse
 import torch
 
 from megatron_comp.wire import reference
-from megatron_comp.wire.formats import ELEMENTS, Format, Levels
+from megatron_comp.wire.formats import ELEMENTS, SCALES, Element, Format, Levels
 
 BLOCKS = (32, 64, 128)
 
@@ -28,7 +28,7 @@ def main() -> None:
     for bits in range(2, 6):
         element = ELEMENTS[f"lloyd{bits}"]
         top = element.magnitudes[-1]
-        found = [improved(x, even(bits), block, args.turns) / x.new_tensor(1 / top) for block in BLOCKS]
+        found = [improved(x, even(bits), block, args.turns) * top for block in BLOCKS]
         for block, levels in zip(BLOCKS, found):
             print(f"{bits} bits, blocks of {block}: " + " ".join(f"{level:.2f}" for level in levels.tolist()))
         print(f"{bits} bits, mean: " + " ".join(f"{level:.0f}" for level in torch.stack(found).mean(0).tolist()))
@@ -47,30 +47,34 @@ def even(bits: int) -> torch.Tensor:
 def improved(x: torch.Tensor, levels: torch.Tensor, block: int, turns: int) -> torch.Tensor:
     """`levels` after so many turns, the largest one 1."""
     for _ in range(turns):
-        # Any unit serves: elements of this program never travel.
-        element = Levels("trial", tuple(levels.tolist()), 1.0)  # type: ignore[arg-type]
-        values, scales = decoded(x, element, block)
-        chosen = (values.abs() / scales).flatten()
-        codes = (chosen[:, None] - levels).abs().argmin(dim=1)
-        weights = scales.square().flatten()
-        sums = torch.zeros_like(levels).index_add_(0, codes, weights * (x.abs() / scales).flatten())
-        levels = sums / torch.zeros_like(levels).index_add_(0, codes, weights)
+        codes, scales = encoded(x, _trial(levels), block)
+        sums = torch.zeros_like(levels).index_add_(0, codes, scales * x.abs().flatten())
+        levels = sums / torch.zeros_like(levels).index_add_(0, codes, scales.square())
         levels = levels / levels[-1]
     return levels
 
 
-def decoded(x: torch.Tensor, element, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `x` decodes to, and each value's scale, both like `x`."""
-    fmt = Format.parse(f"int8:{block}:e5m3:search")
-    fmt = Format(element, fmt.block, fmt.scale, search=True)
+def _trial(levels: torch.Tensor) -> Levels:
+    """An element that never travels, so that its levels need not be integers."""
+    return Levels("trial", tuple(levels.tolist()), 1.0)  # type: ignore[arg-type]
+
+
+def encoded(x: torch.Tensor, element: Element, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each value's magnitude code, and the scale of its block: both of one dimension."""
+    fields, scales = _fields(x, element, block)
+    return (fields["payload"].long() % (1 << element.bits - 1)).flatten(), scales.flatten()
+
+
+def squared_error(x: torch.Tensor, element: Element, block: int) -> float:
+    fields, scales = _fields(x, element, block)
+    return (torch.tensor(element.table)[fields["payload"].long()] * scales - x).square().mean().item()
+
+
+def _fields(x: torch.Tensor, element: Element, block: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What `x` would travel as, and each value's scale, like `x`."""
+    fmt = Format(element, block, SCALES["e5m3"], search=True)
     fields = reference._encode_tile(x, fmt)
-    scales = reference.scale_values(fields["scale"], fmt, None).repeat_interleave(block, dim=1)
-    values = torch.tensor(element.table)[fields["payload"].long()] * scales
-    return values, scales
-
-
-def squared_error(x: torch.Tensor, element, block: int) -> float:
-    return (decoded(x, element, block)[0] - x).square().mean().item()
+    return fields, reference.scale_values(fields["scale"], fmt, None).repeat_interleave(block, dim=1)
 
 
 if __name__ == "__main__":

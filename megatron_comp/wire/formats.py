@@ -8,6 +8,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from ..files import shown
 
@@ -21,8 +22,19 @@ Values = tuple[float, ...]
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 
 
+class _Element:
+    """What all elements share."""
+
+    max_value: Any
+
+    @property
+    def max_exponent(self) -> int:
+        """floor(log2(max_value)), `emax` in the OCP MX specification, section 6.3."""
+        return math.frexp(self.max_value)[1] - 1
+
+
 @dataclass(frozen=True)
-class Minifloat:
+class Minifloat(_Element):
     """Sign (if `signed`), `exponent_bits`, `mantissa_bits`; subnormals; IEEE-style bias 2^(exponent_bits-1) - 1.
 
     `specials` is how many of the topmost codes of each sign are no numbers: one NaN, or an infinity and then NaNs.
@@ -51,11 +63,6 @@ class Minifloat:
     def max_value(self) -> float:
         return self.magnitude(self.max_code)
 
-    @property
-    def max_exponent(self) -> int:
-        """floor(log2(max_value)), `emax` in the OCP MX specification, section 6.3."""
-        return math.frexp(self.max_value)[1] - 1
-
     def magnitude(self, code: int) -> float:
         if code > self.max_code:
             return math.inf if self.specials > 1 and code == self.max_code + 1 else math.nan
@@ -72,7 +79,7 @@ class Minifloat:
 
 
 @dataclass(frozen=True)
-class Integer:
+class Integer(_Element):
     """Two's complement. Without a zero point only -max_value .. max_value are sent; with one, all 2^bits codes."""
 
     name: str
@@ -81,10 +88,6 @@ class Integer:
     @property
     def max_value(self) -> float:
         return 2.0 ** (self.bits - 1) - 1
-
-    @property
-    def max_exponent(self) -> int:
-        return math.frexp(self.max_value)[1] - 1
 
     @property
     def mantissa_bits(self) -> int:
@@ -98,7 +101,7 @@ class Integer:
 
 
 @dataclass(frozen=True)
-class Levels:
+class Levels(_Element):
     """A sign and one of 2^(bits-1) magnitudes, none of them zero, each of them chosen by itself.
 
     magnitudes: ascending multiples of `unit`, of 127 at most.
@@ -115,10 +118,6 @@ class Levels:
     @property
     def max_value(self) -> float:
         return self.magnitudes[-1] * self.unit
-
-    @property
-    def max_exponent(self) -> int:
-        return math.frexp(self.max_value)[1] - 1
 
     @cached_property
     def thresholds(self) -> Values:

@@ -13,8 +13,7 @@ import torch
 from ..kernels.decode_sum import decode_sum as _decode_sum
 from ..kernels.decode_sum_encode import decode_sum_encode as _decode_sum_encode
 from ..kernels.encode import encode as _encode
-from ..kernels.format import TILE, Field, KernelFormat, SmallFloat
-from ..kernels.format import Levels as KernelLevels
+from ..kernels.format import TILE, Field, KernelFormat, LevelTable, SmallFloat
 from ..kernels.slices import as_arguments
 from ..kernels.sum_encode import sum_encode as _sum_encode
 from . import message, scales
@@ -204,7 +203,7 @@ def kernel_format(fmt: Format) -> KernelFormat:
         first += len(sections)
     return KernelFormat(
         element=_small_float(element) if isinstance(element, Minifloat) else None,
-        levels=_levels(element) if isinstance(element, Levels) else None,
+        levels=_level_table(element) if isinstance(element, Levels) else None,
         bits=element.bits,
         mantissa_bits=0 if isinstance(element, Levels) else element.mantissa_bits,
         max_value=element.max_value,
@@ -247,7 +246,7 @@ def _small_float(fmt: Minifloat) -> SmallFloat:
     return SmallFloat(fmt.mantissa_bits, fmt.bias, fmt.max_value)
 
 
-def _levels(element: Levels) -> KernelLevels:
+def _level_table(element: Levels) -> LevelTable:
     fours = [element.magnitudes[k : k + 4] for k in range(0, len(element.magnitudes), 4)]
     words = tuple(int.from_bytes(bytes(four), "little") for four in fours)
-    return KernelLevels(words, element.unit, element.thresholds)
+    return LevelTable(words, element.unit, element.thresholds)
