@@ -23,6 +23,12 @@ def hadamard(x_NB, left, B: tl.constexpr):
 
 
 @triton.jit
+def before_end(left, N: tl.constexpr, B: tl.constexpr):
+    """bool [N, B]: which values of a tile belong to the row, the first `left` ones."""
+    return tl.arange(0, N)[:, None] * B + tl.arange(0, B)[None, :] < left
+
+
+@triton.jit
 def _butterflies(x_NB, D: tl.constexpr):
     """(a, b) -> (a + b, a - b) for all values a, b of a block at distance D."""
     N: tl.constexpr = x_NB.shape[0]

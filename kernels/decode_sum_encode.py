@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .blocks import before_end
 from .decode_sum import sum_tile
 from .encode import clean, encode_row
 from .format import KernelFormat, tile_for
@@ -96,6 +97,5 @@ def load_sum(
     B: tl.constexpr = OUT.block
     x_NB = total.reshape(TILE // B, B)
     if F.asym or F.levels is not None:  # past the row's end are zero points, or the first level
-        place_NB = tl.arange(0, TILE // B)[:, None] * B + tl.arange(0, B)[None, :]
-        x_NB = tl.where(place_NB < left, x_NB, 0.0)
+        x_NB = tl.where(before_end(left, TILE // B, B), x_NB, 0.0)
     return clean(x_NB, OUT), left

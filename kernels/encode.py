@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import hadamard, pairwise_sum
+from .blocks import before_end, hadamard, pairwise_sum
 from .format import ALIGNMENT, KernelFormat, tile_for
 from .numbers import (
     BF16_MAX,
@@ -256,7 +256,7 @@ def prepare(x_NB, left, F: tl.constexpr):
     zeros, spike_values, spike_places = 0.0, 0, 0
     if F.asym or F.spike:
         place_NB = tl.broadcast_to(tl.arange(0, B)[None, :], (N, B))
-        live_NB = tl.arange(0, N)[:, None] * B + place_NB < left
+        live_NB = before_end(left, N, B)
         if F.spike:
             spike_values, spike_places, live_NB = take_spikes(x_NB, place_NB, live_NB, bad)
         if F.asym:
@@ -330,6 +330,5 @@ def squared_error(x_NB, left, codes, reciprocals, row_scale, F: tl.constexpr):
     error_NB = difference_NB * reciprocal_of_power_below(tl.max(tl.abs(x_NB), axis=1))[:, None]
     if F.levels is not None:  # others have a zero for what fills a row's last block up
         N: tl.constexpr = x_NB.shape[0]
-        place_NB = tl.arange(0, N)[:, None] * F.block + tl.arange(0, F.block)[None, :]
-        error_NB = tl.where(place_NB < left, error_NB, 0.0)
+        error_NB = tl.where(before_end(left, N, F.block), error_NB, 0.0)
     return pairwise_sum(error_NB * error_NB, F.block)

@@ -209,7 +209,8 @@ _ELEMENTS: tuple[Element, ...] = (
     Minifloat("fp8_e5m2", 5, 2, specials=4),
     *(Integer(f"int{bits}", bits) for bits in range(2, 9)),
     # Of least squared error (S. Lloyd, IEEE Trans. Inf. Theory 28, 1982) for normal values in blocks of 32 to 128,
-    # whose scale is searched: `research/levels.py`. arXiv 2505.06653 has such levels for weights.
+    # whose scale is searched: `research/levels.py`, whose means for 5 bits are up to two units higher and have 0.6 to
+    # 2 % more squared error in blocks of 16 to 256. arXiv 2505.06653 has such levels for weights.
     Levels("lloyd2", (19, 64), 1 / 8),
     Levels("lloyd3", (7, 21, 39, 64), 1 / 8),
     Levels("lloyd4", (3, 9, 15, 22, 29, 38, 48, 64), 1 / 8),
