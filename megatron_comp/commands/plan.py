@@ -123,7 +123,7 @@ def _plan(args: argparse.Namespace) -> list[dict]:
     policy = CompressionPolicy.from_file(args.policy) if args.policy else None
     if policy:
         policy.check_layers(job.model.layers)
-    predicted = predictor_advice(policy.predictor, job) if policy and policy.predictor else None
+    predicted = predictor_advice(policy.predictor, job, policy) if policy and policy.predictor else None
     dropped = blocks_to_drop(job.model, args.drop) if args.drop else []
     if job.model.experts and (dropped or policy and dropped_blocks(policy)):
         raise ValueError(f"--model {args.model}: a mixture of experts cannot do without attention's sums")

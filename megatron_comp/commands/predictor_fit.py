@@ -14,6 +14,7 @@ COLUMNS = {
     "attention_left": ("attention: left", ".3f"),
     "mlp_left": ("MLP: left", ".3f"),
     "experts_left": ("experts: left", ".3f"),
+    "response_left": ("response: left", ".3f"),
     "written": ("written", ""),
 }
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from ..inference.hf import read_config
     from ..predict.models import load
     from ..search.trim import COLUMN, LAYERS
-    from ..spd.regression import fit_block
+    from ..spd.regression import fit_block, fit_response
 
     check(args)
     config = read_config(args.model)
@@ -47,11 +48,17 @@ def run(args: argparse.Namespace) -> None:
     with drop_options.missing_blocks(args, layers, how | size) as (_config, file, missing):
         for block, x, _, rope in progress(missing, "predictor fit", len(layers), initial=len(file.rows), unit="layer"):
             found = fit_block(block, x, rope, args.ranks, args.rank, unseen)
-            kept = {site: each for site, each in found.items() if each.left[-1] <= args.most_left}
+            kept = {site: each.regression for site, each in found.items() if each.left[-1] <= args.most_left}
+            left = {f"{site}_left": each.left[-1] for site, each in found.items()}
+            if not block.is_mixture:
+                left["response_left"] = None
+            if not block.is_mixture and (attention := kept.get("attention")):
+                response, left["response_left"] = fit_response(block, x, rope, attention, args.rank, unseen)
+                if left["response_left"] <= args.most_left:
+                    kept["attention"] = attention._replace(response=response)
             tensors: dict[str, torch.Tensor] = {}
             for site, each in kept.items():
-                tensors |= each.regression.to(torch.bfloat16).named((block.number, site))
-            left = {f"{site}_left": each.left[-1] for site, each in found.items()}
+                tensors |= each.to(torch.bfloat16).named((block.number, site))
             traces = {"traces": {site: each.trace() for site, each in found.items()}}
             written = {"written": ", ".join(kept) or "none"}
             file.add(block.number, tensors, {"block": block.number, **left, **written, **traces})

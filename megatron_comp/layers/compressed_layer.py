@@ -16,7 +16,8 @@ products of fewer rows may round otherwise where a BLAS chooses the order of its
 Dropped sums: `sync_drop.py` says what they are. Here attention's partial sum is kept, and joins the MLP's.
 
 Predicted sums: `predictor.py` says what they are. A rank takes its own prediction off what it sends, and adds that of
-all ranks to what it gets. Where attention's sum is dropped, it adds the other ranks' predictions to its partial sum.
+all ranks to what it gets. Where attention's sum is dropped, it adds the other ranks' predictions to its partial sum;
+and to what it sends, the response of their MLPs to what they do not see.
 In a mixture of experts the sum after attention is predicted here, and that of the experts in their token dispatcher.
 """
 
@@ -90,7 +91,8 @@ class _Call:
         self.known: Known | None = None  # of attention's sum
         self.on_the_wire: SumInParts | None = None  # attention's sum
         self.residual: torch.Tensor | None = None  # what that is added to: X
-        # Of a dropped sum: this rank's part Y_i, without what is known of it, and X + b.
+        # Of a dropped sum: this rank's part Y_i, without what is known of it but with the response to it, and X + b,
+        # with the response's bias.
         self.dropped: tuple[torch.Tensor, torch.Tensor] | None = None
         self.mlp_bias: torch.Tensor | None = None
 
@@ -142,9 +144,13 @@ class _Call:
     def _drop(self, output: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, training: bool) -> torch.Tensor:
         """What stands for a sum that is left out: the rank's partial sum, with the other ranks' predicted."""
         _count_drop(self.attention_reducer, output, training)
-        own = output.clone() if self.known is None else self.known.less_own(output)  # Megatron adds in place
-        self.dropped = own, x if bias is None else x + bias
-        return output if self.known is None else self.known.plus_total(own.clone())
+        base = x if bias is None else x + bias
+        if self.known is None:
+            self.dropped = output.clone(), base  # Megatron adds in place
+            return output
+        own, response = self.known.less_own(output), self.attention_reducer.predictor.response
+        self.dropped = (own.clone(), base) if response is None else (response.added_to(own), base + response.bias)
+        return self.known.plus_total(own)
 
     def _sum_attention(self, output: torch.Tensor, training: bool) -> torch.Tensor:
         if self.known is None:  # the gate leaves so small a sum alone

@@ -9,8 +9,16 @@ Every rank knows V, m and the sums of all U_r and all b_r, so only the residuals
 
     sum_r Y_r = (u V - m) (sum_r U_r) + sum_r b_r + sum_r E_r
 
-`megatron-comp predictor fit` finds them by least squares; m and b_r are means, of u V and of Y_r. They are weights in a
-file beside the checkpoint.
+Where attention's sum is dropped, rank r's MLP sees all predictions, but no residual other than its own:
+
+    h_r = X + sum_s (Y_s - E_s) + E_r
+
+What the other ranks' MLPs would make of E_r is about linear in it, so rank r adds this response to what it sends:
+
+    out = X + c + sum_r (Y_r + E_r D F + MLP_r(norm(h_r)))      D [hidden, k], F [k, hidden], c [hidden] a mean
+
+`megatron-comp predictor fit` finds all of them by least squares; m and b_r are means, of u V and of Y_r. They are
+weights in a file beside the checkpoint.
 
 Sums stay equal to the bit on all ranks if these products do: the same matrices, shapes and kernels on the same kind of
 device. `Predictors.digest` holds the bytes that a rank's own device makes of a fixed input, for ranks to compare.
@@ -25,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from .predictor_file import Regression, Sum, normalized, read_regressions
+from .predictor_file import Regression, Response, Sum, normalized, read_regressions
 
 PROBED_ROWS = (1, 7, 256)  # kernels of products differ by the number of rows
 
@@ -63,21 +71,28 @@ def _added(x: torch.Tensor, small: torch.Tensor, up: torch.Tensor, sign: int) ->
 
 @dataclass(frozen=True)
 class SitePredictor:
-    """Of one sum: down `[hidden, K]` and an offset `[K]`; of this rank and of all, up and bias `[K, hidden]`."""
+    """Of one sum: down `[hidden, K]` and an offset `[K]`; of this rank and of all, up and bias `[K, hidden]`.
+
+    response: of the other ranks' MLPs to what they do not see of a dropped sum, where the file has one.
+    """
 
     down: torch.Tensor
     offset: torch.Tensor
     own: torch.Tensor
     total: torch.Tensor
+    response: Response | None
 
     @classmethod
     def of(cls, regression: Regression, rank: int, like: torch.Tensor) -> "SitePredictor":
         """like: of the type and device that it gets."""
-        down, mean, up, bias = regression.to(torch.float32)
+        down, mean, up, bias, response = regression.to(torch.float32)
         ups = with_bias(up, bias)
         more = ups.shape[1] - len(mean)
         offset = torch.cat([-mean, torch.eye(1, more)[0]])  # a one for the bias
-        return cls(*(each.to(like).contiguous() for each in (pad(down, (0, more)), offset, ups[rank], ups.sum(0))))
+        down, offset, own, total = (
+            each.to(like).contiguous() for each in (pad(down, (0, more)), offset, ups[rank], ups.sum(0))
+        )
+        return cls(down, offset, own, total, response and response.to(like))
 
     def __call__(self, x: torch.Tensor) -> Known:
         """Of a block's input `[..., hidden]`: for attention what its layer is given, for the MLP or the experts what

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of predictors: a regression of each sum, for one number of tensor-parallel ranks.
 
-`layers.5.mlp.down`, `.mean`, `.up` and `.bias` are the regression of layer 5's MLP; its metadata says the ranks.
+`layers.5.mlp.down`, `.mean`, `.up` and `.bias` are the regression of layer 5's MLP; its metadata says the ranks. Beside
+that of attention may stand `layers.5.attention.response_down`, `.response_up` and `.response_bias`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -16,20 +17,44 @@ from torch.nn.functional import linear
 TENSOR_PARALLEL = "tensor_parallel"  # key of a file's metadata: the number of ranks that it is for
 MADE_BY = "made_by"  # key of what its content depends on, as JSON
 EPSILON = 1e-5
+PARTS = ("down", "mean", "up", "bias")
+RESPONSE_PARTS = ("response_down", "response_up", "response_bias")
 
 Sum = tuple[int, str]  # layer and site
+
+
+class Response(NamedTuple):
+    """Of a layer's MLP to a rank's residual of attention's sum: down `[hidden, k]`, up `[k, hidden]`, bias `[hidden]`.
+
+    Where that sum is dropped, the other ranks' parts of the MLP do not see the residual. The response is what they
+    would make of it, as a linear map of low rank, the same on all ranks. bias: what the layer's sum lacks on average.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor
+
+    def added_to(self, rest: torch.Tensor) -> torch.Tensor:
+        """A residual `[..., hidden]`, and the response to it, without the bias."""
+        flat = rest.reshape(-1, rest.shape[-1])
+        return torch.addmm(flat, flat @ self.down, self.up).view_as(rest)
+
+    def to(self, like: torch.Tensor | torch.dtype) -> "Response":
+        return Response(*(part.to(like) for part in self))
 
 
 class Regression(NamedTuple):
     """Of one sum, for all ranks: down `[hidden, k]`, mean `[k]`, up `[ranks, k, hidden]`, bias `[ranks, hidden]`.
 
     Columns of `down` explain less and less. The first of them, with theirs of the others, are one of a smaller rank.
+    response: of attention's sum alone, to what this predictor leaves of it.
     """
 
     down: torch.Tensor
     mean: torch.Tensor
     up: torch.Tensor
     bias: torch.Tensor
+    response: Response | None = None
 
     def partial_sums(self, x: torch.Tensor) -> torch.Tensor:
         """Each rank's predicted partial sum `[ranks, ..., hidden]`, of a block's input `[..., hidden]`."""
@@ -38,14 +63,16 @@ class Regression(NamedTuple):
 
     def cut(self, k: int) -> "Regression":
         """Of rank k."""
-        return Regression(self.down[:, :k], self.mean[:k], self.up[:, :k], self.bias)
+        return self._replace(down=self.down[:, :k], mean=self.mean[:k], up=self.up[:, :k])
 
     def to(self, like: torch.Tensor | torch.dtype) -> "Regression":
-        return Regression(*(part.to(like) for part in self))
+        down, mean, up, bias = (part.to(like) for part in self[:4])
+        return Regression(down, mean, up, bias, self.response and self.response.to(like))
 
     def named(self, where: Sum) -> dict[str, torch.Tensor]:
         """By their names in a file."""
-        return {f"{name(*where)}.{part}": tensor for part, tensor in self._asdict().items()}
+        parts = dict(zip(PARTS, self[:4], strict=True)) | dict(zip(RESPONSE_PARTS, self.response or (), strict=False))
+        return {f"{name(*where)}.{part}": tensor for part, tensor in parts.items()}
 
 
 def normalized(x: torch.Tensor) -> torch.Tensor:
@@ -62,28 +89,46 @@ def read_regressions(path: str | Path, ranks: int, hidden: int | None = None) ->
     """
     with _opened(path, ranks) as file:
         tensors = {tensor: file.get_tensor(tensor) for tensor in file.keys()}  # noqa: SIM118 - not a dictionary
+
+    def read(where: Sum, parts: Sequence[str], *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        """Parts of a regression, which must have these shapes."""
+        for part, shape in zip(parts, shapes, strict=True):
+            found = tensors.get(key := f"{name(*where)}.{part}")
+            if found is None or tuple(found.shape) != shape:
+                said = "is missing" if found is None else f"has shape {list(found.shape)}"
+                raise ValueError(f"predictor {path}: {key} {said}, expected {list(shape)}")
+        return [tensors[f"{name(*where)}.{part}"] for part in parts]
+
+    def size(where: Sum, part: str) -> tuple[int, int]:
+        down = tensors.get(f"{name(*where)}.{part}")
+        return tuple(down.shape) if down is not None and down.dim() == 2 else (0, 0)
+
     made = {}
     for where in sorted({_where(tensor, path) for tensor in tensors}):
-        names = [f"{name(*where)}.{part}" for part in Regression._fields]
-        down = tensors.get(names[0])
-        rows, k = down.shape if down is not None and down.dim() == 2 else (0, 0)
+        rows, k = size(where, "down")
         hidden = hidden or rows
-        for key, shape in zip(names, ((hidden, k), (k,), (ranks, k, hidden), (ranks, hidden)), strict=True):
-            if key not in tensors or tuple(tensors[key].shape) != shape:
-                said = f"has shape {list(tensors[key].shape)}" if key in tensors else "is missing"
-                raise ValueError(f"predictor {path}: {key} {said}, expected {list(shape)}")
-        made[where] = Regression(*(tensors[key] for key in names))
+        down, mean, up, bias = read(where, PARTS, (hidden, k), (k,), (ranks, k, hidden), (ranks, hidden))
+        response = None
+        if any(f"{name(*where)}.{part}" in tensors for part in RESPONSE_PARTS):
+            _, k = size(where, RESPONSE_PARTS[0])
+            response = Response(*read(where, RESPONSE_PARTS, (hidden, k), (k, hidden), (hidden,)))
+        made[where] = Regression(down, mean, up, bias, response)
     return made
 
 
-def inner_sizes(path: str | Path, ranks: int, hidden: int) -> list[int]:
-    """k of each sum's regression, without reading weights. Raises as `read_regressions` does."""
+def inner_sizes(path: str | Path, ranks: int, hidden: int) -> tuple[list[int], dict[int, int]]:
+    """k of each sum's regression, and by layer of its response, without reading weights.
+
+    Raises as `read_regressions` does.
+    """
+    ends = (f".{PARTS[0]}", f".{RESPONSE_PARTS[0]}")
     with _opened(path, ranks) as file:
-        shapes = {each: file.get_slice(each).get_shape() for each in file.keys() if each.endswith(".down")}  # noqa: SIM118
+        shapes = {each: file.get_slice(each).get_shape() for each in file.keys() if each.endswith(ends)}  # noqa: SIM118
     for tensor, shape in shapes.items():
         if len(shape) != 2 or shape[0] != hidden:
             raise ValueError(f"predictor {path}: {tensor} has shape {shape}; the model has {hidden} values per token")
-    return [k for _, k in shapes.values()]
+    responses = {_where(tensor, path)[0]: k for tensor, (_, k) in shapes.items() if tensor.endswith(ends[1])}
+    return [k for tensor, (_, k) in shapes.items() if tensor.endswith(ends[0])], responses
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -111,6 +156,6 @@ def _opened(path: str | Path, ranks: int) -> Iterator[safe_open]:
 
 def _where(tensor: str, path: str | Path) -> Sum:
     words = tensor.split(".")
-    if len(words) != 4 or words[0] != "layers" or not words[1].isdecimal() or words[3] not in Regression._fields:
+    if len(words) != 4 or words[0] != "layers" or not words[1].isdecimal() or words[3] not in PARTS + RESPONSE_PARTS:
         raise ValueError(f"predictor {path}: {tensor} is not the name of a predictor's tensor")
     return int(words[1]), words[2]

@@ -120,17 +120,19 @@ def logits_advice(job: Job, decode_ms: float, policy: CompressionPolicy | None, 
     )
 
 
-def predictor_advice(path: str, job: Job) -> str:
+def predictor_advice(path: str, job: Job, policy: CompressionPolicy) -> str:
     """What a policy's predictors add to a rank, by their file's shapes, and how much less KL was measured with some.
 
     Raises OSError or ValueError for a file that is damaged, or not of the job's ranks and values per token.
     """
     model = job.model
-    sizes = inner_sizes(path, job.tp, model.hidden)
+    sizes, responses = inner_sizes(path, job.tp, model.hidden)
     products = 3 * sum(sizes) * model.hidden  # down, and up to this rank's part and to the sum of all
-    biases = 2 * len(sizes) * model.hidden
+    values = products + 2 * len(sizes) * model.hidden  # biases
+    values += sum(2 * k + 1 for k in responses.values()) * model.hidden
+    products += 2 * sum(k for layer, k in responses.items() if policy.drops(layer)) * model.hidden
     return (
-        f"Predictor: {len(sizes)} of {2 * model.layers} sums; adds {(products + biases) * job.itemsize / 1e6:,.1f} MB "
+        f"Predictor: {len(sizes)} of {2 * model.layers} sums; adds {values * job.itemsize / 1e6:,.1f} MB "
         f"of weights to each rank, and {products * job.tp / model.multiplications:.1%} to its layers' multiplications "
         f"(not in the times below). {PREDICTED}"
     )

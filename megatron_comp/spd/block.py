@@ -42,13 +42,16 @@ class Block(torch.nn.Module):
         """`[windows, context, hidden]` to the block's output; with more ranks than one, without attention's sum.
 
         One rank is the stock block: what it adds before its MLP is all there is to add.
-        predictor: of attention's sum; each rank's MLP then sees the other ranks' predicted partial sums as well.
+        predictor: of attention's sum; each rank's MLP then sees the other ranks' predicted partial sums as well, and
+        the response to what it does not see is added.
         """
         partial = split_columns(self.heads(x, rope), self.modules_of.self_attn.o_proj.weight, ranks)
         seen = x + partial
         if predictor:
             predicted = predictor.partial_sums(x)
             seen = seen + predicted.sum(0) - predicted
+            if response := predictor.response:
+                partial, x = predicted + response.added_to(partial - predicted), x + response.bias
         return x + (partial + self.mlp_sums(seen)).sum(0)
 
     def mlp_sums(self, h: torch.Tensor) -> torch.Tensor:

@@ -153,6 +153,14 @@ def test_what_a_predictor_adds(capsys, tmp_path):
     # 64 x 3 x 64 x 4096 products, of 32 x (4 x 4096 x 4096 + 3 x 4096 x 11008) / 4
     out = run(capsys, "--model", "llama-2-7b", "--tp", 4, *where)
     assert "64 of 64 sums; adds 101.7 MB of weights to each rank, and 3.1% to its layers' multiplications" in out
+    weights |= {
+        f"layers.{layer}.attention.response_down": torch.zeros(4096, 64, dtype=torch.uint8) for layer in range(32)
+    }
+    save_file(weights, tmp_path / "p.safetensors", metadata={"tensor_parallel": "4"})
+    policy.write_text("codec: mxfp4\npredictor: p.safetensors\nlayers: {0-15: {attention: drop}}\n")
+    out = run(capsys, "--model", "llama-2-7b", "--tp", 4, *where)
+    # 32 x (2 x 64 + 1) x 4096 weights more; half of their products, where the sum is dropped.
+    assert "64 of 64 sums; adds 135.5 MB of weights to each rank, and 3.6% to its layers' multiplications" in out
     for model, message in {"llama-2-7b": "is for 4 ranks, not for 8", "llama-2-13b": "5120 values per token"}.items():
         ranks = 8 if model == "llama-2-7b" else 4
         assert cli.main(["plan", *map(str, ("--model", model, "--tp", ranks, *where))]) == 2

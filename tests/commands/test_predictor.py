@@ -39,6 +39,9 @@ def test_a_file_of_the_sites_that_help(fitted):
     written = {(row["block"], site) for row in rows for site in ("attention", "mlp") if row[f"{site}_left"] <= 0.99}
     assert written and {tuple(name.split(".")[1:3]) for name in names} == {(str(n), site) for n, site in written}
     assert metadata["tensor_parallel"] == "2"
+    responses = {row["block"] for row in rows if row["response_left"] is not None and row["response_left"] <= 0.99}
+    for part in ("response_down", "response_up", "response_bias"):
+        assert {name for name in names if name.endswith(part)} == {f"layers.{n}.attention.{part}" for n in responses}
 
 
 def test_a_mixture_of_experts(text, tmp_path, capsys):

@@ -65,12 +65,26 @@ def in_ranks(rank, world_size, folder, files):
     made["dropped, biases"] = under(codec="none", layers=DROP, predictor=files["biases"])
     made["dropped, biases inputs"] = mlp_inputs(model)
     made["dropped, int8"] = under(codec=INT8, layers=DROP, predictor=files["biases"])
+    made["response"] = under(codec="none", layers=DROP, predictor=files["response"])
+    made["response inputs"] = mlp_inputs(model)
     for size in (WHOLE, PART):
         exchange.OVERLAP_BYTES["cpu"] = size
         for name, words in {"long": {}, "long, dropped": {"layers": DROP}}.items():
-            mc.apply_compression(model, policy(codec=INT8, predictor=files["both"], **words))
+            mc.apply_compression(model, policy(codec=INT8, predictor=files["response"], **words))
             made[name, size] = logits(model, LONG, gather=True)
-    for name in ("other ranks", "layer", "shape", "number", "missing", "name", "text", "experts", "no file"):
+    for name in (
+        "other ranks",
+        "layer",
+        "shape",
+        "number",
+        "missing",
+        "name",
+        "text",
+        "experts",
+        "response shape",
+        "half",
+        "no file",
+    ):
         made[name] = message_of(mc.apply_compression, model, policy(predictor=files[name]))
     made["differs"] = message_of(mc.apply_compression, model, policy(predictor=files["both" if rank else "attention"]))
     made["training"] = message_of(mc.apply_compression, model, policy(predictor=files["both"]), allow_training=True)
@@ -82,13 +96,14 @@ def in_ranks(rank, world_size, folder, files):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder, both = tmp_path_factory.mktemp("predictors"), tensors()
+    folder, both, response = tmp_path_factory.mktemp("predictors"), tensors(), tensors(up=0.0, response=0.1)
     (folder / "text").write_text("not a file of tensors")
     shapes = both | {"layers.1.mlp.down": both["layers.1.mlp.down"][1:].contiguous()}
     return {
         "both": write(folder / "both", both),
         "attention": write(folder / "attention", tensors(sites=["attention"])),
         "biases": write(folder / "biases", tensors(up=0.0)),
+        "response": write(folder / "response", response),
         "other ranks": write(folder / "other", tensors(ranks=4), 4),
         "layer": write(folder / "layer", both | {k.replace("s.1.", "s.9."): v.clone() for k, v in both.items()}),
         "shape": write(folder / "shape", shapes),
@@ -97,6 +112,8 @@ def files(tmp_path_factory):
         "name": write(folder / "name", both | {"lm_head.weight": torch.zeros(1)}),
         "text": str(folder / "text"),
         "experts": write(folder / "experts", tensors(sites=["experts"])),
+        "response shape": write(folder / "wide", response | {"layers.0.attention.response_up": torch.zeros(3, HIDDEN)}),
+        "half": write(folder / "half", {k: v for k, v in response.items() if k != "layers.2.attention.response_down"}),
         "no file": str(folder / "absent"),
     }
 
@@ -154,6 +171,13 @@ def test_a_dropped_sum_gets_the_other_ranks_predictions(ranks):
         assert not is_near(made["dropped"], made["dropped, biases"])
 
 
+def test_the_response_is_sent_and_the_ranks_own_mlp_does_not_see_it(ranks):
+    for made in ranks:
+        assert torch.equal(made["response inputs"][0], made["dropped, biases inputs"][0])
+        assert torch.equal(made["response"], ranks[0]["response"])
+        assert not is_near(made["response"], made["dropped, biases"])
+
+
 @pytest.mark.parametrize("name", ["long", "long, dropped"])
 def test_parts_give_what_the_whole_gives(ranks, name):
     for made in ranks:
@@ -170,6 +194,8 @@ REFUSED = {
     "name": "lm_head.weight is not the name of a predictor's tensor",
     "text": "is not a valid safetensors file",
     "experts": "predicts experts of layer 0, which has attention and mlp",
+    "response shape": "layers.0.attention.response_up has shape [3, 96], expected [4, 96]",
+    "half": "layers.2.attention.response_down is missing, expected [96, 0]",
     "no file": "No such file",
     "training": "leave out allow_training=True",
 }

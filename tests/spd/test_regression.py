@@ -13,7 +13,7 @@ HIDDEN, RANKS, K = 12, 2, 3
 def moments(x, y):
     made = Moments()
     for window in range(len(x)):
-        made.add(x[window][None], y[:, window][:, None])
+        made.add(normalized(x[window][None]), y[:, window][:, None], x[window][None])
     return made
 
 

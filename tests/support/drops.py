@@ -23,10 +23,10 @@ def small_llama(folder):
     return character_llama(folder, num_hidden_layers=LAYERS, **heads)
 
 
-def streamed(folder, layers=(1,)):
+def streamed(folder, layers=(1,), ids=IDS):
     config = hf.read_config(folder)
     with hf.Checkpoint(folder) as checkpoint:
-        return list(stream(checkpoint, config, IDS, layers))
+        return list(stream(checkpoint, config, ids, layers))
 
 
 def main_of_rank(rank, world_size, argv):

@@ -10,9 +10,13 @@ DESCRIPTION = """\
 Find, for each sum of a Llama or Mixtral, which part of it follows from the layer's input: least squares of low rank on
 a calibration text. Each predictor is checked on the last windows of the text, which the regression does not see. What
 it leaves of a sum is a share of the sum's energy (the sum of squares): 0 is predicted fully, 1 not at all. A predictor
-that leaves more than --most-left is not written. This runs in one process: the model's layers pass through
-memory one by one, with the activations of the whole text. Every finished layer is written; after an interruption the
-same command goes on after the last one.
+that leaves more than --most-left is not written.
+
+For layers that drop attention's sum, the MLP's response to what is left of it is found as well. Such an MLP makes an
+error, and "response: left" is the share of the error's energy that remains.
+
+This runs in one process: the model's layers pass through memory one by one, with the activations of the whole text.
+Every finished layer is written; after an interruption the same command goes on after the last one.
 """
 EPILOG = """\
 Example:
@@ -33,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=64,
         metavar="R",
-        help="Values per token that predict a sum (default 64). A token pays 3 x R x hidden multiplications per sum.",
+        help="Values per token that predict a sum (default 64). A token pays 3 x R x hidden multiplications per sum, "
+        "and 2 x R x hidden more where attention's sum is dropped.",
     )
     add(
         "--most-left",
