@@ -50,12 +50,13 @@ def run(args: argparse.Namespace) -> None:
             found = fit_block(block, x, rope, args.ranks, args.rank, unseen)
             kept = {site: each.regression for site, each in found.items() if each.left[-1] <= args.most_left}
             left = {f"{site}_left": each.left[-1] for site, each in found.items()}
-            if not block.is_mixture:
+            if not block.is_mixture:  # which cannot drop a sum
                 left["response_left"] = None
-            if not block.is_mixture and (attention := kept.get("attention")):
-                response, left["response_left"] = fit_response(block, x, rope, attention, args.rank, unseen)
-                if left["response_left"] <= args.most_left:
-                    kept["attention"] = attention._replace(response=response)
+                if attention := kept.get("attention"):
+                    response, share = fit_response(block, x, rope, attention, args.rank, unseen)
+                    left["response_left"] = share
+                    if share <= args.most_left:
+                        kept["attention"] = attention._replace(response=response)
             tensors: dict[str, torch.Tensor] = {}
             for site, each in kept.items():
                 tensors |= each.to(torch.bfloat16).named((block.number, site))

@@ -13,7 +13,7 @@ Where attention's sum is dropped, rank r's MLP sees all predictions, but no resi
 
     h_r = X + sum_s (Y_s - E_s) + E_r
 
-What the other ranks' MLPs would make of E_r is about linear in it, so rank r adds this response to what it sends:
+A part of what the other ranks' MLPs would make of E_r is linear in it. Rank r adds this response to what it sends:
 
     out = X + c + sum_r (Y_r + E_r D F + MLP_r(norm(h_r)))      D [hidden, k], F [k, hidden], c [hidden] a mean
 

@@ -154,8 +154,12 @@ def _opened(path: str | Path, ranks: int) -> Iterator[safe_open]:
         yield file
 
 
+def _parts_of(site: str) -> tuple[str, ...]:
+    return PARTS + RESPONSE_PARTS if site == "attention" else PARTS
+
+
 def _where(tensor: str, path: str | Path) -> Sum:
     words = tensor.split(".")
-    if len(words) != 4 or words[0] != "layers" or not words[1].isdecimal() or words[3] not in PARTS + RESPONSE_PARTS:
+    if len(words) != 4 or words[0] != "layers" or not words[1].isdecimal() or words[3] not in _parts_of(words[2]):
         raise ValueError(f"predictor {path}: {tensor} is not the name of a predictor's tensor")
     return int(words[1]), words[2]

@@ -110,9 +110,9 @@ def fit_response(
 ) -> tuple[Response, float]:
     """Of a block's MLP to what attention's predictor leaves, where attention's sum is dropped.
 
-    Ranks' residuals E_r and the MLP's error are about linear in one another: sum_r (MLP_r(h) - MLP_r(h_r)), where h has
-    the whole sum of attention and h_r that of rank r with the other ranks' predictions, is regressed on sum_r E_r. So
-    each rank can send the response to its own residual, which the others do not have. x as in `fit_block`.
+    There the MLP makes the error sum_r (MLP_r(h) - MLP_r(h_r)): h has the whole sum of attention, h_r rank r's partial
+    sum and the other ranks' predictions. It is regressed on sum_r E_r, the ranks' residuals. The map is the same for
+    all ranks, so each can send the response to its own residual, which the others do not have. x as in `fit_block`.
 
     Returns it, and the share of that error's energy that it leaves on the unseen windows.
     """

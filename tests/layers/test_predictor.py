@@ -113,6 +113,7 @@ def files(tmp_path_factory):
         "text": str(folder / "text"),
         "experts": write(folder / "experts", tensors(sites=["experts"])),
         "response shape": write(folder / "wide", response | {"layers.0.attention.response_up": torch.zeros(3, HIDDEN)}),
+        "response of MLP": write(folder / "mlp", both | {"layers.0.mlp.response_bias": torch.zeros(HIDDEN)}),
         "half": write(folder / "half", {k: v for k, v in response.items() if k != "layers.2.attention.response_down"}),
         "no file": str(folder / "absent"),
     }
@@ -195,6 +196,7 @@ REFUSED = {
     "text": "is not a valid safetensors file",
     "experts": "predicts experts of layer 0, which has attention and mlp",
     "response shape": "layers.0.attention.response_up has shape [3, 96], expected [4, 96]",
+    "response of MLP": "layers.0.mlp.response_bias is not the name of a predictor's tensor",
     "half": "layers.2.attention.response_down is missing, expected [96, 0]",
     "no file": "No such file",
     "training": "leave out allow_training=True",
