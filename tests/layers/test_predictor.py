@@ -72,19 +72,7 @@ def in_ranks(rank, world_size, folder, files):
         for name, words in {"long": {}, "long, dropped": {"layers": DROP}}.items():
             mc.apply_compression(model, policy(codec=INT8, predictor=files["response"], **words))
             made[name, size] = logits(model, LONG, gather=True)
-    for name in (
-        "other ranks",
-        "layer",
-        "shape",
-        "number",
-        "missing",
-        "name",
-        "text",
-        "experts",
-        "response shape",
-        "half",
-        "no file",
-    ):
+    for name in sorted(REFUSED.keys() - {"training"}):  # all ranks in one order
         made[name] = message_of(mc.apply_compression, model, policy(predictor=files[name]))
     made["differs"] = message_of(mc.apply_compression, model, policy(predictor=files["both" if rank else "attention"]))
     made["training"] = message_of(mc.apply_compression, model, policy(predictor=files["both"]), allow_training=True)
